@@ -1,0 +1,92 @@
+"""What an export is asked to do, and which requests cannot be met."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from leanvlm.runtime.errors import InputError
+from leanvlm.runtime.manifest import PRECISIONS, TARGETS
+
+ALIASES = {
+    "llava": "llava-hf/llava-1.5-7b-hf",
+    "llava-7b": "llava-hf/llava-1.5-7b-hf",
+    "llava-13b": "llava-hf/llava-1.5-13b-hf",
+}
+DEMO = "demo"
+# The gate's reference is the mean effective rank of a model's training images, so it belongs to a model.
+DEFAULT_ERANK_REF = 90.0
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """One export, as the command line's options spell it.
+
+    Attributes:
+        model: `demo`, an alias, a Hub id or a folder with a Hugging Face checkpoint.
+        budgets: Image tokens kept per crop, at least 1; the first is the bundle's default. N is always added.
+        output: Folder to write; None means `<model's name>-<budgets>` in the current folder.
+        pruner: Spec string, such as `agile:gate=entropy`.
+        target: What the graphs are written for.
+        precision: None takes the target's default.
+        force: Replace an existing output folder.
+        revision: Branch, tag or commit on the Hub.
+        token: Access token for the Hub.
+        offline: Use only what is already on this machine.
+
+    Raises:
+        InputError: A value that no export can have.
+    """
+
+    model: str
+    budgets: tuple[int, ...] = (64,)
+    output: str | Path | None = None
+    pruner: str = "agile"
+    target: Literal["cpu", "cuda", "tensorrt-rtx", "tensorrt"] = "cpu"
+    precision: str | None = None
+    force: bool = False
+    revision: str | None = None
+    token: str | None = None
+    offline: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.model.strip():
+            raise InputError("--model is empty; give demo, llava, a Hub id or a folder")
+        if not self.budgets:
+            raise InputError("--budget is empty; give one or more numbers of image tokens, such as 64 or 64,128")
+        for budget in self.budgets:
+            if budget < 1:
+                raise InputError(f"budget {budget} is not possible; a budget is at least 1 image token")
+        if len(set(self.budgets)) != len(self.budgets):
+            raise InputError(f"budgets {','.join(map(str, self.budgets))} name one twice")
+        if self.target not in TARGETS:
+            raise InputError(f"target {self.target!r} is not known; known: {', '.join(TARGETS)}")
+        if self.precision is not None and self.precision not in PRECISIONS[self.target]:
+            known = ", ".join(PRECISIONS[self.target])
+            raise InputError(f"precision {self.precision!r} does not go with target {self.target!r}; it has: {known}")
+
+    @property
+    def resolved_precision(self) -> str:
+        """The precision to use: the one asked for, else the target's default."""
+        return self.precision or PRECISIONS[self.target][0]
+
+    @property
+    def output_folder(self) -> Path:
+        """The folder to write."""
+        if self.output is not None:
+            return Path(self.output)
+        name = Path(self.model.rstrip("/")).name or "bundle"
+        return Path(f"{name}-{'-'.join(map(str, self.budgets))}")
+
+
+def parse_budgets(text: str) -> tuple[int, ...]:
+    """Read `64` or `64,128`.
+
+    Raises:
+        InputError: Something that is not a whole number.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--budget {text!r} is not a number of image tokens, such as 64 or 64,128") from error

@@ -1,0 +1,131 @@
+"""The decoder of the ONNX Runtime targets, made by onnxruntime-genai's model builder from the module in memory.
+
+The builder knows no LLaVA. It gets the language model's configuration and a model class whose `load_weights` returns the
+modules that are already there, so the weights are read once and no copy reaches the disk but the finished graph.
+
+| direction | name | shape | meaning |
+|---|---|---|---|
+| in | `inputs_embeds` | (B, S, D) | text embeddings with the image embeddings spliced between |
+| in | `attention_mask` | (B, past + S) int64 | ones; its length tells the decoder how much of the cache is valid |
+| in | `past_key_values.<l>.key` / `.value` | (B, kv_heads, S_max, head_dim) | the cache; shared with `present` |
+| out | `logits` | (B, 1, V) | of the last position |
+| out | `present.<l>.key` / `.value` | as the cache | same buffer |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from leanvlm.exporter.checkpoint import Checkpoint
+from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
+from leanvlm.runtime.optional import require
+
+DECODER = "decoder.onnx"
+# text model_type -> (architecture that the builder dispatches on, its class in the builder)
+BUILDERS = {"llama": ("LlamaForCausalLM", "LlamaModel")}
+# ONNX Runtime's CPU kernel of GroupQueryAttention takes no other head sizes.
+HEAD_MULTIPLE = 16
+OPTIONS = {
+    "cpu": {"exclude_embeds": "true", "prune_lm_head": "true"},
+    "cuda": {"exclude_embeds": "true", "prune_lm_head": "true"},
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+def check_decoder(config: Any) -> None:
+    """Check that the builder can make a decoder of this text configuration.
+
+    Raises:
+        UnsupportedModelError: A decoder type or head size that cannot be built.
+    """
+    if config.model_type not in BUILDERS:
+        raise UnsupportedModelError(f"a {config.model_type!r} decoder is not supported; supported: {', '.join(BUILDERS)}")
+    head = head_dim(config)
+    if head % HEAD_MULTIPLE:
+        raise UnsupportedModelError(
+            f"the decoder's heads are {head} wide; ONNX Runtime's attention wants a multiple of {HEAD_MULTIPLE}"
+        )
+
+
+def head_dim(config: Any) -> int:
+    """Return the width of one attention head of a text configuration."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def build_decoder(
+    decoder: nn.Module, checkpoint: Checkpoint, *, target: str, precision: str, folder: Path, scratch: Path
+) -> Path:
+    """Write `decoder.onnx` and its data file.
+
+    Args:
+        decoder: Causal language model with `model` and `lm_head`.
+        checkpoint: For the text configuration and the tokenizer that the builder wants to see.
+        target: `cpu` or `cuda`.
+        precision: fp32, fp16, int8 or int4.
+        folder: Where the files go.
+        scratch: A folder for the builder's small inputs, removed by the caller.
+
+    Returns:
+        The graph's path.
+    """
+    text = checkpoint.config.text_config
+    check_decoder(text)
+    architecture, class_name = BUILDERS[text.model_type]
+    source = scratch / "decoder"
+    _write_text_checkpoint(checkpoint, architecture, source)
+    builder = require("onnxruntime_genai.models.builder", "export")
+    options = [f"{key}={value}" for key, value in OPTIONS[target].items()]
+    log = io.StringIO()
+    with _captured(log):
+        cache = str(scratch / "cache")
+        extra = builder.parse_extra_options(str(source), str(source), str(folder), precision, target, cache, options)
+        details = extra.pop("hf_details")
+        extra.pop("_effective_builder_config", None)
+        extra["filename"] = DECODER
+        io_dtype = builder.set_io_dtype(precision, target, extra)
+        onnx_dtype = builder.set_onnx_dtype(precision, extra)
+        model_class = _in_memory(getattr(builder, class_name), decoder)
+        model = model_class(details["hf_config"], io_dtype, onnx_dtype, target, cache, extra)
+        model.make_model(str(source))
+        model.save_model(str(folder))
+    path = folder / DECODER
+    if not path.is_file():
+        raise CheckpointError(f"the model builder wrote no decoder; its last words: {log.getvalue()[-200:]!r}")
+    return path
+
+
+def _in_memory(base: type, decoder: nn.Module) -> type:
+    """Return a builder class that reads its weights from `decoder` instead of a folder."""
+
+    class InMemory(base):  # type: ignore[misc]
+        def load_weights(self, input_path: str) -> nn.Module:
+            return decoder
+
+    return InMemory
+
+
+def _write_text_checkpoint(checkpoint: Checkpoint, architecture: str, folder: Path) -> None:
+    """Write what the builder reads from disk: the text configuration and the tokenizer, no weights."""
+    folder.mkdir(parents=True)
+    config = checkpoint.config.text_config.to_dict() | {"architectures": [architecture]}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config[key] = config.get(key) if config.get(key) is not None else getattr(checkpoint.config, key, None)
+    (folder / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+
+
+@contextlib.contextmanager
+def _captured(log: io.StringIO) -> Iterator[None]:
+    """Catch what the builder prints, which would otherwise land between our own output."""
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        yield

@@ -1,0 +1,68 @@
+"""The vision graph: pixels in, kept image embeddings out.
+
+| direction | name | dtype | shape | meaning |
+|---|---|---|---|---|
+| in | `pixel_values` | float32 | (B, 3, H, W) | normalised as the checkpoint's processor does |
+| out | `image_features` | float32 | (B, K, D) | embeddings of the kept tokens, raster order |
+| out | `keep_indices` | int64 | (B, K) | their places among the N tokens, ascending |
+| out | `effective_rank` | float32 | (B,) | of the centred features, estimated |
+| out | `attention_entropy` | float32 | (B,) | nats |
+| out | `num_selected` | int64 | (B,) | kept on merit, before the back-fill |
+| out | `converged` | bool | (B,) | whether the selection reached its fixed point |
+| out | `attention` | float32 | (B, N) | the class token's attention, for pictures |
+
+B is free; N and K are fixed. Each stage is a submodule, so the nodes of a stage share a scope: /vision, /project, /prune.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from leanvlm.exporter.pruners.base import Kept, Pruner, VisionTokens, gather_tokens
+from leanvlm.exporter.pruners.gates import attention_entropy, effective_rank
+
+OUTPUTS = ("image_features", "keep_indices", "effective_rank", "attention_entropy", "num_selected", "converged", "attention")
+
+
+class PruneStage(nn.Module):
+    """Runs a pruner, applies its choice and completes the diagnostics that it left out."""
+
+    def __init__(self, pruner: Pruner, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.pruner = pruner
+        self.grid = grid
+
+    def forward(self, features: Tensor, hidden: Tensor, keys: Tensor, attention: Tensor) -> tuple[Tensor, ...]:
+        """Map the tokens of B crops to the outputs named in `OUTPUTS` of the vision graph."""
+        kept = self.pruner(VisionTokens(features, hidden, keys, attention, self.grid))
+        chosen = gather_tokens(features, kept.indices) if kept.features is None else kept.features
+        return chosen, kept.indices, *self._diagnostics(kept, features, attention)
+
+    @staticmethod
+    def _diagnostics(kept: Kept, features: Tensor, attention: Tensor) -> tuple[Tensor, ...]:
+        given = kept.diagnostics
+        every = torch.ones_like(kept.indices[:, 0])
+        return (
+            given["effective_rank"] if "effective_rank" in given else effective_rank(features),
+            given["attention_entropy"] if "attention_entropy" in given else attention_entropy(attention),
+            given["num_selected"] if "num_selected" in given else every * kept.indices.shape[1],
+            given["converged"] if "converged" in given else every > 0,
+            attention,
+        )
+
+
+class VisionGraph(nn.Module):
+    """Tower, projector and pruner as one traceable module."""
+
+    def __init__(self, tower: nn.Module, projector: nn.Module, pruner: Pruner, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.vision = tower
+        self.project = projector
+        self.prune = PruneStage(pruner, grid)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Map pixel values (B, 3, H, W) to the outputs named in `OUTPUTS`."""
+        hidden, keys, attention = self.vision(pixel_values)
+        outputs: tuple[Tensor, ...] = self.prune(self.project(hidden), hidden, keys, attention)
+        return outputs

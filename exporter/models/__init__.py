@@ -1,0 +1,27 @@
+"""Families: one file per Hugging Face `model_type`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from leanvlm.exporter.models.base import Family, FamilySpec
+from leanvlm.runtime.errors import UnsupportedModelError
+
+__all__ = ["FAMILIES", "Family", "FamilySpec", "family_for"]
+
+FAMILIES: dict[str, str] = {
+    "llava": "leanvlm.exporter.models.llava:LlavaFamily",
+}
+
+
+def family_for(model_type: str) -> Family:
+    """Return the family of a checkpoint's `model_type`.
+
+    Raises:
+        UnsupportedModelError: No family of that name.
+    """
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    module, name = FAMILIES[model_type].split(":")
+    family: Family = getattr(import_module(module), name)()
+    return family

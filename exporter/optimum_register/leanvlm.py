@@ -1,0 +1,55 @@
+"""`optimum-cli export leanvlm …`: Optimum finds this file in the namespace `optimum.commands.register`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.export.base import ExportCommand
+
+from leanvlm.exporter.config import ExportConfig, parse_budgets
+from leanvlm.runtime.manifest import TARGETS
+
+
+class LeanVLMExportCommand(BaseOptimumCLICommand):
+    """The options of `leanvlm export`, in argparse; the work is the same function."""
+
+    COMMAND = CommandInfo(name="leanvlm", help="Export a vision-language model with its token pruning inside the graph.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the options; `ExportConfig` checks their values."""
+        parser.add_argument("--model", required=True, help="demo, an alias, a Hub id or a folder")
+        parser.add_argument("--budget", default="64", help="image tokens kept per crop, such as 64 or 64,128")
+        parser.add_argument("--pruner", default="agile", help="name or name:field=value,…")
+        parser.add_argument("--target", default="cpu", help=", ".join(TARGETS))
+        parser.add_argument("--precision", default=None, help="fp32, fp16, int8 or int4; default: the target's")
+        parser.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
+        parser.add_argument("--token", default=None, help="access token for the Hub")
+        parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
+        parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+        parser.add_argument("-o", "--output", default=None, help="folder to write")
+
+    def run(self) -> None:
+        """Export as the options say; a wrong one ends with one line and exit status 2."""
+        from leanvlm.exporter.cli import run_export
+        from leanvlm.runtime.console import one_line_errors
+
+        args = self.args
+        with one_line_errors():
+            config = ExportConfig(
+                model=args.model,
+                budgets=parse_budgets(args.budget),
+                output=args.output,
+                pruner=args.pruner,
+                target=args.target,
+                precision=args.precision,
+                force=args.force,
+                revision=args.revision,
+                token=args.token,
+                offline=args.offline,
+            )
+            run_export(config, dry_run=False)
+
+
+REGISTER_COMMANDS = [(LeanVLMExportCommand, ExportCommand)]

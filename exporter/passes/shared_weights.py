@@ -1,0 +1,43 @@
+"""Write several graphs over one weights file: equal tensors are stored once, whatever graph they came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+# Smaller tensors (shape constants, scalars) stay inside the graph, where optimisers can fold them.
+INLINE_BYTES = 1024
+# Page-aligned tensors can be mapped by the runtime.
+ALIGNMENT = 4096
+
+
+def save_sharing(models: Mapping[str, ir.Model], folder: Path, data_name: str) -> None:
+    """Save each model as `folder/<name>`, its large tensors in `folder/<data_name>`.
+
+    Args:
+        models: File name to model; their initialisers are replaced by references into the data file.
+        folder: Existing folder to write into.
+        data_name: Name of the shared data file.
+    """
+    offsets: dict[str, int] = {}
+    with (folder / data_name).open("wb") as data:
+        for model in models.values():
+            for value in model.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes < INLINE_BYTES:
+                    continue
+                raw = tensor.tobytes()
+                digest = hashlib.sha256(raw).hexdigest()
+                if digest not in offsets:
+                    data.seek(-data.tell() % ALIGNMENT, 1)
+                    offsets[digest] = data.tell()
+                    data.write(raw)
+                value.const_value = ir.ExternalTensor(
+                    data_name, offsets[digest], len(raw), tensor.dtype,
+                    shape=ir.Shape(tensor.shape), name=value.name or "", base_dir=folder,
+                )  # fmt: skip
+    for name, model in models.items():
+        ir.save(model, folder / name)

@@ -1,0 +1,341 @@
+"""The export, step by step: load, trace, write, build, verify, put in place.
+
+A bundle is written to a temporary folder beside its place and renamed when it is complete and verified; whatever goes wrong
+before, the temporary folder is removed and an older bundle stays.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from leanvlm.exporter.checkpoint import Checkpoint, load_model, open_checkpoint
+from leanvlm.exporter.config import ExportConfig
+from leanvlm.exporter.decoder import DECODER, build_decoder, check_decoder, head_dim
+from leanvlm.exporter.graphs import OUTPUTS, VisionGraph
+from leanvlm.exporter.passes import PASSES
+from leanvlm.exporter.passes.shared_weights import save_sharing
+from leanvlm.exporter.pruners import PRUNERS, NoPruner, Pruner, parse
+from leanvlm.exporter.reference import Reference
+from leanvlm.exporter.trace import OPSET, trace
+from leanvlm.exporter.verify import verify
+from leanvlm.runtime.embeddings import TENSOR
+from leanvlm.runtime.errors import CheckpointError, InputError
+from leanvlm.runtime.manifest import (
+    MANIFEST,
+    DecoderSpec,
+    FileSpec,
+    GraphSpec,
+    Manifest,
+    PrunerSpec,
+    TensorSpec,
+    file_sha256,
+    write_manifest,
+)
+from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.session import load
+
+MIN_ONNXRUNTIME = "1.23"
+EMBED_TOKENS = "embed_tokens.safetensors"
+VISION_DATA = "vision.data"
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+)
+TOOLS = ("leanvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
+
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export will do, known before any weight is read.
+
+    Attributes:
+        config: The request.
+        checkpoint: Where the weights are.
+        pruners: Budget to pruner, N (unpruned) last.
+        sizes: File name to estimated bytes.
+    """
+
+    config: ExportConfig
+    checkpoint: Checkpoint
+    pruners: dict[int, Pruner]
+    sizes: dict[str, int]
+
+    @property
+    def steps(self) -> int:
+        """How many steps `export` will report."""
+        return len(self.checkpoint.weight_files) + 2 * len(self.pruners) + 6
+
+    @property
+    def total_bytes(self) -> int:
+        """Estimated size of the bundle."""
+        return sum(self.sizes.values())
+
+
+def plan(config: ExportConfig) -> Plan:
+    """Check a request against its checkpoint and this machine, without reading weights.
+
+    Raises:
+        LeanVLMError: Anything that the export would fail on later and that can be known now.
+    """
+    check_output(config)
+    if config.target != "cpu":
+        raise InputError(f"target {config.target!r} cannot be exported yet; this version exports cpu")
+    checkpoint = open_checkpoint(config)
+    count = checkpoint.spec.tokens_per_crop
+    for budget in config.budgets:
+        if budget > count:
+            raise InputError(f"budget {budget} is more than the {count} image tokens of this model")
+    check_decoder(checkpoint.config.text_config)
+    pruners: dict[int, Pruner] = {
+        budget: parse(config.pruner, keep=budget, erank_ref=checkpoint.erank_ref)
+        for budget in config.budgets
+        if budget < count
+    }
+    for budget, pruner in pruners.items():
+        if pruner.keep != budget:
+            raise InputError(f"--pruner sets keep={pruner.keep}, --budget {budget}; give the number as --budget only")
+        if isinstance(pruner, NoPruner):
+            raise InputError(f"pruner 'none' keeps all {count} image tokens; use it with --budget {count}")
+    parse(config.pruner)
+    pruners[count] = NoPruner(keep=count)
+    result = Plan(config, checkpoint, pruners, _estimate(config, checkpoint, list(pruners)))
+    _check_disk(result)
+    return result
+
+
+def check_output(config: ExportConfig) -> None:
+    """Check that the output folder can be written.
+
+    Raises:
+        InputError: It exists and `force` is off, or it is something other than a bundle.
+    """
+    output = config.output_folder
+    if not output.exists():
+        return
+    if not config.force:
+        raise InputError(f"{output} exists; choose another -o, or pass --force to replace it")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+        raise InputError(f"{output} exists and is not a bundle; --force replaces only bundles")
+
+
+def export_plan(request: Plan, on_step: Step = lambda step: None) -> Manifest:
+    """Carry out a plan and return the manifest of the new bundle.
+
+    Args:
+        request: What `plan` returned.
+        on_step: Told each step as it begins, for a progress display.
+
+    Raises:
+        LeanVLMError: The checkpoint, a graph or the verification failed; nothing is left behind.
+    """
+    output = request.config.output_folder
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        folder = scratch / output.name
+        folder.mkdir()
+        manifest = _write_bundle(request, folder, scratch, on_step)
+        on_step("put in place")
+        _put_in_place(folder, output, scratch)
+        return manifest
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> Manifest:
+    checkpoint, config = request.checkpoint, request.config
+    on_step("read weights")
+    model = load_model(checkpoint, lambda file: on_step(f"map {file.name}"))
+    tower = checkpoint.family.tower(model).to(torch.float32)
+    projector = checkpoint.family.projector(model).to(torch.float32)
+    vision = _write_vision(request, tower, projector, folder, on_step)
+    gc.collect()
+    on_step("build decoder")
+    decoder = checkpoint.family.decoder(model)
+    precision = config.resolved_precision
+    build_decoder(decoder, checkpoint, target=config.target, precision=precision, folder=folder, scratch=scratch)
+    del decoder
+    gc.collect()
+    on_step("write token table")
+    _write_table(checkpoint, model, folder)
+    _copy_small_files(checkpoint, folder)
+    manifest = _manifest(request, vision, folder)
+    write_manifest(folder, manifest)
+    with load(folder) as session:
+        measured = verify(session, Reference(checkpoint, model), request.pruners, on_step)
+    manifest = replace(manifest, verification=measured)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _write_vision(
+    request: Plan, tower: nn.Module, projector: nn.Module, folder: Path, on_step: Step
+) -> dict[int, GraphSpec]:
+    """Trace one vision graph per budget and save them over one weights file."""
+    spec = request.checkpoint.spec
+    example = torch.zeros(2, 3, *spec.image_size)
+    models: dict[str, ir.Model] = {}
+    specs: dict[int, GraphSpec] = {}
+    for budget, pruner in request.pruners.items():
+        on_step(f"trace vision {budget}")
+        graph = VisionGraph(tower, projector, pruner, spec.grid).eval()
+        opset = OPSET[request.config.target]
+        model = trace(graph, example, input_name="pixel_values", output_names=OUTPUTS, opset=opset)
+        for rewrite in PASSES.values():
+            rewrite(model)
+        name = f"vision_{budget}.onnx"
+        models[name] = model
+        specs[budget] = GraphSpec(name, _tensors(model.graph.inputs), _tensors(model.graph.outputs))
+    on_step("write vision")
+    save_sharing(models, folder, VISION_DATA)
+    return specs
+
+
+def _write_table(checkpoint: Checkpoint, model: nn.Module, folder: Path) -> None:
+    table = checkpoint.family.embed_tokens(model)
+    if table.dtype not in (torch.float16, torch.float32):
+        table = table.float()  # NumPy has no bfloat16.
+    save_file({TENSOR: table.contiguous()}, folder / EMBED_TOKENS)
+
+
+def _copy_small_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy tokenizer, template, processor, generation configuration and licence as the checkpoint has them."""
+    for name in (*COPIED, checkpoint.licence_file):
+        if name is not None and (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+    if not (folder / "generation_config.json").is_file():
+        text, config = checkpoint.config.text_config, checkpoint.config
+        end = getattr(config, "eos_token_id", None)
+        data = {"eos_token_id": end if end is not None else getattr(text, "eos_token_id", None)}
+        (folder / "generation_config.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+def _manifest(request: Plan, vision: dict[int, GraphSpec], folder: Path) -> Manifest:
+    checkpoint, config = request.checkpoint, request.config
+    first = request.pruners[config.budgets[0]] if config.budgets[0] in request.pruners else NoPruner()
+    params = {key: value for key, value in vars(first).items() if key != "keep"}
+    name = next(key for key, cls in PRUNERS.items() if isinstance(first, cls))
+    for leftover in ("genai_config.json",):
+        (folder / leftover).unlink(missing_ok=True)
+    files = {f.name: FileSpec(f.stat().st_size, file_sha256(f)) for f in sorted(folder.iterdir()) if f.name != MANIFEST}
+    return Manifest(
+        source=checkpoint.source(),
+        family=checkpoint.family.model_type,
+        pruner=PrunerSpec(name, params),
+        budgets=(*config.budgets, *(b for b in vision if b not in config.budgets)),
+        tokens_per_crop=checkpoint.spec.tokens_per_crop,
+        grid=checkpoint.spec.grid,
+        target=config.target,
+        precision=config.resolved_precision,
+        vision=vision,
+        decoder=_decoder_spec(checkpoint, folder),
+        embed_tokens=EMBED_TOKENS,
+        image=_image_spec(checkpoint),
+        image_token_id=checkpoint.spec.image_token_id,
+        positions="compact",
+        min_onnxruntime=MIN_ONNXRUNTIME,
+        versions={tool: found for tool in TOOLS if (found := _version(tool))},
+        files=files,
+    )
+
+
+def _image_spec(checkpoint: Checkpoint) -> ImageSpec:
+    path = checkpoint.folder / "preprocessor_config.json"
+    spec = ImageSpec.from_processor_config(json.loads(path.read_text(encoding="utf-8")))
+    if spec.size != checkpoint.spec.image_size:
+        raise CheckpointError(f"the processor makes images of {spec.size}, the tower takes {checkpoint.spec.image_size}")
+    return spec
+
+
+def _decoder_spec(checkpoint: Checkpoint, folder: Path) -> DecoderSpec:
+    graph = ir.load(folder / DECODER).graph
+    text = checkpoint.config.text_config
+    kv_dtype = next(v.dtype for v in graph.inputs if v.name == "past_key_values.0.key")
+    assert kv_dtype is not None
+    return DecoderSpec(
+        graph=GraphSpec(DECODER, _tensors(graph.inputs), _tensors(graph.outputs)),
+        layers=text.num_hidden_layers,
+        kv_heads=text.num_key_value_heads,
+        head_dim=head_dim(text),
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        context_length=text.max_position_embeddings,
+        kv_dtype=kv_dtype.numpy().name,
+    )
+
+
+def _tensors(values: Any) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(value.name, value.dtype.numpy().name, tuple(d if isinstance(d, int) else str(d) for d in value.shape))
+        for value in values
+    )
+
+
+def _put_in_place(folder: Path, output: Path, scratch: Path) -> None:
+    """Rename the finished folder to its place; an older bundle moves aside first and comes back if that fails."""
+    if not output.exists():
+        folder.rename(output)
+        return
+    aside = scratch / "older"
+    output.rename(aside)
+    try:
+        folder.rename(output)
+    except BaseException:
+        aside.rename(output)
+        raise
+
+
+def _estimate(config: ExportConfig, checkpoint: Checkpoint, budgets: list[int]) -> dict[str, int]:
+    """Estimate each file's size from the parameter counts."""
+    model = checkpoint.family.empty(checkpoint.config)
+    family = checkpoint.family
+
+    def count(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    table = family.embed_tokens(model).numel()
+    weights = count(family.decoder(model)) - table
+    # Rounded weights carry one scale per block of 32; norms stay as they are.
+    per_weight = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}[config.resolved_precision]
+    sizes = {f"vision_{budget}.onnx": 250_000 for budget in budgets}
+    sizes[VISION_DATA] = 4 * (count(family.tower(model)) + count(family.projector(model)))
+    sizes["decoder.onnx.data"] = int(weights * per_weight)
+    sizes[EMBED_TOKENS] = table * (2 if checkpoint.config.dtype == torch.float16 else 4)
+    return sizes
+
+
+def _check_disk(request: Plan) -> None:
+    place = request.config.output_folder.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if request.total_bytes > free:
+        need, have = request.total_bytes / 1e9, free / 1e9
+        raise InputError(f"the bundle needs about {need:.1f} GB and {place} has {have:.1f} GB free; choose another -o")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,116 @@
+"""AgilePruner (arXiv 2603.01236, ICLR 2026): attention ranks the tokens, image complexity sets how alike they may be.
+
+Tokens are visited from the most to the least attended. The r-th of all N tokens, if still alive, is kept and silences every
+later token nearer than a cosine distance of min(r * ratio * step, max_distance), where `ratio` is the image's complexity over
+its reference: a busy image (high ratio) demands more variety. The first K survivors stay; if there are fewer, the most
+attended silenced tokens fill up. The constants are those of the authors' release (step 0.01, cap 0.25, reference rank 90).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from leanvlm.exporter.pruners.base import Kept, VisionTokens, first_by, keep_all, rank_by
+from leanvlm.exporter.pruners.gates import attention_entropy, effective_rank
+
+
+@dataclass(frozen=True)
+class AgilePruner:
+    """Greedy suppression of near-duplicates under an image-complexity gate.
+
+    Needs a class token; uses no text and merges nothing.
+
+    Attributes:
+        keep: K, tokens kept of each crop.
+        gate: What measures complexity: `erank` (effective rank of the centred features), `entropy` (of the attention, nats)
+            or `none` (ratio 1).
+        erank_ref: Mean effective rank over the model's training images; 90 in the release, for LLaVA-1.5.
+        entropy_ref: Mean attention entropy in nats; 4.7 is between the paper's simple (4.5) and complex (4.9) images.
+        step: Distance that each rank adds to the threshold.
+        max_distance: Largest threshold, as cosine distance in 0..2.
+        sweeps: Iterations of the fixed point; more than any case needs costs time, fewer are reported as not converged.
+    """
+
+    keep: int = 64
+    gate: Literal["erank", "entropy", "none"] = "erank"
+    erank_ref: float = 90.0
+    entropy_ref: float = 4.7
+    step: float = 0.01
+    max_distance: float = 0.25
+    sweeps: int = 24
+
+    def __call__(self, tokens: VisionTokens) -> Kept:
+        """Choose K tokens; the diagnostics say the gate's ratio, how many survived before the back-fill, and convergence."""
+        if self.keep >= tokens.attention.shape[1]:
+            return keep_all(tokens)
+        ratio, diagnostics = self._gate(tokens)
+        indices, num_selected, converged = select_tokens(
+            tokens.attention, tokens.features, ratio, keep=self.keep, step=self.step, max_distance=self.max_distance,
+            sweeps=self.sweeps,
+        )
+        return Kept(indices, None, {**diagnostics, "num_selected": num_selected, "converged": converged})
+
+    def _gate(self, tokens: VisionTokens) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.gate == "erank":
+            rank = effective_rank(tokens.features)
+            return rank / self.erank_ref, {"effective_rank": rank}
+        if self.gate == "entropy":
+            entropy = attention_entropy(tokens.attention)
+            return entropy / self.entropy_ref, {"attention_entropy": entropy}
+        return torch.ones_like(tokens.attention[:, 0], dtype=torch.float32), {}
+
+
+def select_tokens(
+    attention: Tensor,
+    features: Tensor,
+    ratio: Tensor,
+    *,
+    keep: int,
+    step: float = 0.01,
+    max_distance: float = 0.25,
+    sweeps: int = 24,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select `keep` tokens by the rule of AgilePruner, exactly, with static shapes and no loop over tokens.
+
+    The greedy walk is the unique fixed point of alive_i = not any_j (silences_ji and alive_j) over the tokens in order of
+    attention; sweeping from all-alive reaches it, since after n sweeps the first n tokens are final.
+
+    Args:
+        attention: (B, N) scores; equal ones rank by place.
+        features: (B, N, D) tokens compared by un-centred cosine distance.
+        ratio: (B,) image complexity over its reference.
+        keep: K, at most N.
+        step: Distance that each rank adds to the threshold.
+        max_distance: Largest threshold.
+        sweeps: Iterations.
+
+    Returns:
+        Indices (B, K) int64 ascending; num_selected (B,) int64, the survivors among the K before the back-fill;
+        converged (B,) bool, whether one more sweep would change nothing.
+    """
+    count = attention.shape[1]
+    rank = rank_by(attention.float())  # (B, N), 0 for the most attended
+    distance = cosine_distance(features)
+    threshold = ((rank + 1.0) * (ratio.float()[:, None] * step)).clamp(max=max_distance)  # (B, N)
+    # silences[b, i, j]: token j, if alive, silences token i, which comes later.
+    silences = ((distance < threshold[:, None, :]) & (rank[:, None, :] < rank[:, :, None])).float()
+    alive = previous = torch.ones_like(rank)
+    for _ in range(sweeps):
+        previous = alive
+        alive = ((silences @ alive[:, :, None])[:, :, 0] < 0.5).float()
+    converged = (alive == previous).all(dim=1)
+    # The living by rank, then the others by rank: early stop and back-fill at once.
+    indices = first_by(rank - alive * count, keep)
+    num_selected = alive.sum(dim=1).clamp(max=keep).to(torch.int64)
+    return indices, num_selected, converged
+
+
+def cosine_distance(features: Tensor) -> Tensor:
+    """Return 1 - cosine of every pair of `features` (B, N, D), un-centred, in fp32: (B, N, N), 0..2."""
+    features = features.float()
+    unit = features / (features.norm(dim=2, keepdim=True) + 1e-8)
+    return 1.0 - unit @ unit.transpose(1, 2)

@@ -1,0 +1,26 @@
+"""Attention pruning: the K tokens that the class token looks at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from leanvlm.exporter.pruners.base import Kept, VisionTokens, keep_all, top_indices
+
+
+@dataclass(frozen=True)
+class AttentionPruner:
+    """Top-K by class-token attention (FasterVLM, arXiv 2412.01818).
+
+    Needs a class token; uses no text and merges nothing.
+
+    Attributes:
+        keep: K, tokens kept of each crop.
+    """
+
+    keep: int = 64
+
+    def __call__(self, tokens: VisionTokens) -> Kept:
+        """Choose the K most attended tokens, in raster order."""
+        if self.keep >= tokens.attention.shape[1]:
+            return keep_all(tokens)
+        return Kept(top_indices(tokens.attention, self.keep))

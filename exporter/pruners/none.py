@@ -1,0 +1,18 @@
+"""No pruning: the baseline that every figure is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from leanvlm.exporter.pruners.base import Kept, VisionTokens, keep_all
+
+
+@dataclass(frozen=True)
+class NoPruner:
+    """Keeps every token; `keep` is N, for the record only."""
+
+    keep: int = 576
+
+    def __call__(self, tokens: VisionTokens) -> Kept:
+        """Return all N tokens in raster order."""
+        return keep_all(tokens)

@@ -1,0 +1,107 @@
+"""The checkpoint itself, run unmodified by transformers in fp32: what an exported bundle is compared with.
+
+A half-precision decoder is widened one leaf module at a time while it runs, so the comparison needs no second copy of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from leanvlm.exporter.checkpoint import Checkpoint
+from leanvlm.exporter.pruners.base import VisionTokens
+
+Array = npt.NDArray[Any]
+
+
+class Reference:
+    """Runs a loaded checkpoint's own forward code.
+
+    Attributes:
+        checkpoint: Where the model came from.
+        model: The transformers model; its tower and projector in fp32.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
+        self.checkpoint = checkpoint
+        self.model: Any = model
+
+    @torch.no_grad()
+    def vision(self, pixel_values: Array) -> VisionTokens:
+        """Return the unpruned tokens of pixel values (B, 3, H, W), with eager attention for the class token's row."""
+        spec, core = self.checkpoint.spec, self.model.model
+        # The blocks behind the cut are still in the checkpoint's dtype.
+        with _eager_attention(core.vision_tower), computed_in_float32(core.vision_tower):
+            out = core.vision_tower(
+                torch.from_numpy(pixel_values), output_hidden_states=True, output_attentions=True, return_dict=True
+            )
+        hidden = out.hidden_states[spec.feature_layer][:, 1:]
+        attention = out.attentions[spec.scored_block].float().mean(dim=1)[:, 0, 1:]
+        features = core.multi_modal_projector(hidden)
+        return VisionTokens(features, hidden, hidden, attention, spec.grid)
+
+    @torch.no_grad()
+    def logits(self, embeddings: Array, last: int) -> Array:
+        """Return the logits (last, V) of the last positions of a sequence of embeddings (S, D)."""
+        decoder: Any = self.checkpoint.family.decoder(self.model)
+        with computed_in_float32(decoder):
+            out = decoder(inputs_embeds=torch.from_numpy(embeddings)[None], use_cache=False, logits_to_keep=last)
+        result: Array = out.logits[0].float().numpy()
+        return result
+
+
+@contextlib.contextmanager
+def computed_in_float32(module: nn.Module) -> Iterator[None]:
+    """Widen each leaf module's parameters to fp32 only while it runs."""
+    handles = []
+    for leaf in module.modules():
+        narrow = {k: p.data for k, p in leaf.named_parameters(recurse=False) if p.dtype != torch.float32}
+        if narrow:
+            handles.append(leaf.register_forward_pre_hook(_widen))
+            handles.append(leaf.register_forward_hook(_restore(narrow)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _widen(leaf: nn.Module, args: Any) -> None:
+    for parameter in leaf.parameters(recurse=False):
+        parameter.data = parameter.data.float()
+
+
+def _restore(narrow: dict[str, Tensor]) -> Any:
+    def hook(leaf: nn.Module, args: Any, output: Any) -> None:
+        for name, data in narrow.items():
+            leaf.get_parameter(name).data = data
+
+    return hook
+
+
+@contextlib.contextmanager
+def _eager_attention(tower: Any) -> Iterator[None]:
+    """Let a tower return attention probabilities, which fused kernels do not."""
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        tower.set_attn_implementation(before)
+
+
+def relative_difference(found: Array, expected: Array) -> float:
+    """Return max |found - expected| over max |expected|."""
+    return float(np.abs(found - expected).max() / max(float(np.abs(expected).max()), 1e-12))
+
+
+def cosine(a: Array, b: Array) -> float:
+    """Return the cosine between two vectors."""
+    a, b = a.ravel().astype(np.float64), b.ravel().astype(np.float64)
+    return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30))

@@ -1,0 +1,32 @@
+"""How far a graph may be from the model it was made from. Every number has its reason; tests and exports use the same.
+
+Differences are relative to the largest magnitude of the reference tensor, so that they do not depend on a model's scale.
+"""
+
+from __future__ import annotations
+
+# Largest |graph - reference| / max |reference| of image features.
+# fp32: two implementations sum in different orders; 24 blocks gave 2e-6 at most, five times that is allowed for other CPUs.
+# fp16: the graph computes in half precision (11 bits), the reference in fp32; one rounding is 5e-4 and they add up.
+FEATURES = {"fp32": 1e-5, "fp16": 2e-2, "int8": 1e-5, "int4": 1e-5}
+
+# Least share of kept tokens that agree with the reference's choice (a tie broken by a rounding error swaps a token).
+KEPT_OVERLAP = {"fp32": 0.98, "fp16": 0.90, "int8": 0.98, "int4": 0.98}
+
+# Largest |logits - reference| / max |reference| at the first position; None where weights are rounded on purpose.
+LOGITS = {"fp32": 1e-4, "fp16": 3e-2, "int8": None, "int4": None}
+
+# Least cosine between first-position logits and the reference. Rounded weights keep the direction, not the digits:
+# int8 loses about 1e-3; int4 with blocks of 32 loses a few percent on random weights, the hardest case.
+LOGITS_COSINE = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.99, "int4": 0.90}
+
+# Greedy tokens must be the reference's where the weights are not rounded, unless the two best logits of the reference are
+# nearer to each other than this share of max |logits|: then either is right.
+TOKEN_MARGIN = {"fp32": 2e-4, "fp16": 5e-2}
+
+# Preprocessing against the checkpoint's processor, in levels of 255 before normalisation: libraries round a resized
+# pixel up or down.
+PIXEL_LEVELS = 1.0
+
+# Rotary, softmax and norm kernels of the two runtimes on a tiny random decoder, absolute on logits of order 1.
+TINY_LOGITS = 2e-4

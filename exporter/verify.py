@@ -1,0 +1,155 @@
+"""Does the bundle do what the checkpoint does? Measured at every export, with the runtime that will run it.
+
+Per budget: the image features and the kept tokens of two probe images in one batch, against the unmodified checkpoint. For the
+decoder: first-position logits. For the whole chain: greedy tokens, by one pass of the checkpoint over the same sequence,
+which is the same event as decoding greedily step by step. The figures go into the manifest; a failure leaves no bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from leanvlm.exporter import tolerances
+from leanvlm.exporter.pruners.base import Pruner
+from leanvlm.exporter.reference import Reference, cosine, relative_difference
+from leanvlm.runtime.errors import VerificationError
+from leanvlm.runtime.preprocess import preprocess
+from leanvlm.runtime.session import Session, user_message
+
+Array = npt.NDArray[Any]
+PROMPT = "Describe the image."
+NEW_TOKENS = 8
+
+
+def verify(
+    session: Session,
+    reference: Reference,
+    pruners: Mapping[int, Pruner],
+    on_step: Callable[[str], None] = lambda step: None,
+) -> dict[str, Any]:
+    """Compare a finished bundle with its checkpoint.
+
+    Args:
+        session: The bundle, open.
+        reference: The checkpoint.
+        pruners: Budget to pruner, as exported.
+        on_step: Told what is being compared, for a progress display.
+
+    Returns:
+        The measured differences, for the manifest.
+
+    Raises:
+        VerificationError: A difference is over its tolerance, a value is not finite, or a selection did not converge.
+    """
+    precision = session.manifest.precision
+    images = probe_images()
+    pixels = preprocess(images, session.manifest.image)
+    tokens = reference.vision(pixels)
+    features = tokens.features.numpy()
+    results: dict[str, Any] = {"images": len(images), "vision": {}, "tokens": {}}
+    for budget, pruner in pruners.items():
+        on_step(f"verify vision {budget}")
+        outputs = session.vision(budget).run({"pixel_values": pixels})
+        with torch.no_grad():
+            expected = pruner(tokens)
+        wanted = None if expected.features is None else expected.features.numpy()
+        measured = _compare_vision(outputs, features, expected.indices.numpy(), wanted)
+        results["vision"][str(budget)] = measured
+        _check_vision(budget, measured, precision)
+    on_step("verify decoder")
+    for budget in pruners:
+        measured = _compare_chain(session, reference, images[0], budget, precision)
+        results["tokens"][str(budget)] = measured
+        _check_chain(budget, measured, precision)
+    return results
+
+
+def probe_images() -> list[Image.Image]:
+    """Return two fixed images, of different size and content: smooth gradients, and patches of noise and lines."""
+    rng = np.random.default_rng(7)
+    rows, columns = np.mgrid[0:300, 0:420] / 300.0
+    smooth = np.stack([rows, columns / 1.4, 1 - rows], axis=2) * 200 + 25
+    smooth[90:180, 60:150] = (220, 40, 40)
+    busy = np.kron(rng.uniform(0, 255, (30, 24, 3)), np.ones((16, 16, 1)))
+    busy[::11] = 0
+    busy += rng.normal(0, 12, busy.shape)
+    return [Image.fromarray(np.clip(a, 0, 255).astype(np.uint8)) for a in (smooth, busy)]
+
+
+def _compare_vision(
+    outputs: Mapping[str, Array], features: Array, expected: Array, merged: Array | None
+) -> dict[str, Any]:
+    """Compare one vision graph's outputs with the unpruned features (B, N, D) and the choice (B, K) of the reference."""
+    found = outputs["keep_indices"]
+    batch, kept = found.shape
+    overlap = [len(np.intersect1d(found[b], expected[b])) / kept for b in range(batch)]
+    wanted = np.take_along_axis(features, found[:, :, None], axis=1) if merged is None else merged
+    return {
+        "features": relative_difference(outputs["image_features"], wanted),
+        "kept_overlap": min(overlap),
+        "finite": all(bool(np.isfinite(v).all()) for v in outputs.values() if v.dtype.kind == "f"),
+        "converged": bool(outputs["converged"].all()),
+        "ascending": bool((np.diff(found, axis=1) > 0).all()) if kept > 1 else True,
+        "num_selected": [int(n) for n in outputs["num_selected"]],
+    }
+
+
+def _check_vision(budget: int, measured: Mapping[str, Any], precision: str) -> None:
+    where = f"vision graph of budget {budget}"
+    if not measured["finite"]:
+        raise VerificationError(f"{where}: values that are not finite (NaN or infinity)")
+    if not measured["converged"]:
+        raise VerificationError(f"{where}: the selection did not converge; give the pruner more sweeps")
+    if not measured["ascending"]:
+        raise VerificationError(f"{where}: kept indices are not unique and ascending")
+    limit = tolerances.KEPT_OVERLAP[precision]
+    if measured["kept_overlap"] < limit:
+        share = measured["kept_overlap"]
+        raise VerificationError(f"{where}: keeps {share:.1%} of the checkpoint's choice, less than {limit:.0%}")
+    limit = tolerances.FEATURES[precision]
+    if not measured["features"] <= limit:
+        raise VerificationError(f"{where}: features differ by {measured['features']:.2g} of their range, over {limit:g}")
+
+
+def _compare_chain(
+    session: Session, reference: Reference, image: Image.Image, budget: int, precision: str
+) -> dict[str, Any]:
+    """Generate greedily with the bundle; let the checkpoint judge every token from its own features of the kept tokens."""
+    answer = session.generate(PROMPT, [image], budget=budget, max_new_tokens=NEW_TOKENS, ignore_end=True)
+    encoded = session.encode_images([image], budget)[0]
+    ids = session.prompt_ids([user_message(PROMPT, 1)], 1)
+    prompt = session.splice(ids, [encoded])
+    sequence = np.concatenate([prompt, session.table.rows(answer.token_ids[:-1])])
+    expected = reference.logits(sequence, NEW_TOKENS)
+    decoder = session.decoder()
+    decoder.start(len(prompt))
+    first = decoder.step(prompt)
+    best = expected.argmax(axis=1)
+    near = tolerances.TOKEN_MARGIN.get(precision, np.inf) * np.abs(expected).max()
+    gaps = expected.max(axis=1) - expected[np.arange(NEW_TOKENS), list(answer.token_ids)]
+    return {
+        "logits": relative_difference(first, expected[0]),
+        "cosine": cosine(first, expected[0]),
+        "compared": NEW_TOKENS,
+        "equal": int((best == np.asarray(answer.token_ids)).sum()),
+        "wrong": int((gaps > near).sum()),
+    }
+
+
+def _check_chain(budget: int, measured: Mapping[str, Any], precision: str) -> None:
+    where = f"decoder at budget {budget}"
+    limit = tolerances.LOGITS[precision]
+    if limit is not None and not measured["logits"] <= limit:
+        raise VerificationError(f"{where}: logits differ by {measured['logits']:.2g} of their range, over {limit:g}")
+    least = tolerances.LOGITS_COSINE[precision]
+    if not measured["cosine"] >= least:
+        raise VerificationError(f"{where}: logits have cosine {measured['cosine']:.4f} with the checkpoint's, under {least}")
+    if measured["wrong"]:
+        counts = f"{measured['wrong']} of {measured['compared']}"
+        raise VerificationError(f"{where}: {counts} greedy tokens are not the checkpoint's")

@@ -1,0 +1,91 @@
+"""What a run returns: the text, its tokens, the time of each stage, and what pruning did to each image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+STAGES = ("preprocess", "vision", "project", "prune", "splice", "prefill", "sample", "decode")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What pruning kept of one image, and why.
+
+    Attributes:
+        kept: K, image tokens handed to the decoder.
+        total: N, image tokens before pruning.
+        effective_rank: Of the image's features; a measure of its variety.
+        attention_entropy: Of the class token's attention, in nats; high when no part stands out.
+        num_selected: Tokens kept on merit; the other `kept - num_selected` were filled up by attention.
+        converged: Whether the selection reached its fixed point, which makes it exact.
+        indices: (K,) places of the kept tokens on the patch grid, in raster order.
+        attention: (N,) the class token's attention to each patch.
+    """
+
+    kept: int
+    total: int
+    effective_rank: float
+    attention_entropy: float
+    num_selected: int
+    converged: bool
+    indices: npt.NDArray[np.int64]
+    attention: npt.NDArray[np.float32]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scalar values, for JSON."""
+        names = ("kept", "total", "effective_rank", "attention_entropy", "num_selected", "converged")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class Timings:
+    """Wall times of one answer, in ms.
+
+    `vision` is the whole vision graph (vision, project and prune); `sample` and `decode` have one entry a token, the first
+    of `sample` belongs to the prefill. `time_to_first_token` runs from the image's bytes to the first token id.
+    """
+
+    preprocess: float = 0.0
+    vision: float = 0.0
+    splice: float = 0.0
+    prefill: float = 0.0
+    sample: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    time_to_first_token: float = 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """One number a stage: `sample` and `decode` summed over the answer."""
+        return {
+            "preprocess": self.preprocess,
+            "vision_graph": self.vision,
+            "splice": self.splice,
+            "prefill": self.prefill,
+            "sample": sum(self.sample),
+            "decode": sum(self.decode),
+            "time_to_first_token": self.time_to_first_token,
+        }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer.
+
+    Attributes:
+        text: Without special tokens and without the stop string that ended it.
+        token_ids: All generated ids, an end token included.
+        prompt_tokens: Positions that the prompt took, kept image tokens included.
+        finish_reason: `stop` (end token or stop string) or `length`.
+        timings: Wall times.
+        pruning: One entry an image, in order.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: str
+    timings: Timings
+    pruning: tuple[Pruning, ...]

@@ -1,0 +1,77 @@
+"""Backends: what runs a bundle's graphs. A target names its backend; a backend opens vision graphs and the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from leanvlm.runtime.manifest import Manifest
+
+__all__ = ["BACKENDS", "Backend", "Decoder", "Graph", "open_backend"]
+
+BACKENDS: dict[str, str] = {
+    "cpu": "leanvlm.runtime.backends.ort:OrtBackend",
+    "cuda": "leanvlm.runtime.backends.ort:OrtBackend",
+}
+
+Array = npt.NDArray[Any]
+
+
+class Graph(Protocol):
+    """One vision graph, ready to run."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph; inputs and outputs go by the names in the manifest."""
+        ...
+
+
+class Decoder(Protocol):
+    """The decoder with the key-value cache of one sequence."""
+
+    def start(self, capacity: int) -> None:
+        """Begin a new sequence of at most `capacity` positions."""
+        ...
+
+    def step(self, embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Append embeddings (S, D) to the sequence and return the logits (V,) of the last position."""
+        ...
+
+
+class Backend(Protocol):
+    """Opens the graphs of one bundle on one device."""
+
+    device: str
+
+    def graph(self, budget: int) -> Graph:
+        """Open the vision graph of a budget."""
+        ...
+
+    def decoder(self) -> Decoder:
+        """Open the decoder."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the libraries that run the graphs."""
+        ...
+
+
+def open_backend(folder: Path, manifest: Manifest, *, device: str | None, threads: int | None) -> Backend:
+    """Open the backend of a bundle's target.
+
+    Args:
+        folder: The bundle.
+        manifest: Its manifest.
+        device: `cpu`, `cuda`, or None for the bundle's own.
+        threads: Processor threads; None leaves the choice to the backend.
+
+    Raises:
+        BackendError: The target has no backend here, or the device is not there.
+    """
+    module, name = BACKENDS[manifest.target].split(":")
+    backend: Backend = getattr(import_module(module), name)(folder, manifest, device=device, threads=threads)
+    return backend

@@ -1,0 +1,273 @@
+"""The manifest of a bundle: what `leanvlm.json` says, read and written in one place.
+
+A bundle is a folder; its manifest is the only link between exporting and running. Reading one checks its schema and that
+every file it names is inside the folder, present and of the stated size; `verify_files` compares the sha256 sums too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from leanvlm.runtime.errors import BundleError, InputError, ManifestError
+from leanvlm.runtime.preprocess import ImageSpec
+
+SCHEMA = 1
+MANIFEST = "leanvlm.json"
+TARGETS = ("cpu", "cuda", "tensorrt-rtx", "tensorrt")
+# The model builder gives other pairs an attention op without the shared cache, so they are not offered.
+PRECISIONS = {
+    "cpu": ("fp32", "int8", "int4"),
+    "cuda": ("fp16", "int8", "int4"),
+    "tensorrt-rtx": ("fp16", "fp32", "int8"),
+    "tensorrt": ("fp16", "fp32", "int8"),
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph: `shape` holds sizes, or names where a size is free."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file of the bundle and what goes in and out of it."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """The decoder graph and its key-value cache, laid out (B, kv_heads, S, head_dim) for each layer.
+
+    The first `kv_heads` axis is not repeated for grouped queries; past and present share one buffer.
+    """
+
+    graph: GraphSpec
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    kv_dtype: str
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """Size in bytes and sha256 of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Where the weights came from: `id` is a Hub name or the folder's name, `sha256` one sum over the weight files."""
+
+    id: str
+    revision: str | None
+    sha256: str
+    licence: str | None = None
+    licence_file: str | None = None
+
+
+@dataclass(frozen=True)
+class PrunerSpec:
+    """The pruner by name, with every parameter that was in force."""
+
+    name: str
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a runtime must know of a bundle (schema 1).
+
+    Attributes:
+        budgets: Image tokens kept per crop, one vision graph each; the first is the default, the last is N (unpruned).
+        tokens_per_crop: N, the image tokens of one crop before pruning.
+        grid: Rows and columns of the patch grid; rows * columns = N.
+        vision: Budget to vision graph.
+        embed_tokens: File of the token table, one tensor named `embed_tokens.weight`, (vocab_size, D).
+        image: How an image becomes pixel values.
+        image_token_id: The token that stands for one image in the prompt.
+        positions: `compact` numbers the kept tokens in a row; `original` keeps their places in the full sequence.
+        verification: What the export measured against the checkpoint, per stage and per budget.
+    """
+
+    source: SourceSpec
+    family: str
+    pruner: PrunerSpec
+    budgets: tuple[int, ...]
+    tokens_per_crop: int
+    grid: tuple[int, int]
+    target: str
+    precision: str
+    vision: Mapping[int, GraphSpec]
+    decoder: DecoderSpec
+    embed_tokens: str
+    image: ImageSpec
+    image_token_id: int
+    positions: str
+    min_onnxruntime: str
+    versions: Mapping[str, str]
+    files: Mapping[str, FileSpec]
+    verification: Mapping[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def default_budget(self) -> int:
+        """The budget used when none is asked for: the first that the export named."""
+        return self.budgets[0]
+
+    def budget(self, asked: int | None) -> int:
+        """Return the budget to use for `asked` (image tokens per crop), or the default for None.
+
+        Raises:
+            InputError: The bundle holds no vision graph of that budget.
+        """
+        budget = self.default_budget if asked is None else asked
+        if budget not in self.vision:
+            held = ", ".join(str(b) for b in sorted(self.vision))
+            raise InputError(f"budget {budget} is not in this bundle; it holds {held}")
+        return budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form, which `from_dict` reads back to an equal manifest."""
+        data = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        data["image"] = self.image.to_dict()
+        return {"schema": data.pop("schema"), **data}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+        """Read the JSON form.
+
+        Raises:
+            ManifestError: An unknown schema, or a key that is missing or not of its type.
+        """
+        schema = data.get("schema") if isinstance(data, Mapping) else None
+        if schema != SCHEMA:
+            raise ManifestError(f"{MANIFEST} has schema {schema!r}; this version of leanvlm reads schema {SCHEMA}")
+        try:
+            manifest = cls(
+                source=SourceSpec(**data["source"]),
+                family=str(data["family"]),
+                pruner=PrunerSpec(str(data["pruner"]["name"]), dict(data["pruner"]["params"])),
+                budgets=tuple(int(b) for b in data["budgets"]),
+                tokens_per_crop=int(data["tokens_per_crop"]),
+                grid=(int(data["grid"][0]), int(data["grid"][1])),
+                target=str(data["target"]),
+                precision=str(data["precision"]),
+                vision={int(budget): _graph(graph) for budget, graph in data["vision"].items()},
+                decoder=DecoderSpec(**{**data["decoder"], "graph": _graph(data["decoder"]["graph"])}),
+                embed_tokens=str(data["embed_tokens"]),
+                image=ImageSpec.from_dict(data["image"]),
+                image_token_id=int(data["image_token_id"]),
+                positions=str(data["positions"]),
+                min_onnxruntime=str(data["min_onnxruntime"]),
+                versions=dict(data["versions"]),
+                files={str(name): FileSpec(**spec) for name, spec in data["files"].items()},
+                verification=dict(data.get("verification", {})),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ManifestError(f"{MANIFEST} is not a valid manifest: {type(error).__name__}: {error}") from error
+        manifest._check_consistency()
+        return manifest
+
+    def _check_consistency(self) -> None:
+        if not self.budgets or set(self.budgets) != set(self.vision):
+            raise ManifestError(f"{MANIFEST}: budgets {list(self.budgets)} and vision graphs do not match")
+        graphs = [*(graph.file for graph in self.vision.values()), self.decoder.graph.file, self.embed_tokens]
+        unlisted = [file for file in graphs if file not in self.files]
+        if unlisted:
+            raise ManifestError(f"{MANIFEST}: {unlisted[0]} is used but not listed under files")
+
+
+def _plain(value: Any) -> Any:
+    """Turn dataclasses, tuples and mappings into what JSON holds."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _graph(data: Mapping[str, Any]) -> GraphSpec:
+    def tensors(items: list[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(str(i["name"]), str(i["dtype"]), tuple(i["shape"])) for i in items)
+
+    return GraphSpec(str(data["file"]), tensors(data["inputs"]), tensors(data["outputs"]))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `leanvlm.json` into a bundle folder."""
+    text = json.dumps(manifest.to_dict(), indent=1, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read the manifest of a bundle and check that its files are there, inside the folder and of the stated sizes.
+
+    Raises:
+        BundleError: The folder is not a bundle, or a file is missing or has another size.
+        ManifestError: The manifest cannot be read, or names a path outside the folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is not a folder; give the folder that `leanvlm export` wrote")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path} cannot be read: {error}") from error
+    manifest = Manifest.from_dict(data)
+    for name, spec in manifest.files.items():
+        _check_file(folder, name, spec)
+    return manifest
+
+
+def _check_file(folder: Path, name: str, spec: FileSpec) -> None:
+    path = folder / name
+    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        raise ManifestError(f"{MANIFEST} names {name!r}, which is outside the bundle")
+    if not path.is_file():
+        raise BundleError(f"the bundle is incomplete: {name} is missing from {folder}")
+    size = path.stat().st_size
+    if size != spec.bytes:
+        raise BundleError(f"{name} has {size} bytes where {MANIFEST} says {spec.bytes}: copy or export the bundle again")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file as hex, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Compare the sha256 of every file of the bundle with the manifest.
+
+    Raises:
+        BundleError: A file differs.
+    """
+    for name, spec in manifest.files.items():
+        if file_sha256(folder / name) != spec.sha256:
+            raise BundleError(f"{name} does not match its sha256 in {MANIFEST}: copy or export the bundle again")

@@ -1,0 +1,41 @@
+"""Imports of packages that only some of LeanVLM's work needs."""
+
+import importlib
+from types import ModuleType
+
+from leanvlm.runtime.errors import MissingExtraError
+
+ACTIVITIES = {
+    "cpu": "running a bundle",
+    "gpu": "running a bundle on a GPU",
+    "rtx": "running or building TensorRT-RTX engines",
+    "trt": "running or building TensorRT engines",
+    "export": "exporting",
+    "gpu-export": "exporting for a GPU",
+}
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional module.
+
+    Args:
+        module: Its dotted name, such as `torch` or `onnxruntime_genai.models`.
+        extra: The extra of the `leanvlm` distribution that installs it, such as `export`.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        MissingExtraError: The module's distribution is not installed. An import that fails inside an installed
+            package is passed on as it is, because installing the extra would not mend it.
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (package, module):
+            raise
+        activity = ACTIVITIES.get(extra, "this")
+        raise MissingExtraError(
+            f"{activity} needs {package}, which is not installed: pip install 'leanvlm[{extra}]'"
+        ) from error

@@ -1,0 +1,302 @@
+"""Images to pixel values: what a checkpoint's CLIP-style image processor does, in Pillow and NumPy.
+
+The arithmetic follows the Pillow backend of `transformers.CLIPImageProcessor`: white under transparency, resize,
+centre crop with black beyond the border, scale, normalise.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from leanvlm.runtime.errors import InputError, ManifestError, UnsupportedModelError
+
+ImageSource = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
+PixelValues = npt.NDArray[np.float32] | npt.NDArray[np.uint8]
+
+MAX_PIXELS = 64_000_000
+"""The largest image that is decoded, and the largest that resizing may make: 192 MB as RGB."""
+
+PROCESSORS = (
+    "CLIPImageProcessor",
+    "CLIPImageProcessorPil",
+    "CLIPImageProcessorFast",
+    "CLIPFeatureExtractor",
+    "LlavaImageProcessor",
+    "LlavaImageProcessorPil",
+    "LlavaImageProcessorFast",
+)
+
+# What the processors above use for a key that their configuration leaves out.
+PROCESSOR_DEFAULTS: dict[str, Any] = {
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "default_to_square": False,
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+    "do_convert_rgb": True,
+}
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """An image processor as data; `(level * rescale_factor - image_mean) / image_std` is what the model sees.
+
+    A step that the processor leaves out is the identity here: None for `resize` and `crop`, 1 for `rescale_factor`,
+    zeros and ones for `image_mean` and `image_std`. An image is always converted to RGB first.
+
+    Attributes:
+        resize: The shorter edge in pixels (the aspect ratio is kept), or (height, width), or None.
+        crop: (height, width) cut from the centre; a smaller image is padded with black. None for no crop.
+        resample: Pillow's number of the resampling filter, 0 to 5; 3 is bicubic.
+        rescale_factor: What a level of 0 to 255 is multiplied by.
+        image_mean: Subtracted per channel, after rescaling.
+        image_std: Divided by per channel, after `image_mean` is subtracted.
+        layout: `float32` for normalised values, `uint8` for levels that the vision graph itself normalises.
+
+    Raises:
+        UnsupportedModelError: The output size would vary with the image, or a value is out of range.
+    """
+
+    resize: int | tuple[int, int] | None
+    crop: tuple[int, int] | None
+    resample: int = 3
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    image_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    layout: Literal["float32", "uint8"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.crop is None and not isinstance(self.resize, tuple):
+            raise UnsupportedModelError(
+                "the image processor's output size varies with the image; it needs a centre crop or a fixed size"
+            )
+        edges = (self.resize,) if isinstance(self.resize, int) else self.resize or ()
+        if any(edge < 1 for edge in (*edges, *(self.crop or ()))):
+            raise UnsupportedModelError(f"the image processor's sizes must be positive: {self.resize}, {self.crop}")
+        if self.resample not in list(Image.Resampling):
+            raise UnsupportedModelError(f"the image processor's resample is {self.resample!r}; supported: 0 to 5")
+        if not isinstance(self.rescale_factor, (int, float)):
+            raise UnsupportedModelError(f"the image processor's rescale_factor is {self.rescale_factor!r}, not a number")
+        if any(value <= 0 for value in self.image_std):
+            raise UnsupportedModelError(f"the image processor's image_std must be positive: {self.image_std}")
+        if self.layout not in ("float32", "uint8"):
+            raise UnsupportedModelError(f"image layout {self.layout!r} is not supported; supported: float32, uint8")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The (height, width) of every preprocessed image, in pixels."""
+        if self.crop is not None:
+            return self.crop
+        assert isinstance(self.resize, tuple)
+        return self.resize
+
+    @classmethod
+    def from_processor_config(cls, config: Mapping[str, Any]) -> "ImageSpec":
+        """Read the content of `preprocessor_config.json`, or of a `processor_config.json` that embeds it.
+
+        Raises:
+            UnsupportedModelError: The processor is of another kind, or has a step or a size that is not handled.
+        """
+        config = config.get("image_processor") or config
+        kind = config.get("image_processor_type") or config.get("feature_extractor_type")
+        if kind not in PROCESSORS:
+            raise UnsupportedModelError(f"image processor {kind!r} is not supported; supported: {PROCESSORS[0]}")
+        options = PROCESSOR_DEFAULTS | dict(config)
+        for name, value in options.items():
+            if value and name not in PROCESSOR_DEFAULTS and name.startswith(("do_", "use_")):
+                raise UnsupportedModelError(f"the image processor's {name} = {value!r} is not supported")
+        normalize = options["do_normalize"]
+        return cls(
+            resize=_edges("size", options["size"], options["default_to_square"]) if options["do_resize"] else None,
+            crop=_pair("crop_size", options["crop_size"]) if options["do_center_crop"] else None,
+            resample=options["resample"],
+            rescale_factor=options["rescale_factor"] if options["do_rescale"] else 1.0,
+            image_mean=_triple("image_mean", options["image_mean"]) if normalize else (0.0, 0.0, 0.0),
+            image_std=_triple("image_std", options["image_std"]) if normalize else (1.0, 1.0, 1.0),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; tuples become lists."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ImageSpec":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ManifestError: A field is missing, unknown or of the wrong type.
+        """
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
+        try:
+            return cls(**fields)
+        except (TypeError, ValueError, UnsupportedModelError) as error:
+            raise ManifestError(f"the manifest's image preprocessing cannot be read: {error}") from error
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Open an image as RGB, as `transformers` would: files are turned upright by their EXIF orientation.
+
+    Args:
+        source: A path, the bytes of an image file, a Pillow image of any mode (taken as it lies, EXIF ignored), or
+            levels (H, W, 3) uint8.
+
+    Returns:
+        The image in mode RGB; transparent pixels are blended with white.
+
+    Raises:
+        InputError: The file does not exist or is no image, it cannot be decoded, or it has no pixels or more than
+            `MAX_PIXELS`.
+    """
+    if isinstance(source, np.ndarray):
+        if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
+            raise InputError(f"an image array must be (H, W, 3) uint8, not {source.shape} {source.dtype}")
+        _check_size(source.shape[1], source.shape[0], "the image array")
+        return Image.fromarray(source)
+    if isinstance(source, Image.Image):
+        with _one_line_errors("the image"):
+            _check_size(source.width, source.height, "the image")
+            return _to_rgb(source)
+    if not isinstance(source, (bytes, str, Path)):
+        raise InputError(f"an image must be a path, bytes, a Pillow image or an array, not {type(source).__name__}")
+    name = "the image" if isinstance(source, bytes) else f"image {str(source)[:200]!r}"
+    file = BytesIO(source) if isinstance(source, bytes) else _existing_file(source, name)
+    with _one_line_errors(name), Image.open(file) as image:
+        _check_size(image.width, image.height, name)
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def preprocess(images: Sequence[ImageSource], spec: ImageSpec) -> PixelValues:
+    """Make the vision graph's input from images.
+
+    Args:
+        images: B images, each as `load_image` takes it; at least one.
+        spec: The checkpoint's image processor.
+
+    Returns:
+        Pixel values (B, 3, H, W) with (H, W) = `spec.size`: float32 normalised, or uint8 levels, as `spec.layout` says.
+
+    Raises:
+        InputError: There is no image, or one cannot be used.
+    """
+    if not images:
+        raise InputError("there is no image to preprocess; give at least one")
+    levels = np.stack([_levels(load_image(image), spec) for image in images]).transpose(0, 3, 1, 2)  # (B, 3, H, W)
+    if spec.layout == "uint8":
+        return np.ascontiguousarray(levels)
+    mean = np.asarray(spec.image_mean, np.float32).reshape(3, 1, 1)
+    std = np.asarray(spec.image_std, np.float32).reshape(3, 1, 1)
+    values: npt.NDArray[np.float32] = np.multiply(levels, spec.rescale_factor, dtype=np.float32, order="C")
+    values -= mean
+    values /= std
+    return values
+
+
+def _levels(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
+    """Resize and crop an RGB image to levels (H, W, 3)."""
+    if spec.resize is not None:
+        height, width = _resized(image.height, image.width, spec.resize)
+        if height * width > MAX_PIXELS:
+            raise InputError(
+                f"an image of {image.width} x {image.height} is too narrow: resizing it for the model "
+                f"would make {width} x {height} pixels"
+            )
+        image = image.resize((width, height), resample=Image.Resampling(spec.resample))
+    if spec.crop is not None:
+        height, width = spec.crop
+        # Floor division of a negative difference puts the odd pixel of padding first, as the processor does.
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    return np.asarray(image)
+
+
+def _resized(height: int, width: int, resize: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(resize, tuple):
+        return resize
+    longer = int(resize * max(height, width) / min(height, width))
+    return (longer, resize) if width <= height else (resize, longer)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _existing_file(path: str | Path, name: str) -> Path:
+    # os.path answers False where Path raises: for a name that is too long or holds a null character.
+    if os.path.isfile(path):
+        return Path(path)
+    if str(path).startswith(("http://", "https://", "data:")):
+        raise InputError(f"{name} is not a file; images are read from files, so download it first")
+    raise InputError(f"{name} is not a file" if os.path.exists(path) else f"{name} does not exist")
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise InputError(f"{name} has no pixels: {width} x {height}")
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{name} has {width} x {height} pixels; at most {MAX_PIXELS // 10**6} megapixels are decoded")
+
+
+@contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises while it opens or decodes `name` into an InputError."""
+    with warnings.catch_warnings():
+        # Ours is the smaller limit, and it is an error.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            yield
+        except InputError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise InputError(f"{name} has more than {MAX_PIXELS // 10**6} megapixels") from error
+        except UnidentifiedImageError as error:
+            raise InputError(f"{name} is not an image in a format that Pillow reads") from error
+        except Exception as error:  # On damaged data Pillow's decoders raise nearly anything.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{name} cannot be decoded: {reason}") from error
+
+
+def _edges(name: str, size: Any, square: bool) -> int | tuple[int, int]:
+    """A processor's size: an int or {shortest_edge} gives the shorter edge, anything else (height, width)."""
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        return int(size["shortest_edge"])
+    if isinstance(size, int) and not square:
+        return size
+    return _pair(name, size)
+
+
+def _pair(name: str, size: Any) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, Mapping) and set(size) == {"height", "width"}:
+        return int(size["height"]), int(size["width"])
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    raise UnsupportedModelError(f"the image processor's {name} = {size!r} is not supported")
+
+
+def _triple(name: str, values: Any) -> tuple[float, float, float]:
+    if isinstance(values, (int, float)):
+        return float(values), float(values), float(values)
+    if isinstance(values, (list, tuple)) and len(values) == 3:
+        return float(values[0]), float(values[1]), float(values[2])
+    raise UnsupportedModelError(f"the image processor's {name} = {values!r} is not supported; it needs three numbers")

@@ -1,0 +1,90 @@
+"""Choosing the next token from logits: greedy, temperature and nucleus (top-p) sampling, as pure functions."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from leanvlm.runtime.errors import BackendError, InputError
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are chosen; the default is greedy.
+
+    Attributes:
+        temperature: What logits are divided by, at least 0; 0 takes the most probable token.
+        top_p: Mass of the nucleus that is sampled from, above 0 and up to 1.
+        seed: Makes sampling repeatable, at least 0; None draws a fresh seed.
+
+    Raises:
+        InputError: A value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        # Written so that NaN fails too.
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise InputError(f"temperature must be a number of at least 0, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.seed is not None and self.seed < 0:
+            raise InputError(f"seed must be at least 0, not {self.seed}")
+
+    def generator(self) -> np.random.Generator:
+        """A fresh random generator that starts from `seed`."""
+        return np.random.default_rng(self.seed)
+
+
+def sample(logits: npt.NDArray[Any], *, temperature: float, top_p: float, rng: np.random.Generator) -> int:
+    """Choose a token.
+
+    Args:
+        logits: One position's scores (V,), of any float type; -inf forbids a token.
+        temperature: At least 0; 0 takes the highest score, and of equal ones the lowest id, without touching `rng`.
+        top_p: Above 0 and up to 1: only the fewest most probable tokens that together reach it can be drawn
+            (nucleus sampling, Holtzman et al., arXiv 1904.09751).
+        rng: Gives one uniform number per call when the temperature is above 0.
+
+    Returns:
+        The token's id.
+
+    Raises:
+        BackendError: The logits hold NaN or +inf, or nothing above -inf.
+    """
+    peak = logits.max()  # NaN if any logit is NaN.
+    if not np.isfinite(peak):
+        raise BackendError(f"the decoder returned logits that cannot be sampled: their maximum is {peak}")
+    if temperature == 0:
+        return int(logits.argmax())
+    order, cumulative = nucleus(logits, temperature, top_p)
+    drawn = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
+    return int(order[min(int(drawn), len(order) - 1)])
+
+
+def nucleus(
+    logits: npt.NDArray[Any], temperature: float, top_p: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The tokens that top-p sampling draws from.
+
+    Args:
+        logits: Scores (V,) with a finite maximum.
+        temperature: Above 0.
+        top_p: Above 0 and up to 1.
+
+    Returns:
+        Token ids, most probable first (equal ones by id), and their cumulative probabilities within the whole
+        vocabulary; at least one token.
+    """
+    scores = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # A tiny temperature sends all but the highest score to -inf, as it should.
+        weights = np.exp((scores - scores.max()) / temperature)
+    order = np.argsort(-weights, kind="stable")
+    cumulative = np.cumsum(weights[order] / weights.sum())
+    kept = int(np.searchsorted(cumulative, top_p, side="left")) + 1
+    return order[:kept], cumulative[:kept]

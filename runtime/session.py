@@ -1,0 +1,356 @@
+"""A bundle in use: images and a prompt in, text out.
+
+One answer goes through preprocess, vision graph (vision, project, prune), splice, prefill, sample and decode. Image embeddings
+are spliced between the text's here, in NumPy, so the graphs know nothing of prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from leanvlm.runtime.answer import Answer, Pruning, Timings
+from leanvlm.runtime.backends import Backend, Decoder, Graph, open_backend
+from leanvlm.runtime.embeddings import TokenTable
+from leanvlm.runtime.errors import BackendError, ContextOverflowError, InputError
+from leanvlm.runtime.manifest import Manifest, read_manifest, verify_files
+from leanvlm.runtime.preprocess import ImageSource, preprocess
+from leanvlm.runtime.sampling import SamplingConfig, sample
+from leanvlm.runtime.text import Message, StopStrings, Template, TextTokenizer, check_image_tokens, split_on_image
+
+MAX_NEW_TOKENS = 128
+# A cache a little larger than needed serves the next turns and prompts too.
+CACHE_STEP = 64
+
+Embeddings = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """One image, encoded: embeddings (K, D) and what pruning did."""
+
+    embeddings: Embeddings
+    pruning: Pruning
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How an answer is generated.
+
+    Attributes:
+        max_new_tokens: At least 1.
+        sampling: Temperature 0 is greedy, whatever the checkpoint's generation_config.json says.
+        stop: Strings that end the answer and are left out of it.
+        ignore_end: Go on after an end token, for measuring.
+    """
+
+    max_new_tokens: int = MAX_NEW_TOKENS
+    sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (frozen)
+    stop: tuple[str, ...] = ()
+    ignore_end: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens {self.max_new_tokens} is not possible; give at least 1")
+
+
+class Generation:
+    """An answer in the making: iterate over its pieces of text; `answer` is there when they end."""
+
+    def __init__(self, pieces: Iterator[str], finish: list[Answer]) -> None:
+        self._pieces = pieces
+        self._finish = finish
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    @property
+    def answer(self) -> Answer:
+        """The finished answer; runs the generation to its end if that was not done."""
+        for _ in self._pieces:
+            pass
+        return self._finish[0]
+
+
+class Session:
+    """Runs a bundle. Open one with `load`; it is a context manager.
+
+    Vision graphs open when a budget is first used, each with its own copy of the weights in memory.
+
+    Attributes:
+        manifest: What the bundle says of itself.
+        folder: Where it is.
+        backend: What runs its graphs.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.backend = backend
+        self.template = Template.from_folder(folder)
+        self.tokenizer = TextTokenizer.from_folder(folder)
+        self.table = TokenTable(folder / manifest.embed_tokens)
+        self.end_ids = _end_ids(folder)
+        self._graphs: dict[int, Graph] = {}
+        self._decoder: Decoder | None = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the graphs and their memory."""
+        self._graphs.clear()
+        self._decoder = None
+
+    def generate(
+        self, prompt: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any
+    ) -> Answer:
+        """Answer a prompt; takes what `stream` takes and returns the finished answer."""
+        return self.stream(prompt, images, **options).answer
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        images: Sequence[ImageSource] = (),
+        *,
+        budget: int | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_end: bool = False,
+    ) -> Generation:
+        """Answer a prompt piece by piece.
+
+        Args:
+            prompt: The user's text, or messages as in Hugging Face chat templates (an image part for each image).
+            images: The images, in the order of their places.
+            budget: Image tokens kept per crop; one of the bundle's, None for its default.
+            max_new_tokens: Where the answer is cut.
+            temperature: 0 is greedy.
+            top_p: Share of probability sampled from, over 0 and at most 1.
+            seed: Makes sampling repeatable.
+            stop: Strings that end the answer.
+            ignore_end: Go on after an end token, for measuring.
+
+        Raises:
+            InputError: An option, image or prompt that cannot be used.
+            ContextOverflowError: Prompt and answer do not fit the model's context.
+        """
+        options = GenerateOptions(
+            max_new_tokens, SamplingConfig(temperature, top_p, seed), tuple(stop), ignore_end
+        )
+        chosen = self.manifest.budget(budget)
+        messages = [user_message(prompt, len(images))] if isinstance(prompt, str) else list(prompt)
+        start, timings = perf_counter(), Timings()
+        features = self.encode_images(images, chosen, timings)
+        return self.respond(messages, features, options, timings, start)
+
+    def encode_images(
+        self, images: Sequence[ImageSource], budget: int, timings: Timings | None = None
+    ) -> list[ImageFeatures]:
+        """Turn images into the embeddings that the decoder reads, keeping `budget` tokens of each crop.
+
+        Args:
+            images: B images; none gives an empty list.
+            budget: One of the bundle's budgets.
+            timings: Receives the times of preprocess and vision.
+        """
+        timings = timings or Timings()
+        if not images:
+            return []
+        start = perf_counter()
+        pixels = preprocess(images, self.manifest.image)
+        middle = perf_counter()
+        outputs = self.vision(budget).run({"pixel_values": pixels})
+        timings.preprocess += 1e3 * (middle - start)
+        timings.vision += 1e3 * (perf_counter() - middle)
+        return [self._features(outputs, row) for row in range(len(images))]
+
+    def respond(
+        self,
+        messages: Sequence[Message],
+        features: Sequence[ImageFeatures],
+        options: GenerateOptions,
+        timings: Timings | None = None,
+        start: float | None = None,
+    ) -> Generation:
+        """Answer a conversation whose images are encoded already.
+
+        Args:
+            messages: The conversation.
+            features: One entry for each image part, in order.
+            options: How to generate.
+            timings: Times so far.
+            start: `perf_counter()` when the request came, for the time to the first token.
+        """
+        timings = timings or Timings()
+        start = perf_counter() if start is None else start
+        begin = perf_counter()
+        prompt = self.splice(self.prompt_ids(messages, len(features)), features)
+        self._check_context(len(prompt), options.max_new_tokens)
+        timings.splice += 1e3 * (perf_counter() - begin)
+        finish: list[Answer] = []
+        pieces = self._pieces(prompt, features, options, timings, start, finish)
+        return Generation(pieces, finish)
+
+    def prompt_ids(self, messages: Sequence[Message], images: int) -> list[int]:
+        """Render and tokenise a conversation; every image is one image token in the result."""
+        ids = self.tokenizer.encode(self.template.render(messages))
+        check_image_tokens(ids, self.manifest.image_token_id, images)
+        return ids
+
+    def vision(self, budget: int) -> Graph:
+        """Return the vision graph of a budget, opened on first use."""
+        if budget not in self._graphs:
+            self._graphs[budget] = self.backend.graph(budget)
+        return self._graphs[budget]
+
+    def decoder(self) -> Decoder:
+        """Return the decoder, opened on first use."""
+        if self._decoder is None:
+            self._decoder = self.backend.decoder()
+        return self._decoder
+
+    def _features(self, outputs: Mapping[str, npt.NDArray[Any]], row: int) -> ImageFeatures:
+        embeddings = outputs["image_features"][row].astype(np.float32, copy=False)
+        if not np.isfinite(embeddings).all():
+            raise BackendError("the vision graph returned values that are not finite")
+        pruning = Pruning(
+            kept=embeddings.shape[0],
+            total=self.manifest.tokens_per_crop,
+            effective_rank=float(outputs["effective_rank"][row]),
+            attention_entropy=float(outputs["attention_entropy"][row]),
+            num_selected=int(outputs["num_selected"][row]),
+            converged=bool(outputs["converged"][row]),
+            indices=outputs["keep_indices"][row],
+            attention=outputs["attention"][row],
+        )
+        return ImageFeatures(embeddings, pruning)
+
+    def splice(self, ids: Sequence[int], features: Sequence[ImageFeatures]) -> Embeddings:
+        """Put image embeddings in the places of the image tokens: (S, D)."""
+        segments = split_on_image(ids, self.manifest.image_token_id)
+        parts = [self.table.rows(segments[0])]
+        for image, segment in zip(features, segments[1:], strict=True):
+            parts += [image.embeddings, self.table.rows(segment)]
+        return np.concatenate(parts)
+
+    def _check_context(self, prompt: int, new: int) -> None:
+        context = self.manifest.decoder.context_length
+        if prompt + new > context:
+            raise ContextOverflowError(
+                f"the prompt takes {prompt} positions and the answer up to {new}, together {prompt + new}; "
+                f"the model's context holds {context}"
+            )
+
+    def _pieces(
+        self,
+        prompt: Embeddings,
+        features: Sequence[ImageFeatures],
+        options: GenerateOptions,
+        timings: Timings,
+        start: float,
+        finish: list[Answer],
+    ) -> Iterator[str]:
+        """Yield the answer's text as it comes and leave the finished answer in `finish`."""
+        stream, stops = self.tokenizer.stream(), StopStrings(options.stop)
+        text: list[str] = []
+        ids: list[int] = []
+        reason = "length"
+        for token in self._tokens(prompt, options, timings, start):
+            ids.append(token)
+            ended = token in self.end_ids and not options.ignore_end
+            piece = stops.push(stream.flush() if ended else stream.push(token))
+            if piece:
+                text.append(piece)
+                yield piece
+            if ended or stops.stopped:
+                reason = "stop"
+                break
+        rest = "" if stops.stopped else stops.push(stream.flush()) + stops.flush()
+        if rest:
+            text.append(rest)
+            yield rest
+        pruning = tuple(image.pruning for image in features)
+        finish.append(Answer("".join(text).strip(), tuple(ids), len(prompt), reason, timings, pruning))
+
+    def _tokens(
+        self, prompt: Embeddings, options: GenerateOptions, timings: Timings, start: float
+    ) -> Iterator[int]:
+        """Yield up to `max_new_tokens` token ids: prefill, then one decode step a token."""
+        decoder, sampling = self.decoder(), options.sampling
+        rng = sampling.generator()
+        begin = perf_counter()
+        decoder.start(_round_up(len(prompt) + options.max_new_tokens, self.manifest.decoder.context_length))
+        logits = decoder.step(prompt)
+        timings.prefill = 1e3 * (perf_counter() - begin)
+        for count in range(options.max_new_tokens):
+            begin = perf_counter()
+            token = sample(logits, temperature=sampling.temperature, top_p=sampling.top_p, rng=rng)
+            end = perf_counter()
+            timings.sample.append(1e3 * (end - begin))
+            if count == 0:
+                timings.time_to_first_token = 1e3 * (end - start)
+            yield token
+            if count + 1 < options.max_new_tokens:
+                begin = perf_counter()
+                logits = decoder.step(self.table.rows([token]))
+                timings.decode.append(1e3 * (perf_counter() - begin))
+
+
+def load(
+    bundle: str | Path, *, device: str | None = None, threads: int | None = None, verify: bool = False
+) -> Session:
+    """Open a bundle.
+
+    Args:
+        bundle: The folder that `leanvlm export` wrote.
+        device: `cpu` or `cuda`; None is the bundle's own.
+        threads: Processor threads for the CPU; None leaves the choice to ONNX Runtime.
+        verify: Compare every file's sha256 with the manifest first.
+
+    Raises:
+        BundleError: The folder is no bundle, or is incomplete or damaged.
+        BackendError: This machine cannot run it.
+    """
+    folder = Path(bundle)
+    manifest = read_manifest(folder)
+    if verify:
+        verify_files(folder, manifest)
+    return Session(folder, manifest, open_backend(folder, manifest, device=device, threads=threads))
+
+
+def user_message(text: str, images: int) -> Message:
+    """Return a user's message of some images followed by text.
+
+    Raises:
+        InputError: The text is empty.
+    """
+    if not text.strip():
+        raise InputError("the prompt is empty; ask something, such as 'What is in the image?'")
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
+def _round_up(positions: int, limit: int) -> int:
+    return min(-(-positions // CACHE_STEP) * CACHE_STEP, limit)
+
+
+def _end_ids(folder: Path) -> frozenset[int]:
+    """Read the end tokens of the bundle's generation_config.json."""
+    end = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    return frozenset([end] if isinstance(end, int) else end or [])

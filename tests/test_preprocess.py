@@ -1,0 +1,253 @@
+"""Image preprocessing against the Hugging Face processor, on scikit-image's photographs."""
+
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+from transformers.image_utils import load_image as transformers_load_image
+
+from leanvlm.demo import MODEL_DIR
+from leanvlm.runtime.errors import InputError, ManifestError, UnsupportedModelError
+from leanvlm.runtime.preprocess import MAX_PIXELS, ImageSpec, load_image, preprocess
+
+PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
+CONFIG: dict[str, Any] = json.loads((MODEL_DIR / "preprocessor_config.json").read_text())
+SPEC = ImageSpec.from_processor_config(CONFIG)
+TOLERANCE = 1e-5  # Of a normalised value, so 1/1500 of a level: the arithmetic is the same up to its order.
+
+
+def reference(image: Image.Image, config: dict[str, Any] = CONFIG) -> np.ndarray:
+    return CLIPImageProcessorPil(**config)(images=image, return_tensors="np")["pixel_values"]
+
+
+def photograph(name: str = "chelsea.png") -> Image.Image:
+    with Image.open(PHOTOGRAPHS / name) as image:
+        image.load()
+        return image
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["camera.png", "chelsea.png", "coffee.png", "horse.png", "hubble_deep_field.jpg", "logo.png", "rocket.jpg"],
+)
+def test_photographs_equal_the_processor(name: str) -> None:
+    values = preprocess([PHOTOGRAPHS / name], SPEC)
+    assert values.shape == (1, 3, *SPEC.size)
+    assert values.dtype == np.float32
+    assert values.flags.c_contiguous
+    np.testing.assert_allclose(values, reference(photograph(name)), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [(336, 336), (337, 336), (301, 217), (451, 3), (2, 300), (1, 1), (335, 449)])
+def test_odd_shapes_equal_the_processor(size: tuple[int, int]) -> None:
+    image = photograph().resize(size)
+    np.testing.assert_allclose(preprocess([image], SPEC), reference(image), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "PA", "P", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"])
+def test_modes_equal_the_processor(mode: str) -> None:
+    source = photograph("horse.png")
+    image = source.convert("L").convert(mode) if mode == "I;16" else source.convert(mode)
+    np.testing.assert_allclose(preprocess([image], SPEC), reference(image), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("transparency", [3, b"\x00\x80\xff" * 50, (255, 255, 255)])
+def test_transparent_colours_equal_the_processor(transparency: int | bytes | tuple[int, ...]) -> None:
+    mode = "RGB" if isinstance(transparency, tuple) else "P"
+    data = encoded(photograph("logo.png").convert(mode), "PNG", transparency=transparency)
+    with Image.open(io.BytesIO(data)) as image:
+        assert "transparency" in image.info
+        np.testing.assert_allclose(preprocess([data], SPEC), reference(image), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": 224, "crop_size": 224},
+        {"size": {"height": 200, "width": 350}, "do_center_crop": False},
+        {"size": [200, 350], "do_center_crop": False, "resample": 0},
+        {"size": 224, "default_to_square": True, "do_center_crop": False, "resample": 2},
+        {"do_resize": False},
+        {"do_resize": False, "crop_size": {"height": 401, "width": 100}},
+        {"do_resize": False, "crop_size": {"height": 302, "width": 600}},
+        {"do_normalize": False},
+        {"do_rescale": False, "image_mean": 120.0, "image_std": [60.0, 61.0, 62.0]},
+        {"do_rescale": False, "do_normalize": False},
+        {"do_resize": None, "resample": 1, "do_pad": False, "rescale_factor": 1 / 127.5},
+    ],
+)
+def test_configurations_equal_the_processor(changes: dict[str, Any]) -> None:
+    config, image = CONFIG | changes, photograph()  # 451 x 300
+    values = preprocess([image], ImageSpec.from_processor_config(config))
+    expected = reference(image, config)
+    assert values.shape == expected.shape
+    np.testing.assert_allclose(values, expected, rtol=1e-6, atol=TOLERANCE)
+
+
+def test_rows_of_a_batch_are_independent() -> None:
+    images = [photograph(name) for name in ("coffee.png", "text.png", "logo.png")]
+    batch = preprocess(images, SPEC)
+    np.testing.assert_array_equal(batch, np.concatenate([preprocess([image], SPEC) for image in images]))
+
+
+def test_levels_are_what_is_normalised() -> None:
+    data = SPEC.to_dict() | {"layout": "uint8"}
+    levels = preprocess([photograph()], ImageSpec.from_dict(data))
+    assert levels.dtype == np.uint8
+    mean, std = (np.reshape(values, (3, 1, 1)) for values in (SPEC.image_mean, SPEC.image_std))
+    normalised = (levels * SPEC.rescale_factor - mean) / std
+    np.testing.assert_allclose(normalised, preprocess([photograph()], SPEC), rtol=0, atol=TOLERANCE)
+
+
+def test_every_kind_of_source_is_the_same_image(tmp_path: Path) -> None:
+    image = photograph()
+    data = encoded(image, "PNG")
+    path = tmp_path / "image.png"
+    path.write_bytes(data)
+    for source in (path, str(path), data, image, np.asarray(image)):
+        np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(image))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_files_are_turned_upright_and_images_are_not(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.jpg"
+    path.write_bytes(encoded(photograph(), "JPEG", exif=exif))
+    np.testing.assert_array_equal(np.asarray(load_image(path)), np.asarray(transformers_load_image(str(path))))
+    with Image.open(path) as image:
+        assert load_image(image).size == photograph().size
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says how large it is and holds next to nothing."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0"))]
+    body = (
+        struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data)) for tag, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+# The three limits met: ours, the one where Pillow warns, and the one where it raises.
+@pytest.mark.parametrize("height", [MAX_PIXELS // 8000 + 1, 12_000, 60_000])
+def test_huge_images_are_refused_before_they_are_decoded(height: int) -> None:
+    with pytest.raises(InputError, match="megapixels"):
+        load_image(png_header(8000, height))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("missing.png", "'missing.png' does not exist"),
+        (".", "is not a file"),
+        ("x" * 5000, "does not exist"),
+        ("null\0character", "does not exist"),
+        ("https://example.org/cat.png", "download it first"),
+        (Path(__file__), "not an image in a format that Pillow reads"),
+        (b"", "not an image"),
+        (png_header(8, 8), "cannot be decoded"),
+        (np.zeros((4, 4, 4), np.uint8), r"must be \(H, W, 3\) uint8"),
+        (np.zeros((4, 4, 3), np.float32), r"must be \(H, W, 3\) uint8"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels: 4 x 0"),
+        (Image.new("RGB", (0, 0)), "no pixels: 0 x 0"),
+        (7, "not int"),
+    ],
+)
+def test_what_is_no_image_is_one_clear_line(source: Any, reason: str) -> None:
+    with pytest.raises(InputError, match=reason) as caught:
+        load_image(source)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_truncated_photograph_is_refused() -> None:
+    with pytest.raises(InputError, match=r"cannot be decoded: .*truncated"):
+        load_image((PHOTOGRAPHS / "rocket.jpg").read_bytes()[:20_000])
+
+
+DAMAGED = [encoded(photograph().resize((40, 30)), form) for form in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP")]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's remarks on damaged metadata
+@given(
+    data=st.sampled_from(DAMAGED),
+    changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8),
+    end=st.integers(0, 4000),
+)
+def test_damaged_files_give_an_image_or_an_input_error(data: bytes, changes: list[tuple[int, int]], end: int) -> None:
+    damaged = bytearray(data)
+    for position, value in changes:
+        damaged[position % len(damaged)] = value
+    try:
+        mode = load_image(bytes(damaged[:end])).mode
+    except InputError as error:
+        mode = "RGB" if "\n" not in str(error) else str(error)
+    assert mode == "RGB"
+
+
+def test_an_image_too_narrow_to_resize_is_refused() -> None:
+    with pytest.raises(InputError, match="1 x 100000 is too narrow"):
+        preprocess([Image.new("RGB", (1, 100_000))], SPEC)
+
+
+def test_no_image_is_an_error() -> None:
+    with pytest.raises(InputError, match="at least one"):
+        preprocess([], SPEC)
+
+
+def test_a_spec_survives_json() -> None:
+    for spec in (SPEC, ImageSpec(resize=(20, 30), crop=None, layout="uint8"), ImageSpec(resize=None, crop=(4, 5))):
+        assert ImageSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize(
+    "change", [{"colour": 1}, {"crop": 3}, {"resample": 9}, {"layout": "float16"}, {"image_std": None}]
+)
+def test_a_damaged_record_is_a_manifest_error(change: dict[str, Any]) -> None:
+    with pytest.raises(ManifestError, match="image preprocessing cannot be read"):
+        ImageSpec.from_dict(SPEC.to_dict() | change)
+
+
+@pytest.mark.parametrize("name", ["CLIPImageProcessorFast", "CLIPImageProcessorPil", "LlavaImageProcessor"])
+def test_names_of_the_same_processor(name: str) -> None:
+    assert ImageSpec.from_processor_config(CONFIG | {"image_processor_type": name}) == SPEC
+    assert ImageSpec.from_processor_config({"image_processor": CONFIG, "patch_size": 14}) == SPEC
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"image_processor_type": "Qwen2VLImageProcessor"}, "'Qwen2VLImageProcessor' is not supported"),
+        ({"image_processor_type": None}, "None is not supported"),
+        ({"do_pad": True}, "do_pad = True"),
+        ({"use_square_size": True}, "use_square_size"),
+        ({"size": {"shortest_edge": 336, "longest_edge": 672}}, "size = .*longest_edge"),
+        ({"crop_size": {"shortest_edge": 336}}, "crop_size = "),
+        ({"do_center_crop": False}, "output size varies"),
+        ({"resample": "bicubic"}, "resample is 'bicubic'"),
+        ({"image_mean": [0.5]}, r"image_mean = \[0.5\]"),
+        ({"image_std": 0.0}, "image_std must be positive"),
+        ({"size": 0}, "sizes must be positive"),
+        ({"size": None}, "size = None"),
+        ({"rescale_factor": None}, "rescale_factor is None"),
+    ],
+)
+def test_processors_that_are_not_handled_are_named(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        ImageSpec.from_processor_config(CONFIG | change)
