@@ -29,6 +29,7 @@ from leanvlm.exporter.passes import PASSES
 from leanvlm.exporter.passes.shared_weights import save_sharing
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, Pruner, parse
 from leanvlm.exporter.reference import Reference
+from leanvlm.exporter.tokenizer import write_tokenizer
 from leanvlm.exporter.trace import OPSET, trace
 from leanvlm.exporter.verify import verify
 from leanvlm.runtime.embeddings import TENSOR
@@ -223,6 +224,7 @@ def _copy_small_files(checkpoint: Checkpoint, folder: Path) -> None:
     for name in (*COPIED, checkpoint.licence_file):
         if name is not None and (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)
+    write_tokenizer(checkpoint.folder, folder)
     if not (folder / "generation_config.json").is_file():
         text, config = checkpoint.config.text_config, checkpoint.config
         end = getattr(config, "eos_token_id", None)

@@ -91,7 +91,7 @@ class ImageSpec:
         if self.resample not in list(Image.Resampling):
             raise UnsupportedModelError(f"the image processor's resample is {self.resample!r}; supported: 0 to 5")
         if not isinstance(self.rescale_factor, (int, float)):
-            raise UnsupportedModelError(f"the image processor's rescale_factor is {self.rescale_factor!r}, not a number")
+            raise UnsupportedModelError(f"the image processor's rescale_factor is no number: {self.rescale_factor!r}")
         if any(value <= 0 for value in self.image_std):
             raise UnsupportedModelError(f"the image processor's image_std must be positive: {self.image_std}")
         if self.layout not in ("float32", "uint8"):

@@ -63,8 +63,8 @@ def sample(logits: npt.NDArray[Any], *, temperature: float, top_p: float, rng: n
     if temperature == 0:
         return int(logits.argmax())
     order, cumulative = nucleus(logits, temperature, top_p)
-    drawn = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
-    return int(order[min(int(drawn), len(order) - 1)])
+    # rng.random() is at most 1 - 2**-53, so the product stays below the last sum; "right" passes over zero shares.
+    return int(order[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
 
 
 def nucleus(
@@ -79,12 +79,17 @@ def nucleus(
 
     Returns:
         Token ids, most probable first (equal ones by id), and their cumulative probabilities within the whole
-        vocabulary; at least one token.
+        vocabulary; at least one token. With a `top_p` of 1, all of them by id.
     """
     scores = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # A tiny temperature sends all but the highest score to -inf, as it should.
         weights = np.exp((scores - scores.max()) / temperature)
-    order = np.argsort(-weights, kind="stable")
-    cumulative = np.cumsum(weights[order] / weights.sum())
+    probabilities = weights / weights.sum()
+    if top_p == 1:
+        return np.arange(len(probabilities)), np.cumsum(probabilities)
+    # All tokens below this share together stay within 1 - top_p: none is in the nucleus, so none is sorted.
+    candidates = np.flatnonzero(probabilities >= (1 - top_p) / len(probabilities))
+    order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
+    cumulative = np.cumsum(probabilities[order])
     kept = int(np.searchsorted(cumulative, top_p, side="left")) + 1
     return order[:kept], cumulative[:kept]

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from leanvlm.runtime.answer import Answer, Pruning, Timings
 from leanvlm.runtime.backends import Backend, Decoder, Graph, open_backend
@@ -31,6 +32,7 @@ MAX_NEW_TOKENS = 128
 CACHE_STEP = 64
 
 Embeddings = npt.NDArray[np.float32]
+ONE_IMAGE = (str, Path, bytes, Image.Image, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Session:
         self._decoder = None
 
     def generate(
-        self, prompt: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any
+        self, prompt: str | Sequence[Message], images: ImageSource | Sequence[ImageSource] = (), **options: Any
     ) -> Answer:
         """Answer a prompt; takes what `stream` takes and returns the finished answer."""
         return self.stream(prompt, images, **options).answer
@@ -124,21 +126,22 @@ class Session:
     def stream(
         self,
         prompt: str | Sequence[Message],
-        images: Sequence[ImageSource] = (),
+        images: ImageSource | Sequence[ImageSource] = (),
         *,
         budget: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_end: bool = False,
     ) -> Generation:
         """Answer a prompt piece by piece.
 
         Args:
             prompt: The user's text, or messages as in Hugging Face chat templates (an image part for each image).
-            images: The images, in the order of their places.
+            images: One image or several in the order of their places; each a path, the bytes of an image file, a Pillow
+                image or levels (H, W, 3) uint8.
             budget: Image tokens kept per crop; one of the bundle's, None for its default.
             max_new_tokens: Where the answer is cut.
             temperature: 0 is greedy.
@@ -151,9 +154,9 @@ class Session:
             InputError: An option, image or prompt that cannot be used.
             ContextOverflowError: Prompt and answer do not fit the model's context.
         """
-        options = GenerateOptions(
-            max_new_tokens, SamplingConfig(temperature, top_p, seed), tuple(stop), ignore_end
-        )
+        images = [images] if isinstance(images, ONE_IMAGE) else list(images)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        options = GenerateOptions(max_new_tokens, SamplingConfig(temperature, top_p, seed), stops, ignore_end)
         chosen = self.manifest.budget(budget)
         messages = [user_message(prompt, len(images))] if isinstance(prompt, str) else list(prompt)
         start, timings = perf_counter(), Timings()
@@ -276,6 +279,8 @@ class Session:
             ids.append(token)
             ended = token in self.end_ids and not options.ignore_end
             piece = stops.push(stream.flush() if ended else stream.push(token))
+            # Templates end right behind "ASSISTANT:", so an answer begins with a space of no use.
+            piece = piece if text else piece.lstrip()
             if piece:
                 text.append(piece)
                 yield piece
@@ -287,7 +292,7 @@ class Session:
             text.append(rest)
             yield rest
         pruning = tuple(image.pruning for image in features)
-        finish.append(Answer("".join(text).strip(), tuple(ids), len(prompt), reason, timings, pruning))
+        finish.append(Answer("".join(text), tuple(ids), len(prompt), reason, timings, pruning))
 
     def _tokens(
         self, prompt: Embeddings, options: GenerateOptions, timings: Timings, start: float

@@ -137,11 +137,12 @@ class TextTokenizer:
         Raises:
             InputError: The text holds half of a surrogate pair.
         """
-        begun = self.bos_token is not None and text.startswith(self.bos_token)
         try:
-            return self.tokenizer.encode(text, add_special_tokens=not begun).ids
+            text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt is not valid Unicode: character {error.start} is a lone surrogate") from error
+        begun = self.bos_token is not None and text.startswith(self.bos_token)
+        return self.tokenizer.encode(text, add_special_tokens=not begun).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids."""

@@ -245,7 +245,7 @@ def test_names_of_the_same_processor(name: str) -> None:
         ({"image_std": 0.0}, "image_std must be positive"),
         ({"size": 0}, "sizes must be positive"),
         ({"size": None}, "size = None"),
-        ({"rescale_factor": None}, "rescale_factor is None"),
+        ({"rescale_factor": None}, "rescale_factor is no number: None"),
     ],
 )
 def test_processors_that_are_not_handled_are_named(change: dict[str, Any], reason: str) -> None:

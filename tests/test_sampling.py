@@ -35,9 +35,9 @@ def test_unusable_logits_are_the_backends_fault(logits: list[float], temperature
         draw(np.array(logits, np.float32), temperature)
 
 
-# 1.0 is left out: there transformers applies no top-p at all.
+# Of equal logits transformers takes the last, so there are none; nor is top_p 1, where it does nothing.
 @given(
-    logits=st_numpy.arrays(np.float64, st.integers(1, 50), elements=st.floats(-30, 30), unique=True),
+    logits=st_numpy.arrays(np.float64, st.integers(1, 50), elements=st.integers(-60, 60), unique=True),
     temperature=st.floats(0.1, 5),
     top_p=st.floats(0.01, 0.99),
 )
@@ -64,10 +64,17 @@ def test_draws_follow_the_softmax() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1e-9), (5e-324, 1.0), (1e-3, 0.5)])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1e-9), (1.0, 1e-300), (5e-324, 1.0), (1e-3, 0.5)])
 def test_limits_of_temperature_and_top_p_are_greedy(seed: int, temperature: float, top_p: float) -> None:
     logits = np.random.default_rng(seed).normal(size=300).astype(np.float32)
     assert draw(logits, temperature, top_p, seed) == logits.argmax()
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 0.25, 1.0])
+def test_equal_logits_are_drawn_by_id(top_p: float) -> None:
+    order, cumulative = nucleus(np.zeros(8, np.float32), 1.0, top_p)
+    assert order.tolist() == list(range(max(1, round(8 * top_p))))
+    np.testing.assert_allclose(cumulative, (order + 1) / 8)
 
 
 def test_huge_logits_do_not_overflow() -> None:

@@ -109,7 +109,7 @@ def test_malformed_messages_are_refused(message: dict[str, Any]) -> None:
     "source", ["{{ raise_exception('roles must\nalternate') }}", "{{ messages[0].role + 1 }}", "{{ messages.pop() }}"]
 )
 def test_a_refused_conversation_is_one_line(source: str) -> None:
-    with pytest.raises(InputError, match="template refuses this conversation: .") as caught:
+    with pytest.raises(InputError, match=r"template refuses this conversation: .") as caught:
         Template(source).render(CONVERSATION)
     assert "\n" not in str(caught.value)
 
@@ -250,6 +250,7 @@ class CountingTokenizer(TextTokenizer):
     longest = 0
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Decode, and note how many."""
         self.longest = max(self.longest, len(ids))
         return super().decode(ids, skip_special_tokens=skip_special_tokens)
 

@@ -55,6 +55,10 @@ class Backend(Protocol):
         """Open the decoder."""
         ...
 
+    def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
+        """Return the share of vision, project and prune in a vision graph's time, measured node by node."""
+        ...
+
     def versions(self) -> dict[str, str]:
         """Return the versions of the libraries that run the graphs."""
         ...

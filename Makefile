@@ -1,0 +1,58 @@
+# Each target first sets up .venv, once. `make help` lists them.
+PYTHON ?= python3
+# Further arguments for pip, such as an index with smaller PyTorch wheels.
+PIP_ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+LIBRARY := calibration demo exporter runtime
+CHECKED := $(LIBRARY) tests
+
+IMAGE := demo/samples/complex-9003.png
+QUESTION := What is below the green ring?
+BUNDLE := out/demo-64
+OVERLAY := out/kept.png
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint types wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("make: exporting needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,dev]' $(PIP_ARGS)
+	@touch $@
+
+demo: $(READY) ## export the built-in model, ask it about a sample image, profile it
+	$(BIN)/leanvlm export --model demo --budget 64 -o $(BUNDLE) --force
+	$(BIN)/leanvlm run $(BUNDLE) --image $(IMAGE) --prompt '$(QUESTION)' --overlay $(OVERLAY)
+	$(BIN)/leanvlm profile $(BUNDLE) --image $(IMAGE)
+	@echo
+	@echo 'The image with the kept patches marked: $(OVERLAY)'
+	@echo 'Ask something else: $(BIN)/leanvlm run $(BUNDLE) --image $(IMAGE)'
+
+test: $(READY) ## run the tests
+	$(BIN)/pytest
+
+test-slow: $(READY) ## run the tests that take minutes
+	$(BIN)/pytest -m slow
+
+lint: $(READY) ## check style and format
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+
+# Type checkers do not follow an editable install's import hook; this tree of links stands in for leanvlm/.
+types: $(READY) ## check types
+	@mkdir -p .types/leanvlm
+	@for folder in $(LIBRARY); do ln -sfn ../../$$folder .types/leanvlm/$$folder; done
+	$(BIN)/mypy
+
+# setuptools keeps deleted files in build/, and would ship them.
+wheel: $(READY) ## build dist/*.whl
+	rm -rf build dist
+	$(BIN)/python -m build --wheel
+
+clean: ## remove what the targets made
+	rm -rf .venv .venv-* .types .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist out *.egg-info

@@ -1,0 +1,165 @@
+"""The command `leanvlm`: flags to one library call, and its result to the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from leanvlm.runtime.console import one_line_errors, stderr_console
+from leanvlm.runtime.errors import InputError
+
+app = typer.Typer(
+    name="leanvlm",
+    help="Export a vision-language model with its visual-token pruning inside the graph, and run it without PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# Commands of the torch side: their modules import torch only when they run.
+ELSEWHERE = {
+    "export": "leanvlm.exporter.cli:export_command",
+}
+
+Bundle = Annotated[Path, typer.Argument(help="Folder that `leanvlm export` wrote.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's own by default.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.")]
+Budget = Annotated[int | None, typer.Option(help="Image tokens kept; one of the bundle's.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(version("leanvlm"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    wanted: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
+@app.command()
+def run(
+    bundle: Bundle,
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given several times.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to ask; without it, a chat at the terminal.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Where the answer is cut.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Share of probability to sample from.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="String that ends the answer; may be repeated.")] = None,
+    budget: Budget = None,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    overlay: Annotated[Path | None, typer.Option(help="Write a picture of the kept tokens (PNG).")] = None,
+) -> None:
+    """Answer a question about images, or chat."""
+    from leanvlm.runtime.ask import Request, ask, chat
+
+    request = Request(
+        bundle, tuple(image or ()), prompt, budget, device, threads, overlay, as_json,
+        {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop or ()},
+    )  # fmt: skip
+    if prompt is None:
+        if as_json:
+            raise InputError("--json needs --prompt")
+        chat(request)
+    else:
+        ask(request)
+
+
+@app.command()
+def profile(
+    bundle: Bundle,
+    image: Annotated[Path | None, typer.Option(help="Image to measure with; a built-in pattern by default.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = "Describe the image.",
+    runs: Annotated[int, typer.Option(min=1, help="Measured runs of each budget.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs before, not counted.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in each run.")] = 32,
+    budget: Budget = None,
+    device: Device = None,
+    threads: Threads = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with a chart.")] = None,
+) -> None:
+    """Time every stage, beside the unpruned model in the same run."""
+    from leanvlm.runtime.profile import ProfileConfig, measure
+    from leanvlm.runtime.profile_report import print_table, write_html
+
+    config = ProfileConfig(bundle, image, prompt, runs, warmup, max_new_tokens, budget, device, threads)
+    console = stderr_console()
+    with console.status("opening the bundle") as status:
+        figures = measure(config, status.update)
+    print_table(figures)
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if html is not None:
+        write_html(figures, html)
+
+
+@app.command()
+def inspect(
+    bundle: Bundle,
+    image: Annotated[Path | None, typer.Option(help="Show what pruning does to this image.")] = None,
+    overlay: Annotated[Path | None, typer.Option(help="Write the picture here (PNG).")] = None,
+    budget: Budget = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its sha256.")] = False,
+) -> None:
+    """Show what a bundle holds, and what pruning does to an image."""
+    from leanvlm.runtime.inspection import describe, inspect_image
+    from leanvlm.runtime.manifest import read_manifest, verify_files
+
+    if overlay is not None and image is None:
+        raise InputError("--overlay needs --image")
+    manifest = read_manifest(bundle)
+    if verify:
+        verify_files(bundle, manifest)
+    print(describe(bundle, manifest))
+    if image is not None:
+        print(inspect_image(bundle, image, budget, overlay))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do, what is missing, and how to mend it."""
+    from leanvlm.runtime.doctor import report
+
+    print(report())
+
+
+def _add_elsewhere() -> None:
+    for name, target in ELSEWHERE.items():
+        module, function = target.split(":")
+        app.command(name)(getattr(import_module(module), function))
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends with one line and status 2."""
+    _add_elsewhere()
+    with one_line_errors():
+        try:
+            status = typer.main.get_command(app).main(prog_name="leanvlm", standalone_mode=False)
+        except Exception as error:
+            _raise_usage_error(error)
+            raise
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _raise_usage_error(error: Any) -> None:
+    """Turn the parser's own errors, whichever click raised them, into ours."""
+    if type(error).__name__ == "Abort":
+        raise KeyboardInterrupt from error
+    if hasattr(error, "format_message"):
+        raise InputError(error.format_message() or "no command given; see leanvlm --help") from error
