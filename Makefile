@@ -44,15 +44,16 @@ lint: $(READY) ## check style and format
 	$(BIN)/ruff format --check $(CHECKED)
 
 # Type checkers do not follow an editable install's import hook; this tree of links stands in for leanvlm/.
-types: $(READY) ## check types
+types: $(READY) ## check types; the runtime also as Python 3.10
 	@mkdir -p .types/leanvlm
 	@for folder in $(LIBRARY); do ln -sfn ../../$$folder .types/leanvlm/$$folder; done
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.10 -p leanvlm.runtime
 
 # setuptools keeps deleted files in build/, and would ship them.
 wheel: $(READY) ## build dist/*.whl
 	rm -rf build dist
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build --quiet --wheel
 
 clean: ## remove what the targets made
 	rm -rf .venv .venv-* .types .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist out *.egg-info

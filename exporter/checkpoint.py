@@ -23,8 +23,11 @@ from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, DEMO, ExportConf
 from leanvlm.exporter.models import Family, FamilySpec, family_for
 from leanvlm.runtime.errors import CheckpointError
 from leanvlm.runtime.manifest import SourceSpec, file_sha256
+from leanvlm.runtime.preprocess import ImageSpec
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
+# Where checkpoints keep the image processor: newer transformers versions write the second only.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "LICENSE*", "LICENCE*", "USE_POLICY.md", "README.md")
 
 
@@ -64,6 +67,15 @@ class Checkpoint:
         """Return the manifest's record of this checkpoint; reads every weight file once for its sum."""
         digest = hashlib.sha256("".join(file_sha256(file) for file in self.weight_files).encode())
         return SourceSpec(self.name, self.revision, digest.hexdigest(), _licence(self.folder), self.licence_file)
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """The image processor as data."""
+        path = next(self.folder / name for name in PROCESSOR_FILES if (self.folder / name).is_file())
+        spec = ImageSpec.from_processor_config(json.loads(path.read_text(encoding="utf-8")))
+        if spec.size != self.spec.image_size:
+            raise CheckpointError(f"the processor makes images of {spec.size}, the tower takes {self.spec.image_size}")
+        return spec
 
     @property
     def licence_file(self) -> str | None:
@@ -122,9 +134,10 @@ def _read(folder: Path, name: str, revision: str | None, erank_ref: float) -> Ch
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
     family = family_for(model_type)
-    for needed in ("tokenizer.json", "preprocessor_config.json"):
-        if not (folder / needed).is_file():
-            raise CheckpointError(f"{folder} has no {needed}; save the checkpoint's tokenizer and processor there")
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder} has no tokenizer.json; save the checkpoint's tokenizer there")
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        raise CheckpointError(f"{folder} has no {PROCESSOR_FILES[0]}; save the checkpoint's image processor there")
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} has no .safetensors weights; convert the checkpoint (pickled weights are not read)")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

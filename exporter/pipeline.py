@@ -33,7 +33,7 @@ from leanvlm.exporter.tokenizer import write_tokenizer
 from leanvlm.exporter.trace import OPSET, trace
 from leanvlm.exporter.verify import verify
 from leanvlm.runtime.embeddings import TENSOR
-from leanvlm.runtime.errors import CheckpointError, InputError
+from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import (
     MANIFEST,
     DecoderSpec,
@@ -45,7 +45,6 @@ from leanvlm.runtime.manifest import (
     file_sha256,
     write_manifest,
 )
-from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.session import load
 
 MIN_ONNXRUNTIME = "1.23"
@@ -58,6 +57,7 @@ COPIED = (
     "chat_template.jinja",
     "chat_template.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "generation_config.json",
 )
 TOOLS = ("leanvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
@@ -252,21 +252,13 @@ def _manifest(request: Plan, vision: dict[int, GraphSpec], folder: Path) -> Mani
         vision=vision,
         decoder=_decoder_spec(checkpoint, folder),
         embed_tokens=EMBED_TOKENS,
-        image=_image_spec(checkpoint),
+        image=checkpoint.image_spec,
         image_token_id=checkpoint.spec.image_token_id,
         positions="compact",
         min_onnxruntime=MIN_ONNXRUNTIME,
         versions={tool: found for tool in TOOLS if (found := _version(tool))},
         files=files,
     )
-
-
-def _image_spec(checkpoint: Checkpoint) -> ImageSpec:
-    path = checkpoint.folder / "preprocessor_config.json"
-    spec = ImageSpec.from_processor_config(json.loads(path.read_text(encoding="utf-8")))
-    if spec.size != checkpoint.spec.image_size:
-        raise CheckpointError(f"the processor makes images of {spec.size}, the tower takes {checkpoint.spec.image_size}")
-    return spec
 
 
 def _decoder_spec(checkpoint: Checkpoint, folder: Path) -> DecoderSpec:

@@ -30,3 +30,7 @@ PIXEL_LEVELS = 1.0
 
 # Rotary, softmax and norm kernels of the two runtimes on a tiny random decoder, absolute on logits of order 1.
 TINY_LOGITS = 2e-4
+
+# The class token's attention, fused blocks against eager ones, relative: a softmax turns a rounding error of its logits into
+# a relative error of the same size, and the tiny random model's logits reach tens (24 bits of them is 1e-5).
+ATTENTION = 1e-4

@@ -7,12 +7,12 @@ import importlib
 import re
 import subprocess
 import sys
-import tomllib
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -49,9 +49,9 @@ def folder_of(package: str) -> Path:
 
 @needs_checkout
 def test_every_folder_with_python_files_is_a_listed_package() -> None:
-    library = tuple(folder_of(package) for package in FOLDERS)
-    found = {file.parent for file in repository_files() if file.suffix == ".py" and file.is_relative_to(ROOT)}
-    inside = {folder for folder in found if any(folder.is_relative_to(top) for top in library)}
+    library = [folder_of(package) for package in FOLDERS]
+    code = {file.parent for file in repository_files() if file.suffix == ".py"}
+    inside = {folder for folder in code if any(map(folder.is_relative_to, library))}
     assert inside == {folder_of(package) for package in PACKAGES}
 
 

@@ -3,11 +3,12 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import leanvlm.calibration
 import leanvlm.demo
 import leanvlm.exporter
 import leanvlm.runtime
-import pytest
 
 LIBRARY = (leanvlm.calibration, leanvlm.demo, leanvlm.exporter, leanvlm.runtime)
 SOURCES = sorted(file for part in LIBRARY for folder in part.__path__ for file in Path(folder).rglob("*.py"))
