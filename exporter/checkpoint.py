@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, DEMO, ExportConfig
 from leanvlm.exporter.models import Family, FamilySpec, family_for
-from leanvlm.runtime.errors import CheckpointError
+from leanvlm.runtime.errors import CheckpointError, LeanVLMError
 from leanvlm.runtime.manifest import SourceSpec, file_sha256
 from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.text import Template, TextTokenizer
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
 # Where checkpoints keep the image processor: newer transformers versions write the second only.
@@ -42,6 +42,7 @@ class Checkpoint:
         config: The transformers configuration.
         family: The family that handles it.
         spec: The family's numbers.
+        image_spec: The image processor as data.
         erank_ref: Reference effective rank declared for this model.
     """
 
@@ -51,6 +52,7 @@ class Checkpoint:
     config: Any
     family: Family
     spec: FamilySpec
+    image_spec: ImageSpec
     erank_ref: float
 
     @property
@@ -67,15 +69,6 @@ class Checkpoint:
         """Return the manifest's record of this checkpoint; reads every weight file once for its sum."""
         digest = hashlib.sha256("".join(file_sha256(file) for file in self.weight_files).encode())
         return SourceSpec(self.name, self.revision, digest.hexdigest(), _licence(self.folder), self.licence_file)
-
-    @property
-    def image_spec(self) -> ImageSpec:
-        """The image processor as data."""
-        path = next(self.folder / name for name in PROCESSOR_FILES if (self.folder / name).is_file())
-        spec = ImageSpec.from_processor_config(json.loads(path.read_text(encoding="utf-8")))
-        if spec.size != self.spec.image_size:
-            raise CheckpointError(f"the processor makes images of {spec.size}, the tower takes {self.spec.image_size}")
-        return spec
 
     @property
     def licence_file(self) -> str | None:
@@ -119,8 +112,8 @@ def _download(name: str, config: ExportConfig) -> Path:
     except HFValidationError as error:
         raise CheckpointError(f"{name!r} is neither a folder nor a Hub id such as llava-hf/llava-1.5-7b-hf") from error
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{name!r} is not a folder here and could not be fetched from the Hub: {reason}") from error
+        why = _one_line(error)
+        raise CheckpointError(f"{name!r} is not a folder here and could not be fetched from the Hub: {why}") from error
     return Path(folder)
 
 
@@ -129,19 +122,51 @@ def _read(folder: Path, name: str, revision: str | None, erank_ref: float) -> Ch
         raise CheckpointError(f"{folder} is not a folder; --model takes demo, an alias, a Hub id or a checkpoint folder")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint")
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    family = family_for(model_type)
+    family = family_for(str(_json(folder / "config.json").get("model_type", "")))
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json; save the checkpoint's tokenizer there")
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        raise CheckpointError(f"{folder} has no {PROCESSOR_FILES[0]}; save the checkpoint's image processor there")
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} has no .safetensors weights; convert the checkpoint (pickled weights are not read)")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return Checkpoint(folder, name, revision, config, family, family.spec(config), erank_ref)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        spec = family.spec(config)
+    except LeanVLMError:
+        raise
+    except Exception as error:  # A configuration's own checks raise nearly anything.
+        raise CheckpointError(f"{folder / 'config.json'} is not a valid configuration: {_one_line(error)}") from error
+    # Read now what only the finished bundle needs: tracing a large model takes minutes.
+    TextTokenizer.from_folder(folder)
+    Template.from_folder(folder)
+    return Checkpoint(folder, name, revision, config, family, spec, _image_spec(folder, spec), erank_ref)
+
+
+def _image_spec(folder: Path, spec: FamilySpec) -> ImageSpec:
+    """Read the image processor and compare its size with the tower's."""
+    path = next((folder / name for name in PROCESSOR_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{folder} has no {PROCESSOR_FILES[0]}; save the checkpoint's image processor there")
+    try:
+        image = ImageSpec.from_processor_config(_json(path))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a valid image processor: {_one_line(error)}") from error
+    if image.size != spec.image_size:
+        raise CheckpointError(f"the processor makes images of {image.size}, the tower takes {spec.image_size}")
+    return image
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return data
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def load_model(checkpoint: Checkpoint, on_file: Callable[[Path], None] = lambda file: None) -> nn.Module:
@@ -214,4 +239,3 @@ def _licence(folder: Path) -> str | None:
         if colon and key.strip() in ("license", "license_name"):
             return value.strip().strip("\"'") or None
     return None
-

@@ -54,13 +54,15 @@ def run_export(config: ExportConfig, *, dry_run: bool) -> None:
     if dry_run:
         print(_describe(request))
         return
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr_console(), transient=True) as progress:
+    columns = (TextColumn("{task.description:<24}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = stderr_console()
+    # Without a terminal the bar would still leave an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("start", total=request.steps)
         manifest = export_plan(request, lambda step: progress.update(task, advance=1, description=step))
     chain = manifest.verification["tokens"]
     checks = ", ".join(f"{b}: {c['equal']}/{c['compared']}" for b, c in chain.items())
-    stderr_console().print(f"verified against the checkpoint (greedy tokens equal at budget {checks})")
+    console.print(f"verified against the checkpoint (greedy tokens equal at budget {checks})")
     print(config.output_folder)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -47,12 +47,14 @@ class ExportConfig:
     precision: str | None = None
     force: bool = False
     revision: str | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     offline: bool = False
 
     def __post_init__(self) -> None:
         if not self.model.strip():
             raise InputError("--model is empty; give demo, llava, a Hub id or a folder")
+        if self.output_folder.name in ("", ".."):
+            raise InputError(f"--output {str(self.output)!r} does not name a folder; give one to write, such as llava-64")
         if not self.budgets:
             raise InputError("--budget is empty; give one or more numbers of image tokens, such as 64 or 64,128")
         for budget in self.budgets:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,10 +82,10 @@ def build_decoder(
     architecture, class_name = BUILDERS[text.model_type]
     source = scratch / "decoder"
     _write_text_checkpoint(checkpoint, architecture, source)
-    builder = require("onnxruntime_genai.models.builder", "export")
     options = [f"{key}={value}" for key, value in OPTIONS[target].items()]
     log = io.StringIO()
     with _captured(log):
+        builder = require("onnxruntime_genai.models.builder", "export")
         cache = str(scratch / "cache")
         extra = builder.parse_extra_options(str(source), str(source), str(folder), precision, target, cache, options)
         details = extra.pop("hf_details")
@@ -126,6 +127,12 @@ def _write_text_checkpoint(checkpoint: Checkpoint, architecture: str, folder: Pa
 
 @contextlib.contextmanager
 def _captured(log: io.StringIO) -> Iterator[None]:
-    """Catch what the builder prints, which would otherwise land between our own output."""
-    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        yield
+    """Catch what the builder prints and logs; its import also sets the root logger up, which is put back."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    try:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers

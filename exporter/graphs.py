@@ -33,11 +33,17 @@ class PruneStage(nn.Module):
         self.pruner = pruner
         self.grid = grid
 
-    def forward(self, features: Tensor, hidden: Tensor, keys: Tensor, attention: Tensor) -> tuple[Tensor, ...]:
-        """Map the tokens of B crops to the outputs named in `OUTPUTS` of the vision graph."""
-        kept = self.pruner(VisionTokens(features, hidden, keys, attention, self.grid))
-        chosen = gather_tokens(features, kept.indices) if kept.features is None else kept.features
-        return chosen, kept.indices, *self._diagnostics(kept, features, attention)
+    def forward(
+        self, features: Tensor, hidden: Tensor, keys: Tensor, attention: Tensor, unsplit: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Map the tokens of B crops to the outputs named in `OUTPUTS`, with merged tokens still to be projected at the end.
+
+        Returns:
+            The outputs of the vision graph and the merged tokens (B, K, Dv); either the first or the last is None.
+        """
+        kept = self.pruner(VisionTokens(features, hidden, keys, attention, unsplit, self.grid))
+        chosen = gather_tokens(features, kept.indices) if kept.hidden is None else None
+        return chosen, kept.indices, *self._diagnostics(kept, features, attention), kept.hidden
 
     @staticmethod
     def _diagnostics(kept: Kept, features: Tensor, attention: Tensor) -> tuple[Tensor, ...]:
@@ -46,8 +52,8 @@ class PruneStage(nn.Module):
         return (
             given["effective_rank"] if "effective_rank" in given else effective_rank(features),
             given["attention_entropy"] if "attention_entropy" in given else attention_entropy(attention),
-            given["num_selected"] if "num_selected" in given else every * kept.indices.shape[1],
-            given["converged"] if "converged" in given else every > 0,
+            given.get("num_selected", every * kept.indices.shape[1]),
+            given.get("converged", every > 0),
             attention,
         )
 
@@ -63,6 +69,6 @@ class VisionGraph(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Map pixel values (B, 3, H, W) to the outputs named in `OUTPUTS`."""
-        hidden, keys, attention = self.vision(pixel_values)
-        outputs: tuple[Tensor, ...] = self.prune(self.project(hidden), hidden, keys, attention)
-        return outputs
+        hidden, keys, attention, unsplit = self.vision(pixel_values)
+        chosen, *others, merged = self.prune(self.project(hidden), hidden, keys, attention, unsplit)
+        return (chosen if merged is None else self.project(merged)), *others

@@ -18,7 +18,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint, load_model, open_checkpoint
@@ -108,9 +108,7 @@ def plan(config: ExportConfig) -> Plan:
             raise InputError(f"budget {budget} is more than the {count} image tokens of this model")
     check_decoder(checkpoint.config.text_config)
     pruners: dict[int, Pruner] = {
-        budget: parse(config.pruner, keep=budget, erank_ref=checkpoint.erank_ref)
-        for budget in config.budgets
-        if budget < count
+        budget: parse(config.pruner, keep=budget, erank_ref=checkpoint.erank_ref) for budget in config.budgets if budget < count
     }
     for budget, pruner in pruners.items():
         if pruner.keep != budget:
@@ -167,9 +165,7 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     checkpoint, config = request.checkpoint, request.config
     on_step("read weights")
     model = load_model(checkpoint, lambda file: on_step(f"map {file.name}"))
-    tower = checkpoint.family.tower(model).to(torch.float32)
-    projector = checkpoint.family.projector(model).to(torch.float32)
-    vision = _write_vision(request, tower, projector, folder, on_step)
+    vision = _write_vision(request, model, folder, on_step)
     gc.collect()
     on_step("build decoder")
     decoder = checkpoint.family.decoder(model)
@@ -189,24 +185,24 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     return manifest
 
 
-def _write_vision(
-    request: Plan, tower: nn.Module, projector: nn.Module, folder: Path, on_step: Step
-) -> dict[int, GraphSpec]:
+def _write_vision(request: Plan, model: nn.Module, folder: Path, on_step: Step) -> dict[int, GraphSpec]:
     """Trace one vision graph per budget and save them over one weights file."""
-    spec = request.checkpoint.spec
+    spec, family = request.checkpoint.spec, request.checkpoint.family
+    projector = family.projector(model).to(torch.float32)
     example = torch.zeros(2, 3, *spec.image_size)
     models: dict[str, ir.Model] = {}
     specs: dict[int, GraphSpec] = {}
     for budget, pruner in request.pruners.items():
         on_step(f"trace vision {budget}")
+        tower = family.tower(model, pruner.scored_block).to(torch.float32)
         graph = VisionGraph(tower, projector, pruner, spec.grid).eval()
         opset = OPSET[request.config.target]
-        model = trace(graph, example, input_name="pixel_values", output_names=OUTPUTS, opset=opset)
+        traced = trace(graph, {"pixel_values": example}, output_names=OUTPUTS, opset=opset)
         for rewrite in PASSES.values():
-            rewrite(model)
+            rewrite(traced)
         name = f"vision_{budget}.onnx"
-        models[name] = model
-        specs[budget] = GraphSpec(name, _tensors(model.graph.inputs), _tensors(model.graph.outputs))
+        models[name] = traced
+        specs[budget] = GraphSpec(name, _tensors(traced.graph.inputs), _tensors(traced.graph.outputs))
     on_step("write vision")
     save_sharing(models, folder, VISION_DATA)
     return specs
@@ -216,7 +212,7 @@ def _write_table(checkpoint: Checkpoint, model: nn.Module, folder: Path) -> None
     table = checkpoint.family.embed_tokens(model)
     if table.dtype not in (torch.float16, torch.float32):
         table = table.float()  # NumPy has no bfloat16.
-    save_file({TENSOR: table.contiguous()}, folder / EMBED_TOKENS)
+    (folder / EMBED_TOKENS).write_bytes(save({TENSOR: table.contiguous()}))
 
 
 def _copy_small_files(checkpoint: Checkpoint, folder: Path) -> None:
@@ -291,11 +287,12 @@ def _put_in_place(folder: Path, output: Path, scratch: Path) -> None:
         folder.rename(output)
         return
     aside = scratch / "older"
-    output.rename(aside)
     try:
+        output.rename(aside)
         folder.rename(output)
     except BaseException:
-        aside.rename(output)
+        if aside.exists() and not output.exists():
+            aside.rename(output)
         raise
 
 

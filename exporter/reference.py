@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from leanvlm.exporter.checkpoint import Checkpoint
-from leanvlm.exporter.pruners.base import VisionTokens
+from leanvlm.exporter.pruners.base import ScoredBlock, VisionTokens
 
 Array = npt.NDArray[Any]
 
@@ -33,18 +33,28 @@ class Reference:
         self.model: Any = model
 
     @torch.no_grad()
-    def vision(self, pixel_values: Array) -> VisionTokens:
+    def vision(self, pixel_values: Array, scored: ScoredBlock = "feature") -> VisionTokens:
         """Return the unpruned tokens of pixel values (B, 3, H, W), with eager attention for the class token's row."""
         spec, core = self.checkpoint.spec, self.model.model
+        block = spec.scored_block(scored)
+        attn = next(m for n, m in core.vision_tower.named_modules() if n.endswith(f"encoder.layers.{block}.self_attn"))
         # The blocks behind the cut are still in the checkpoint's dtype.
-        with _eager_attention(core.vision_tower), computed_in_float32(core.vision_tower):
+        with _eager_attention(core.vision_tower), computed_in_float32(core.vision_tower), _output(attn.q_proj) as query, \
+                _output(attn.k_proj) as keys:
             out = core.vision_tower(
                 torch.from_numpy(pixel_values), output_hidden_states=True, output_attentions=True, return_dict=True
             )
         hidden = out.hidden_states[spec.feature_layer][:, 1:]
-        attention = out.attentions[spec.scored_block].float().mean(dim=1)[:, 0, 1:]
-        features = core.multi_modal_projector(hidden)
-        return VisionTokens(features, hidden, hidden, attention, spec.grid)
+        attention = out.attentions[block].float().mean(dim=1)[:, 0, 1:]
+        whole = torch.einsum("bd,bnd->bn", query[0][:, 0], keys[0]) / keys[0].shape[2] ** 0.5
+        split = keys[0][:, 1:].unflatten(2, (attn.num_heads, -1))
+        return VisionTokens(self.project(hidden), hidden, split, attention, whole.softmax(dim=1)[:, 1:], spec.grid)
+
+    @torch.no_grad()
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return the features (B, N, D) of hidden states (B, N, Dv) of the tower."""
+        features: Tensor = self.model.model.multi_modal_projector(hidden)
+        return features
 
     @torch.no_grad()
     def logits(self, embeddings: Array, last: int) -> Array:
@@ -83,6 +93,17 @@ def _restore(narrow: dict[str, Tensor]) -> Any:
             leaf.get_parameter(name).data = data
 
     return hook
+
+
+@contextlib.contextmanager
+def _output(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what a module returns, in the order of its calls."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The tokenizer file of a bundle: the checkpoint's own, if transformers reads it as it stands.
 
-The runtime takes `tokenizer.json` literally. transformers rebuilds some tokenizers (Llama's among them) from their vocabulary with
-rules of its own, and a checkpoint is defined by what its processor does; so where the two differ, that version is written.
+The runtime takes `tokenizer.json` literally. transformers rebuilds some tokenizers (Llama's among them) from their vocabulary
+with rules of its own, and a checkpoint is defined by what its processor does; so where the two differ, that is written.
 """
 
 from __future__ import annotations

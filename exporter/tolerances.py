@@ -16,9 +16,10 @@ KEPT_OVERLAP = {"fp32": 0.98, "fp16": 0.90, "int8": 0.98, "int4": 0.98}
 # Largest |logits - reference| / max |reference| at the first position; None where weights are rounded on purpose.
 LOGITS = {"fp32": 1e-4, "fp16": 3e-2, "int8": None, "int4": None}
 
-# Least cosine between first-position logits and the reference. Rounded weights keep the direction, not the digits:
-# int8 loses about 1e-3; int4 with blocks of 32 loses a few percent on random weights, the hardest case.
-LOGITS_COSINE = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.99, "int4": 0.90}
+# Least cosine between first-position logits and the reference. Rounded weights keep the direction, not the digits. Measured
+# on random weights, the hardest case: int8 0.999; int4 in blocks of 32 0.91 at a decoder width of 256 and 0.81 at 128. A
+# wiring error leaves no direction at all (|cosine| under 0.2 there), which is what this catches.
+LOGITS_COSINE = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.99, "int4": 0.70}
 
 # Greedy tokens must be the reference's where the weights are not rounded, unless the two best logits of the reference are
 # nearer to each other than this share of max |logits|: then either is right.

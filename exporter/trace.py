@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import onnx_ir as ir
@@ -14,27 +14,25 @@ from torch import Tensor, nn
 OPSET = {"cpu": 18, "cuda": 23, "tensorrt-rtx": 23, "tensorrt": 20}
 
 
-def trace(
-    module: nn.Module, example: Tensor, *, input_name: str, output_names: Sequence[str], opset: int
-) -> ir.Model:
-    """Export a module of one input, whose first axis `B` is free, to an ONNX model in memory.
+def trace(module: nn.Module, inputs: Mapping[str, Tensor], *, output_names: Sequence[str], opset: int) -> ir.Model:
+    """Export a module, the first axis `B` of whose inputs is free, to an ONNX model in memory.
 
     Args:
         module: In evaluation mode; branches only on its configuration.
-        example: An input of the traced shape; its first axis may be any size of 2 or more.
-        input_name: Name of the graph's input.
+        inputs: Name of each of the graph's inputs, in order, to an example of the traced shape; the first axis may be any
+            size of 2 or more, the same for all.
         output_names: Names of its outputs, in order.
         opset: ONNX opset to write.
     """
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
-            (example,),
+            tuple(inputs.values()),
             dynamo=True,
             opset_version=opset,
-            input_names=[input_name],
+            input_names=list(inputs),
             output_names=list(output_names),
-            dynamic_shapes=({0: torch.export.Dim("B")},),
+            dynamic_shapes=({0: torch.export.Dim("B")},) * len(inputs),
             verbose=False,
         )
     assert program is not None

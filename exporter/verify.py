@@ -50,16 +50,16 @@ def verify(
     precision = session.manifest.precision
     images = probe_images()
     pixels = preprocess(images, session.manifest.image)
-    tokens = reference.vision(pixels)
-    features = tokens.features.numpy()
+    tokens = {where: reference.vision(pixels, where) for where in {p.scored_block for p in pruners.values()}}
     results: dict[str, Any] = {"images": len(images), "vision": {}, "tokens": {}}
     for budget, pruner in pruners.items():
         on_step(f"verify vision {budget}")
         outputs = session.vision(budget).run({"pixel_values": pixels})
+        unpruned = tokens[pruner.scored_block]
         with torch.no_grad():
-            expected = pruner(tokens)
-        wanted = None if expected.features is None else expected.features.numpy()
-        measured = _compare_vision(outputs, features, expected.indices.numpy(), wanted)
+            expected = pruner(unpruned)
+        merged = None if expected.hidden is None else reference.project(expected.hidden).numpy()
+        measured = _compare_vision(outputs, unpruned.features.numpy(), expected.indices.numpy(), merged)
         results["vision"][str(budget)] = measured
         _check_vision(budget, measured, precision)
     on_step("verify decoder")
@@ -83,15 +83,25 @@ def probe_images() -> list[Image.Image]:
 
 
 def _compare_vision(
-    outputs: Mapping[str, Array], features: Array, expected: Array, merged: Array | None
+    outputs: Mapping[str, Array], features: Array, expected: Array, merged: Array | None = None
 ) -> dict[str, Any]:
-    """Compare one vision graph's outputs with the unpruned features (B, N, D) and the choice (B, K) of the reference."""
+    """Compare one vision graph's outputs with the reference.
+
+    Args:
+        outputs: Name to array, as the graph returned them.
+        features: The reference's unpruned features (B, N, D).
+        expected: The reference's choice (B, K).
+        merged: The reference's merged features (B, K, D), where the pruner merges; tokens that both kept are compared.
+    """
     found = outputs["keep_indices"]
     batch, kept = found.shape
     overlap = [len(np.intersect1d(found[b], expected[b])) / kept for b in range(batch)]
-    wanted = np.take_along_axis(features, found[:, :, None], axis=1) if merged is None else merged
+    shown, wanted = outputs["image_features"], np.take_along_axis(features, found[:, :, None], axis=1)
+    if merged is not None:
+        shown = np.concatenate([shown[b][np.isin(found[b], expected[b])] for b in range(batch)])
+        wanted = np.concatenate([merged[b][np.isin(expected[b], found[b])] for b in range(batch)])
     return {
-        "features": relative_difference(outputs["image_features"], wanted),
+        "features": relative_difference(shown, wanted) if shown.size else float("inf"),
         "kept_overlap": min(overlap),
         "finite": all(bool(np.isfinite(v).all()) for v in outputs.values() if v.dtype.kind == "f"),
         "converged": bool(outputs["converged"].all()),
@@ -101,6 +111,12 @@ def _compare_vision(
 
 
 def _check_vision(budget: int, measured: Mapping[str, Any], precision: str) -> None:
+    """Judge what the comparison measured.
+
+    Raises:
+        VerificationError: Values that are not finite, a selection that did not converge or is no ascending set, or a
+            difference over its tolerance.
+    """
     where = f"vision graph of budget {budget}"
     if not measured["finite"]:
         raise VerificationError(f"{where}: values that are not finite (NaN or infinity)")
@@ -117,9 +133,7 @@ def _check_vision(budget: int, measured: Mapping[str, Any], precision: str) -> N
         raise VerificationError(f"{where}: features differ by {measured['features']:.2g} of their range, over {limit:g}")
 
 
-def _compare_chain(
-    session: Session, reference: Reference, image: Image.Image, budget: int, precision: str
-) -> dict[str, Any]:
+def _compare_chain(session: Session, reference: Reference, image: Image.Image, budget: int, precision: str) -> dict[str, Any]:
     """Generate greedily with the bundle; let the checkpoint judge every token from its own features of the kept tokens."""
     answer = session.generate(PROMPT, [image], budget=budget, max_new_tokens=NEW_TOKENS, ignore_end=True)
     encoded = session.encode_images([image], budget)[0]

@@ -44,7 +44,6 @@ def ask(request: Request) -> None:
         if len(request.images) != 1:
             raise InputError("--overlay draws one image; give exactly one --image")
     with load(request.bundle, device=request.device, threads=request.threads) as session:
-        images = [load_image(path) for path in request.images]
         generation = session.stream(request.prompt, request.images, budget=request.budget, **request.options)
         if not request.as_json:
             for piece in generation:
@@ -54,7 +53,7 @@ def ask(request: Request) -> None:
         if request.as_json:
             print(json.dumps(answer_json(session, answer), ensure_ascii=False))
         if request.overlay is not None:
-            save_overlay(request.overlay, images[0], answer.pruning[0], session.manifest)
+            save_overlay(request.overlay, load_image(request.images[0]), answer.pruning[0], session.manifest)
         _summarise(answer)
 
 
@@ -86,9 +85,7 @@ def _pruning_json(pruner: str, images: Sequence[Pruning], total: int) -> dict[st
 def _summarise(answer: Answer) -> None:
     kept = ", ".join(f"{image.kept} of {image.total} image tokens" for image in answer.pruning) or "no image"
     first = answer.timings.time_to_first_token
-    stderr_console().print(
-        f"[dim]{kept}; {len(answer.token_ids)} tokens, the first after {first:.0f} ms (with loading)[/dim]"
-    )
+    stderr_console().print(f"[dim]{kept}; {len(answer.token_ids)} tokens, the first after {first:.0f} ms (with loading)[/dim]")
 
 
 class Chat:
@@ -133,7 +130,7 @@ def chat(request: Request) -> None:
             try:
                 waiting = _turn(conversation, line, waiting)
             except LeanVLMError as error:
-                console.print(f"leanvlm: {error}")
+                console.print(f"leanvlm: {error}", markup=False)
             except EOFError:
                 return
 

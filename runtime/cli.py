@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from leanvlm.runtime.console import one_line_errors, stderr_console
+from leanvlm.runtime.console import INTERRUPTED, check_writable, one_line_errors, stderr_console
 from leanvlm.runtime.errors import InputError
 
 app = typer.Typer(
@@ -98,6 +99,9 @@ def profile(
     from leanvlm.runtime.profile import ProfileConfig, measure
     from leanvlm.runtime.profile_report import print_table, write_html
 
+    for option, path in (("--json", json_file), ("--html", html)):
+        if path is not None:
+            check_writable(option, path)
     config = ProfileConfig(bundle, image, prompt, runs, warmup, max_new_tokens, budget, device, threads)
     console = stderr_console()
     with console.status("opening the bundle") as status:
@@ -139,21 +143,27 @@ def doctor() -> None:
     print(report())
 
 
-def _add_elsewhere() -> None:
+@cache
+def _command() -> Any:
+    """Return the whole command, with those of the torch side."""
     for name, target in ELSEWHERE.items():
         module, function = target.split(":")
         app.command(name)(getattr(import_module(module), function))
+    return typer.main.get_command(app)
 
 
 def main() -> None:
     """Run the command line; a user's mistake ends with one line and status 2."""
-    _add_elsewhere()
     with one_line_errors():
         try:
-            status = typer.main.get_command(app).main(prog_name="leanvlm", standalone_mode=False)
+            status = _command().main(prog_name="leanvlm", standalone_mode=False)
         except Exception as error:
             _raise_usage_error(error)
             raise
+        if status == INTERRUPTED:  # So newer versions of typer report Ctrl-C; older ones abort.
+            raise KeyboardInterrupt
+        # Here, a reader that is gone is still an error that is caught.
+        sys.stdout.flush()
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -163,3 +173,7 @@ def _raise_usage_error(error: Any) -> None:
         raise KeyboardInterrupt from error
     if hasattr(error, "format_message"):
         raise InputError(error.format_message() or "no command given; see leanvlm --help") from error
+
+
+if __name__ == "__main__":
+    main()

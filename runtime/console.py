@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from leanvlm.runtime.errors import LeanVLMError
+from leanvlm.runtime.errors import InputError, LeanVLMError, LeanVLMWarning
 
 INTERRUPTED = 130
 
 
 def stderr_console() -> Console:
     """Return a console on standard error, for progress and notes."""
-    return Console(file=sys.stderr, highlight=False)
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Check, before any work, that a file can be written where an option says.
+
+    Raises:
+        InputError: The path is a folder, or is in none.
+    """
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a folder; give a file")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
 
 
 @contextmanager
@@ -36,7 +50,8 @@ def one_line_errors() -> Iterator[None]:
         except LeanVLMError as error:
             _fail(str(error), error.exit_status)
         except BrokenPipeError:
-            sys.stderr.close()
+            # Nobody reads on; what is still in the buffer would fail again when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
         except OSError as error:
             if error.errno is None:
@@ -52,5 +67,5 @@ def _fail(message: str, status: int) -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
     """Show our own warnings as one line; libraries' are for developers."""
-    if category is UserWarning:
+    if issubclass(category, LeanVLMWarning):
         print(f"leanvlm: warning: {message}", file=sys.stderr)

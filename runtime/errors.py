@@ -13,6 +13,10 @@ class LeanVLMError(Exception):
     exit_status: ClassVar[int] = 2
 
 
+class LeanVLMWarning(UserWarning):
+    """Something that works, but not as well as the user may expect; its message is one line."""
+
+
 class InputError(LeanVLMError):
     """An option, an image or a prompt is wrong."""
 

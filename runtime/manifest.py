@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from leanvlm.runtime.errors import BundleError, InputError, ManifestError
 from leanvlm.runtime.preprocess import ImageSpec
@@ -27,6 +27,9 @@ PRECISIONS = {
     "tensorrt-rtx": ("fp16", "fp32", "int8"),
     "tensorrt": ("fp16", "fp32", "int8"),
 }
+KV_DTYPES = ("float16", "float32")
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ class Manifest:
             raise ManifestError(f"{MANIFEST} has schema {schema!r}; this version of leanvlm reads schema {SCHEMA}")
         try:
             manifest = cls(
-                source=SourceSpec(**data["source"]),
+                source=_record(SourceSpec, data["source"]),
                 family=str(data["family"]),
                 pruner=PrunerSpec(str(data["pruner"]["name"]), dict(data["pruner"]["params"])),
                 budgets=tuple(int(b) for b in data["budgets"]),
@@ -171,14 +174,14 @@ class Manifest:
                 target=str(data["target"]),
                 precision=str(data["precision"]),
                 vision={int(budget): _graph(graph) for budget, graph in data["vision"].items()},
-                decoder=DecoderSpec(**{**data["decoder"], "graph": _graph(data["decoder"]["graph"])}),
+                decoder=_record(DecoderSpec, {**data["decoder"], "graph": _graph(data["decoder"]["graph"])}),
                 embed_tokens=str(data["embed_tokens"]),
                 image=ImageSpec.from_dict(data["image"]),
                 image_token_id=int(data["image_token_id"]),
                 positions=str(data["positions"]),
                 min_onnxruntime=str(data["min_onnxruntime"]),
                 versions=dict(data["versions"]),
-                files={str(name): FileSpec(**spec) for name, spec in data["files"].items()},
+                files={str(name): _record(FileSpec, spec) for name, spec in data["files"].items()},
                 verification=dict(data.get("verification", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -187,7 +190,11 @@ class Manifest:
         return manifest
 
     def _check_consistency(self) -> None:
-        if not self.budgets or set(self.budgets) != set(self.vision):
+        if self.target not in TARGETS or self.decoder.kv_dtype not in KV_DTYPES:
+            raise ManifestError(f"{MANIFEST}: target {self.target!r} or kv_dtype {self.decoder.kv_dtype!r} is not known")
+        if self.grid[0] * self.grid[1] != self.tokens_per_crop:
+            raise ManifestError(f"{MANIFEST}: a grid of {list(self.grid)} has not {self.tokens_per_crop} tokens")
+        if set(self.budgets) != set(self.vision) or self.tokens_per_crop not in self.vision:
             raise ManifestError(f"{MANIFEST}: budgets {list(self.budgets)} and vision graphs do not match")
         graphs = [*(graph.file for graph in self.vision.values()), self.decoder.graph.file, self.embed_tokens]
         unlisted = [file for file in graphs if file not in self.files]
@@ -204,6 +211,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def _record(cls: type[Record], data: Mapping[str, Any]) -> Record:
+    """Make a dataclass whose every value is of its field's type; TypeError otherwise."""
+    record = cls(**data)
+    for name, kind in get_type_hints(cls).items():
+        if not isinstance(getattr(record, name), kind):
+            raise TypeError(f"{name} is {getattr(record, name)!r}")
+    return record
 
 
 def _graph(data: Mapping[str, Any]) -> GraphSpec:
@@ -234,7 +250,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} cannot be read: {error}") from error
     manifest = Manifest.from_dict(data)
     for name, spec in manifest.files.items():
@@ -244,7 +260,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 def _check_file(folder: Path, name: str, spec: FileSpec) -> None:
     path = folder / name
-    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+    if "\0" in name or Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
         raise ManifestError(f"{MANIFEST} names {name!r}, which is outside the bundle")
     if not path.is_file():
         raise BundleError(f"the bundle is incomplete: {name} is missing from {folder}")

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from leanvlm.runtime.answer import Pruning
+from leanvlm.runtime.console import check_writable
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.preprocess import preprocess
@@ -25,12 +26,11 @@ def check_picture_path(path: Path) -> None:
     """Check, before any work, that a PNG can be written there.
 
     Raises:
-        InputError: Another ending than .png, or no such folder.
+        InputError: Another ending than .png, or a place where no file can be.
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"--overlay {path} must end in .png")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"--overlay {path}: the folder {path.parent} does not exist")
+    check_writable("--overlay", path)
 
 
 def save_overlay(path: Path, image: Image.Image, pruning: Pruning, manifest: Manifest) -> None:
@@ -66,8 +66,7 @@ def _patches(values: npt.NDArray[np.float32], grid: tuple[int, int], size: tuple
 def _relative(attention: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Scale attention to 0..1 on a square root, since a few patches take most of it."""
     root = np.sqrt(np.maximum(attention, 0))
-    relative: npt.NDArray[np.float32] = root / max(float(root.max()), 1e-12)
-    return relative
+    return (root / max(float(root.max()), 1e-12)).astype(np.float32)
 
 
 def _colour(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:

@@ -141,9 +141,7 @@ class ImageSpec:
         Raises:
             ManifestError: A field is missing, unknown or of the wrong type.
         """
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
-        }
+        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
         try:
             return cls(**fields)
         except (TypeError, ValueError, UnsupportedModelError) as error:

@@ -26,11 +26,11 @@ SHARED = ("vision", "project", "prune")
 
 def print_table(figures: dict[str, Any]) -> None:
     """Print the stages of all budgets side by side on standard output."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     table = Table(title=f"{figures['bundle']}: ms, p50 (p90) of {figures['runs']} runs", title_justify="left")
     table.add_column("stage")
     budgets = figures["budgets"]
-    for budget, values in budgets.items():
+    for values in budgets.values():
         kept, total = values["image_tokens"]["kept"], values["image_tokens"]["total"]
         table.add_column(f"{kept} of {total} tokens", justify="right")
     for stage in STAGES:
@@ -42,15 +42,15 @@ def print_table(figures: dict[str, Any]) -> None:
     table.add_row("tokens per second", *(f"{v['output_tokens_per_s']:.1f}" for v in budgets.values()))
     table.add_row("peak memory, MB", *(f"{v['peak_memory_bytes'] / 1e6:.0f}" for v in budgets.values()))
     console.print(table)
-    console.print("* share of the vision graph's wall time, from a separate pass with the node profiler")
-    console.print(f"{figures['device']}; {figures['threads']} threads; {_versions(figures)}")
-    console.print(f"time to first token: {figures['speedup']:.2f} times sooner than unpruned")
+    print("* share of the vision graph's wall time, from a separate pass with the node profiler")
+    print(f"{figures['device']}; {figures['threads']} threads; {_versions(figures)}")
+    print(f"time to first token: {figures['speedup']:.2f} times sooner than unpruned")
 
 
 def write_html(figures: dict[str, Any], path: Path) -> None:
-    """Write one self-contained page: stacked stages up to the first token, and the table below."""
+    """Write one self-contained page: the stages of the median run up to its first token, stacked, and the table below."""
     budgets = figures["budgets"]
-    longest = max(sum(v["stages_ms"][s]["p50"] for s in COLOURS) for v in budgets.values())
+    longest = max(v["time_to_first_token_ms"] for v in budgets.values())
     bars = "\n".join(_bar(values, longest) for values in budgets.values())
     legend = " ".join(f'<span><i style="background:{c}"></i>{s}</span>' for s, c in COLOURS.items())
     rows = "\n".join(_row(stage, [v["stages_ms"][stage] for v in budgets.values()]) for stage in STAGES)
@@ -64,7 +64,7 @@ td,th{{padding:.15rem 1rem;text-align:right}} td:first-child,th:first-child{{tex
 </style><h1>{escape(figures["bundle"])}</h1>
 <p>{escape(figures["device"])}; {figures["threads"]} threads; {escape(_versions(figures))}; {figures["runs"]} runs.
 The first token comes <b>{figures["speedup"]:.2f} times</b> sooner than unpruned.</p>
-<h2>Time to first token, ms</h2>{bars}<p>{legend}</p>
+<h2>Time to first token of the median run, ms</h2>{bars}<p>{legend}</p>
 <h2>Stages, ms: p50 (p90)</h2><table><tr><th>stage</th>{heads}</tr>{rows}</table>
 <p>vision, project and prune are shares of the vision graph's wall time, from a separate pass with the node profiler.</p>
 </html>
@@ -75,9 +75,8 @@ The first token comes <b>{figures["speedup"]:.2f} times</b> sooner than unpruned
 
 def _bar(values: dict[str, Any], longest: float) -> str:
     parts = "".join(
-        f'<div style="width:{100 * values["stages_ms"][stage]["p50"] / longest:.3f}%;background:{colour}" '
-        f'title="{stage} {values["stages_ms"][stage]["p50"]:.2f} ms"></div>'
-        for stage, colour in COLOURS.items()
+        f'<div style="width:{100 * time / longest:.3f}%;background:{COLOURS[stage]}" title="{stage} {time:.2f} ms"></div>'
+        for stage, time in values["first_token_stages_ms"].items()
     )
     kept, total = values["image_tokens"]["kept"], values["image_tokens"]["total"]
     first = values["time_to_first_token_ms"]

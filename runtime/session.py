@@ -21,7 +21,7 @@ from PIL import Image
 from leanvlm.runtime.answer import Answer, Pruning, Timings
 from leanvlm.runtime.backends import Backend, Decoder, Graph, open_backend
 from leanvlm.runtime.embeddings import TokenTable
-from leanvlm.runtime.errors import BackendError, ContextOverflowError, InputError
+from leanvlm.runtime.errors import BackendError, BundleError, ContextOverflowError, InputError
 from leanvlm.runtime.manifest import Manifest, read_manifest, verify_files
 from leanvlm.runtime.preprocess import ImageSource, preprocess
 from leanvlm.runtime.sampling import SamplingConfig, sample
@@ -107,9 +107,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
@@ -163,9 +161,7 @@ class Session:
         features = self.encode_images(images, chosen, timings)
         return self.respond(messages, features, options, timings, start)
 
-    def encode_images(
-        self, images: Sequence[ImageSource], budget: int, timings: Timings | None = None
-    ) -> list[ImageFeatures]:
+    def encode_images(self, images: Sequence[ImageSource], budget: int, timings: Timings | None = None) -> list[ImageFeatures]:
         """Turn images into the embeddings that the decoder reads, keeping `budget` tokens of each crop.
 
         Args:
@@ -294,9 +290,7 @@ class Session:
         pruning = tuple(image.pruning for image in features)
         finish.append(Answer("".join(text), tuple(ids), len(prompt), reason, timings, pruning))
 
-    def _tokens(
-        self, prompt: Embeddings, options: GenerateOptions, timings: Timings, start: float
-    ) -> Iterator[int]:
+    def _tokens(self, prompt: Embeddings, options: GenerateOptions, timings: Timings, start: float) -> Iterator[int]:
         """Yield up to `max_new_tokens` token ids: prefill, then one decode step a token."""
         decoder, sampling = self.decoder(), options.sampling
         rng = sampling.generator()
@@ -318,9 +312,7 @@ class Session:
                 timings.decode.append(1e3 * (perf_counter() - begin))
 
 
-def load(
-    bundle: str | Path, *, device: str | None = None, threads: int | None = None, verify: bool = False
-) -> Session:
+def load(bundle: str | Path, *, device: str | None = None, threads: int | None = None, verify: bool = False) -> Session:
     """Open a bundle.
 
     Args:
@@ -357,5 +349,9 @@ def _round_up(positions: int, limit: int) -> int:
 
 def _end_ids(folder: Path) -> frozenset[int]:
     """Read the end tokens of the bundle's generation_config.json."""
-    end = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    path = folder / "generation_config.json"
+    try:
+        end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
     return frozenset([end] if isinstance(end, int) else end or [])

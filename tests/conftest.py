@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported here, and for every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+BUDGET = 64
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +25,54 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.llava(tmp_path_factory.mktemp("checkpoint") / "tiny-llava")
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model, exported at 64 of 576 image tokens; no test may change it."""
+    from leanvlm.exporter import ExportConfig, export
+
+    output = tmp_path_factory.mktemp("demo") / "demo-64"
+    export(ExportConfig("demo", (BUDGET,), output))
+    return output
+
+
+@pytest.fixture(scope="session")
+def sample_image() -> Path:
+    """A scene that the built-in model was not trained on."""
+    from leanvlm.demo import SAMPLES_DIR
+
+    return SAMPLES_DIR / "complex-9003.png"
+
+
+@pytest.fixture(scope="session")
+def leanvlm_process() -> Command:
+    """A function that runs `leanvlm …` in a process of its own."""
+
+    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "leanvlm.runtime.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+    return run
+
+
+@pytest.fixture
+def leanvlm(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """A function that runs `leanvlm …` in this process, which spares the imports of a fresh one.
+
+    What libraries write past Python's streams is captured too, and warnings are treated as Python does by default: what a
+    user would see on the terminal is in the result.
+    """
+    from leanvlm.runtime.cli import main
+
+    def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["leanvlm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capfd.readouterr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            with pytest.raises(SystemExit) as end:
+                main()
+        return subprocess.CompletedProcess(sys.argv, int(end.value.code or 0), *capfd.readouterr())
+
+    return run

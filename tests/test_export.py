@@ -20,7 +20,7 @@ from leanvlm.exporter import ExportConfig, export, tolerances, verify
 from leanvlm.exporter.passes import stage_names
 from leanvlm.exporter.pruners import PRUNERS, parse
 from leanvlm.runtime import load
-from leanvlm.runtime.embeddings import TENSOR, TokenTable
+from leanvlm.runtime.embeddings import TokenTable
 from leanvlm.runtime.errors import UnsupportedPrunerError, VerificationError
 from leanvlm.runtime.manifest import read_manifest
 
@@ -179,7 +179,9 @@ def test_verification_sees_a_wrong_weight(tiny_llava: Path, tmp_path: Path, monk
 
 def test_pruner_specs_are_parsed() -> None:
     pruner = parse("agile:gate=entropy,step=0.02", keep=7, erank_ref=55.0)
-    assert dataclasses.asdict(pruner) | {"gate": "entropy", "step": 0.02, "keep": 7, "erank_ref": 55.0} == dataclasses.asdict(pruner)
+    assert dataclasses.asdict(pruner) | {"gate": "entropy", "step": 0.02, "keep": 7, "erank_ref": 55.0} == dataclasses.asdict(
+        pruner
+    )
     assert parse("attention", keep=3, erank_ref=1.0) == PRUNERS["attention"](keep=3)  # type: ignore[call-arg]
     for wrong in ("agil", "agile:gat=erank", "agile:gate=rank", "agile:step=much", "agile:step"):
         with pytest.raises(UnsupportedPrunerError):

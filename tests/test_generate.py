@@ -72,9 +72,7 @@ def test_greedy_tokens_equal_generate_at_full_budget(bundle: Path, images: Any, 
     assert all(len(set(tokens)) > NEW_TOKENS // 3 for tokens in seen), "the model repeats itself"
 
 
-def test_greedy_tokens_equal_generate_with_the_references_choice(
-    bundle: Path, images: Any, model: Any, processor: Any
-) -> None:
+def test_greedy_tokens_equal_generate_with_the_references_choice(bundle: Path, images: Any, model: Any, processor: Any) -> None:
     """At budget 16 transformers runs on image features that the test replaced by the numpy reference's choice."""
     with load(bundle) as session:
         for prompt in PROMPTS:
@@ -110,9 +108,7 @@ def test_several_turns_equal_generate(bundle: Path, images: Any, model: Any, pro
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     wanted = _greedy(model, **processor(text=text, images=images[:1], return_tensors="pt"))
     with load(bundle) as session:
-        answer = session.generate(
-            messages, images[:1], budget=tiny.TOKENS, max_new_tokens=NEW_TOKENS, ignore_end=True
-        )
+        answer = session.generate(messages, images[:1], budget=tiny.TOKENS, max_new_tokens=NEW_TOKENS, ignore_end=True)
     assert list(answer.token_ids) == wanted
 
 

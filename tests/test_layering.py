@@ -92,9 +92,7 @@ def test_imports_go_one_way(part: str) -> None:
 
 
 def test_the_runtime_never_imports_the_torch_side() -> None:
-    wrong = {
-        f"{file.name}: {name}" for file in sources("runtime") for name in imported(file) if name.split(".")[0] in HEAVY
-    }
+    wrong = {f"{file.name}: {name}" for file in sources("runtime") for name in imported(file) if name.split(".")[0] in HEAVY}
     assert not wrong
 
 

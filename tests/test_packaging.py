@@ -33,9 +33,7 @@ needs_checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs 
 def repository_files() -> list[Path]:
     """Return every file that git tracks, or would if it were added."""
     listing = ["ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    names = subprocess.run(
-        ["git", "-c", "safe.directory=*", *listing], cwd=ROOT, check=True, capture_output=True
-    ).stdout
+    names = subprocess.run(["git", "-c", "safe.directory=*", *listing], cwd=ROOT, check=True, capture_output=True).stdout
     return [path for name in names.decode().split("\0") if name and (path := ROOT / name).is_file()]
 
 
@@ -98,8 +96,6 @@ def test_optimum_finds_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", [HOME, REGISTRY], ids=["path of one machine", "registry host"])
 def test_no_file_names_a_machine_or_a_registry(pattern: re.Pattern[bytes]) -> None:
     found = {
-        str(file.relative_to(ROOT)): match[0]
-        for file in repository_files()
-        if (match := pattern.search(file.read_bytes()))
+        str(file.relative_to(ROOT)): match[0] for file in repository_files() if (match := pattern.search(file.read_bytes()))
     }
     assert not found

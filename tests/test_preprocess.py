@@ -138,9 +138,7 @@ def test_files_are_turned_upright_and_images_are_not(tmp_path: Path, orientation
 def png_header(width: int, height: int) -> bytes:
     """A PNG that says how large it is and holds next to nothing."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0"))]
-    body = (
-        struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data)) for tag, data in chunks
-    )
+    body = (struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data)) for tag, data in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
@@ -216,9 +214,7 @@ def test_a_spec_survives_json() -> None:
         assert ImageSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
-@pytest.mark.parametrize(
-    "change", [{"colour": 1}, {"crop": 3}, {"resample": 9}, {"layout": "float16"}, {"image_std": None}]
-)
+@pytest.mark.parametrize("change", [{"colour": 1}, {"crop": 3}, {"resample": 9}, {"layout": "float16"}, {"image_std": None}])
 def test_a_damaged_record_is_a_manifest_error(change: dict[str, Any]) -> None:
     with pytest.raises(ManifestError, match="image preprocessing cannot be read"):
         ImageSpec.from_dict(SPEC.to_dict() | change)

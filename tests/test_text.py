@@ -140,9 +140,7 @@ def test_a_template_is_found_in_every_place(tmp_path: Path, files: dict[str, Any
 # ---------------------------------------------------------------------------------------------------- tokenizer
 
 
-@pytest.mark.parametrize(
-    "text", ["", "USER: <image>\nIs there a red circle? ASSISTANT:", "12 ✓ naïve 日本", "<s>twice"]
-)
+@pytest.mark.parametrize("text", ["", "USER: <image>\nIs there a red circle? ASSISTANT:", "12 ✓ naïve 日本", "<s>twice"])
 def test_demo_token_ids_equal_transformers(text: str) -> None:
     reference = AutoTokenizer.from_pretrained(MODEL_DIR)
     ids = DEMO.encode(text)
@@ -316,9 +314,7 @@ def test_prompts_are_cut_at_images(ids: list[int], segments: list[list[int]]) ->
     assert split_on_image(ids, 9) == segments
 
 
-@pytest.mark.parametrize(
-    ("typed", "images", "reason"), [("<image> ", 1, "2 image .* 1 images: leave"), ("", 2, "drops")]
-)
+@pytest.mark.parametrize(("typed", "images", "reason"), [("<image> ", 1, "2 image .* 1 images: leave"), ("", 2, "drops")])
 def test_image_tokens_must_match_the_images(typed: str, images: int, reason: str) -> None:
     image_token_id = DEMO.tokenizer.token_to_id("<image>")
     content = [{"type": "image"}, {"type": "text", "text": typed + "How many?"}]

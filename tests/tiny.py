@@ -1,7 +1,7 @@
 """Tiny random checkpoints, made from real transformers configurations: one per family.
 
-The sizes are odd on purpose (five blocks, an image that 14 does not divide twice, grouped KV heads, a rope theta of its own), and the
-weights are drawn wide enough that greedy tokens vary: a model that repeats one token proves nothing.
+The sizes are odd on purpose (five blocks, an odd grid, grouped KV heads, a rope theta of its own), and the weights are
+drawn wide enough that greedy tokens vary: a model that repeats one token proves nothing.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def image_processor() -> CLIPImageProcessor:
     """Return CLIP's image processor at the tiny tower's size."""
-    return CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    )
+    return CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
 
 
 def processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from leanvlm.exporter.pruners.base import ScoredBlock
+
 
 @dataclass(frozen=True)
 class FamilySpec:
@@ -22,7 +24,7 @@ class FamilySpec:
         image_size: Pixels on each side, (height, width), that the tower takes.
         image_token_id: The token that stands for an image in the prompt.
         feature_layer: Index of the hidden state that the projector reads, 0 = embeddings.
-        scored_block: 0-based block whose class-token attention scores the tokens; also the last block that runs.
+        blocks: Blocks of the tower.
     """
 
     tokens_per_crop: int
@@ -30,7 +32,11 @@ class FamilySpec:
     image_size: tuple[int, int]
     image_token_id: int
     feature_layer: int
-    scored_block: int
+    blocks: int
+
+    def scored_block(self, where: ScoredBlock) -> int:
+        """Return the 0-based block whose class token scores the tokens, for what a pruner asks for."""
+        return self.feature_layer - 1 if where == "feature" else self.blocks - 1
 
 
 class Family(Protocol):
@@ -54,8 +60,8 @@ class Family(Protocol):
         """Give real values to the buffers that no checkpoint stores."""
         ...
 
-    def tower(self, model: nn.Module) -> nn.Module:
-        """Return a module: pixel values (B, 3, H, W) -> hidden (B, N, Dv), keys (B, N, Dk), attention (B, N)."""
+    def tower(self, model: nn.Module, scored: ScoredBlock = "feature") -> nn.Module:
+        """Return a module: pixel values (B, 3, H, W) -> the last four tensors of `VisionTokens`, scored as told."""
         ...
 
     def projector(self, model: nn.Module) -> nn.Module:

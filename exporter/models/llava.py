@@ -1,7 +1,7 @@
 """LLaVA-1.5 (`model_type: llava`): a CLIP tower, an MLP projector, a Llama-type decoder.
 
-The tower is cut at the feature layer, so the blocks behind it never run. The class token's attention of the last block that
-runs is computed apart, one row only: every block keeps its fused attention.
+The tower is cut at the feature layer or at the scored block, whichever is deeper; what lies behind never runs. The class
+token's attention of the scored block is computed apart, one row only: every block keeps its fused attention.
 """
 
 from __future__ import annotations
@@ -13,31 +13,34 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from leanvlm.exporter.models.base import FamilySpec
+from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.runtime.errors import UnsupportedModelError
 
 DECODERS = ("llama",)
 
 
 class ClipTower(nn.Module):
-    """The first `blocks` blocks of a CLIP vision model, with the scores of the last one.
+    """The first blocks of a CLIP vision model: the hidden states `feature_layer`, with the scores of block `scored`.
 
-    Shapes: pixel_values (B, 3, H, W) -> hidden (B, N, Dv), keys (B, N, Dv), attention (B, N) in fp32.
+    Shapes: pixel_values (B, 3, H, W) -> hidden (B, N, Dv), keys (B, N, H, d), attention and unsplit attention (B, N) in fp32.
     """
 
-    def __init__(self, clip: nn.Module, blocks: int) -> None:
+    def __init__(self, clip: nn.Module, feature_layer: int, scored: int) -> None:
         super().__init__()
+        self.feature_layer, self.scored = feature_layer, scored
         self.embeddings: Any = clip.embeddings
         self.pre_norm: Any = clip.pre_layrnorm
-        self.blocks = nn.ModuleList(list(clip.encoder.layers)[:blocks])  # type: ignore[union-attr,arg-type]
+        depth = max(feature_layer, scored + 1)
+        self.blocks = nn.ModuleList(list(clip.encoder.layers)[:depth])  # type: ignore[union-attr,arg-type]
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the tower; the class token is left out of all three results."""
-        states = self.pre_norm(self._embed(pixel_values))
-        for block in self.blocks:
-            scored = states
-            states = block(states, None)
-        attention, keys = self._class_attention(self.blocks[-1], scored)
-        return states[:, 1:], keys[:, 1:], attention[:, 1:]
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Run the tower; the class token is left out of all results."""
+        states = [self.pre_norm(self._embed(pixel_values))]
+        # Of a scored block behind the feature layer only the scores are computed.
+        for block in self.blocks[: max(self.feature_layer, self.scored)]:
+            states.append(block(states[-1], None))
+        keys, attention, unsplit = self._class_attention(self.blocks[self.scored], states[self.scored])
+        return states[self.feature_layer][:, 1:], keys[:, 1:], attention[:, 1:], unsplit[:, 1:]
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
         patches = self.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, N, Dv)
@@ -46,16 +49,16 @@ class ClipTower(nn.Module):
         return torch.cat([first, patches], dim=1) + position
 
     @staticmethod
-    def _class_attention(block: Any, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return softmax(q_cls K^T) averaged over heads, (B, N + 1), and the keys (B, N + 1, Dv)."""
+    def _class_attention(block: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the keys (B, N + 1, H, d) and softmax(q_cls K^T), averaged over heads and un-split, both (B, N + 1)."""
         attn = block.self_attn
         states = block.layer_norm1(states)
-        batch, length, width = states.shape
-        query = attn.q_proj(states[:, :1]).view(batch, 1, -1, attn.head_dim).transpose(1, 2)  # (B, H, 1, d)
-        keys = attn.k_proj(states)
-        split = keys.view(batch, length, -1, attn.head_dim).transpose(1, 2)  # (B, H, N + 1, d)
-        scores = (query.float() * attn.scale) @ split.float().transpose(2, 3)
-        return scores.softmax(dim=-1).mean(dim=1)[:, 0], keys.view(batch, length, width)
+        query, keys = attn.q_proj(states[:, :1]).float(), attn.k_proj(states)  # (B, 1, Dv), (B, N + 1, Dv)
+        split = keys.unflatten(2, (-1, attn.head_dim))
+        heads = query.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # (B, H, 1, d)
+        scores = (heads * attn.scale) @ split.float().permute(0, 2, 3, 1)
+        unsplit = (query * query.shape[2] ** -0.5) @ keys.float().transpose(1, 2)
+        return split, scores.softmax(dim=-1).mean(dim=1)[:, 0], unsplit.softmax(dim=-1)[:, 0]
 
 
 class LlavaFamily:
@@ -82,7 +85,7 @@ class LlavaFamily:
             image_size=(vision.image_size, vision.image_size),
             image_token_id=config.image_token_id,
             feature_layer=feature_layer,
-            scored_block=feature_layer - 1,
+            blocks=depth,
         )
 
     @staticmethod
@@ -124,10 +127,11 @@ class LlavaFamily:
         language = core.model.language_model
         language.rotary_emb = type(language.rotary_emb)(language.config)
 
-    def tower(self, model: nn.Module) -> nn.Module:
-        """Return the CLIP tower up to the feature layer."""
+    def tower(self, model: nn.Module, scored: ScoredBlock = "feature") -> nn.Module:
+        """Return the CLIP tower up to the feature layer, or to the scored block behind it."""
         config: Any = model.config
-        return ClipTower(self._clip(model), self.spec(config).feature_layer)
+        spec = self.spec(config)
+        return ClipTower(self._clip(model), spec.feature_layer, spec.scored_block(scored))
 
     def projector(self, model: nn.Module) -> nn.Module:
         """Return the two-layer MLP."""

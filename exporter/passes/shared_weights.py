@@ -37,7 +37,7 @@ def save_sharing(models: Mapping[str, ir.Model], folder: Path, data_name: str) -
                     data.write(raw)
                 value.const_value = ir.ExternalTensor(
                     data_name, offsets[digest], len(raw), tensor.dtype,
-                    shape=ir.Shape(tensor.shape), name=value.name or "", base_dir=folder,
+                    shape=ir.Shape(tensor.shape.numpy()), name=value.name or "", base_dir=folder,
                 )  # fmt: skip
     for name, model in models.items():
         ir.save(model, folder / name)

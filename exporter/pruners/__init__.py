@@ -10,7 +10,15 @@ from typing import Any
 from leanvlm.exporter.pruners.agile import AgilePruner
 from leanvlm.exporter.pruners.attention import AttentionPruner
 from leanvlm.exporter.pruners.base import Kept, Pruner, VisionTokens
+from leanvlm.exporter.pruners.divprune import DivPruner
+from leanvlm.exporter.pruners.hybrid import HybridPruner
 from leanvlm.exporter.pruners.none import NoPruner
+from leanvlm.exporter.pruners.prumerge import PruMergePruner
+from leanvlm.exporter.pruners.random_sample import RandomPruner
+from leanvlm.exporter.pruners.scope import ScopePruner
+from leanvlm.exporter.pruners.uniform import UniformPruner
+from leanvlm.exporter.pruners.visionzip import VisionZipPruner
+from leanvlm.exporter.pruners.vispruner import VisPruner
 from leanvlm.runtime.errors import UnsupportedPrunerError
 
 __all__ = ["PRUNERS", "AgilePruner", "AttentionPruner", "Kept", "NoPruner", "Pruner", "VisionTokens", "parse"]
@@ -18,7 +26,15 @@ __all__ = ["PRUNERS", "AgilePruner", "AttentionPruner", "Kept", "NoPruner", "Pru
 PRUNERS: dict[str, type[Pruner]] = {
     "agile": AgilePruner,
     "attention": AttentionPruner,
+    "divprune": DivPruner,
+    "hybrid": HybridPruner,
     "none": NoPruner,
+    "prumerge": PruMergePruner,
+    "random": RandomPruner,
+    "scope": ScopePruner,
+    "uniform": UniformPruner,
+    "visionzip": VisionZipPruner,
+    "vispruner": VisPruner,
 }
 
 

@@ -9,12 +9,12 @@ attended silenced tokens fill up. The constants are those of the authors' releas
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.pruners.base import Kept, VisionTokens, first_by, keep_all, rank_by
+from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, first_by, gram_and_norms, keep_all, precedes
 from leanvlm.exporter.pruners.gates import attention_entropy, effective_rank
 
 
@@ -35,6 +35,8 @@ class AgilePruner:
         sweeps: Iterations of the fixed point; more than any case needs costs time, fewer are reported as not converged.
     """
 
+    scored_block: ClassVar[ScoredBlock] = "feature"
+
     keep: int = 64
     gate: Literal["erank", "entropy", "none"] = "erank"
     erank_ref: float = 90.0
@@ -49,7 +51,12 @@ class AgilePruner:
             return keep_all(tokens)
         ratio, diagnostics = self._gate(tokens)
         indices, num_selected, converged = select_tokens(
-            tokens.attention, tokens.features, ratio, keep=self.keep, step=self.step, max_distance=self.max_distance,
+            tokens.attention,
+            tokens.features,
+            ratio,
+            keep=self.keep,
+            step=self.step,
+            max_distance=self.max_distance,
             sweeps=self.sweeps,
         )
         return Kept(indices, None, {**diagnostics, "num_selected": num_selected, "converged": converged})
@@ -93,24 +100,21 @@ def select_tokens(
         converged (B,) bool, whether one more sweep would change nothing.
     """
     count = attention.shape[1]
-    rank = rank_by(attention.float())  # (B, N), 0 for the most attended
-    distance = cosine_distance(features)
+    before = precedes(attention.float())
+    rank = before.float().sum(dim=2)  # (B, N), 0 for the most attended
     threshold = ((rank + 1.0) * (ratio.float()[:, None] * step)).clamp(max=max_distance)  # (B, N)
+    gram, norms = gram_and_norms(features)
+    # 1 - cosine < threshold, with the norms moved to the other side.
+    near = gram > norms[:, :, None] * (norms * (1.0 - threshold))[:, None, :]
     # silences[b, i, j]: token j, if alive, silences token i, which comes later.
-    silences = ((distance < threshold[:, None, :]) & (rank[:, None, :] < rank[:, :, None])).float()
-    alive = previous = torch.ones_like(rank)
+    silences = (near & before).float()
+    alive = previous = torch.ones_like(rank)[:, :, None]
     for _ in range(sweeps):
         previous = alive
-        alive = ((silences @ alive[:, :, None])[:, :, 0] < 0.5).float()
-    converged = (alive == previous).all(dim=1)
+        alive = (1.0 - silences @ alive).relu()
+    converged = (alive == previous).all(dim=1)[:, 0]
+    alive = alive[:, :, 0]
     # The living by rank, then the others by rank: early stop and back-fill at once.
     indices = first_by(rank - alive * count, keep)
     num_selected = alive.sum(dim=1).clamp(max=keep).to(torch.int64)
     return indices, num_selected, converged
-
-
-def cosine_distance(features: Tensor) -> Tensor:
-    """Return 1 - cosine of every pair of `features` (B, N, D), un-centred, in fp32: (B, N, N), 0..2."""
-    features = features.float()
-    unit = features / (features.norm(dim=2, keepdim=True) + 1e-8)
-    return 1.0 - unit @ unit.transpose(1, 2)

@@ -1,21 +1,24 @@
-"""Attention pruning: the K tokens that the class token looks at most."""
+"""Attention pruning: the K tokens that the class token looks at most (FasterVLM, arXiv 2412.01818, first version)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from leanvlm.exporter.pruners.base import Kept, VisionTokens, keep_all, top_indices
+from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, keep_all, top_indices
 
 
 @dataclass(frozen=True)
 class AttentionPruner:
-    """Top-K by class-token attention (FasterVLM, arXiv 2412.01818).
+    """Top-K by class-token attention, averaged over heads.
 
-    Needs a class token; uses no text and merges nothing.
+    Needs a class token; uses no text and merges nothing. Differs from the release in nothing but the tie rule.
 
     Attributes:
         keep: K, tokens kept of each crop.
     """
+
+    scored_block: ClassVar[ScoredBlock] = "feature"
 
     keep: int = 64
 

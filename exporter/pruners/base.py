@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+# Which block's class token scores the tokens: the last one below the feature layer, or the tower's last.
+ScoredBlock = Literal["feature", "last"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,9 @@ class VisionTokens:
     Attributes:
         features: (B, N, D), after the projector.
         hidden: (B, N, Dv), the same tokens before the projector.
-        keys: (B, N, Dk), key vectors of the scored block, heads side by side.
+        keys: (B, N, H, d), key vectors of the scored block.
         attention: (B, N), the class token's attention in the scored block, averaged over heads, class token left out.
+        unsplit_attention: (B, N), the same row as one head of width H * d would give it.
         grid: Rows and columns of the patches; rows * columns = N.
     """
 
@@ -30,6 +34,7 @@ class VisionTokens:
     hidden: Tensor
     keys: Tensor
     attention: Tensor
+    unsplit_attention: Tensor
     grid: tuple[int, int]
 
 
@@ -39,17 +44,24 @@ class Kept:
 
     Attributes:
         indices: (B, K) int64, ascending, unique: the places of the kept tokens in raster order.
-        features: (B, K, D) for methods that merge tokens (an index is then its cluster's centre), else None.
+        hidden: (B, K, Dv) for methods that merge tokens, still to be projected (an index is then its cluster's centre);
+            None for methods that only choose.
         diagnostics: Name to (B,) values that explain the choice, such as `effective_rank`.
     """
 
     indices: Tensor
-    features: Tensor | None = None
+    hidden: Tensor | None = None
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Pruner(Protocol):
-    """A frozen dataclass with the field `keep` (tokens per crop) and any parameters of its own."""
+    """A frozen dataclass with the field `keep` (tokens per crop) and any parameters of its own.
+
+    Attributes:
+        scored_block: Where the tower takes `keys` and both attentions from.
+    """
+
+    scored_block: ClassVar[ScoredBlock]
 
     @property
     def keep(self) -> int:
@@ -73,15 +85,19 @@ def keep_all(tokens: VisionTokens) -> Kept:
     return Kept(every[None, :].expand(batch, -1))
 
 
-def rank_by(scores: Tensor) -> Tensor:
-    """Return how many tokens come before each one when `scores` (B, N) fall: (B, N) float, 0..N-1, ties to the lower index.
+def precedes(scores: Tensor) -> Tensor:
+    """Return whether token j comes before token i when `scores` (B, N) fall: (B, N, N) bool at [b, i, j].
 
-    Counting pairs instead of sorting makes ties the same on every backend, since sorts differ in which equal comes first.
+    Comparing pairs instead of sorting makes ties the same on every backend: the lower index comes first.
     """
     place = torch.arange(scores.shape[1], device=scores.device)
     mine, other = scores[:, :, None], scores[:, None, :]
-    before = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
-    return before.float().sum(dim=2)
+    return (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
+
+
+def rank_by(scores: Tensor) -> Tensor:
+    """Return how many tokens come before each one when `scores` (B, N) fall: (B, N) float, 0..N-1, all different."""
+    return precedes(scores).float().sum(dim=2)
 
 
 def first_by(rank: Tensor, keep: int) -> Tensor:
@@ -92,3 +108,33 @@ def first_by(rank: Tensor, keep: int) -> Tensor:
 def top_indices(scores: Tensor, keep: int) -> Tensor:
     """Return the places of the `keep` highest of `scores` (B, N) in raster order: (B, K) int64, ties to the lower index."""
     return first_by(rank_by(scores), keep)
+
+
+def chosen_indices(chosen: Tensor, keep: int) -> Tensor:
+    """Return the places of the `keep` true values in each row of `chosen` (B, N) bool: (B, K) int64 ascending."""
+    count = chosen.shape[1]
+    place = torch.arange(count, device=chosen.device, dtype=torch.float32)
+    return first_by(place - count * chosen.float(), keep)
+
+
+def gram_and_norms(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the dot products (B, N, N) and the norms (B, N) of `tokens` (B, N, D), in fp32; no norm is below 1e-8.
+
+    The norms are the roots of the diagonal, so that the tokens are read once and no normalised copy is made.
+    """
+    tokens = tokens.float()
+    gram = tokens @ tokens.transpose(1, 2)
+    return gram, gram.flatten(1)[:, :: tokens.shape[1] + 1].sqrt() + 1e-8
+
+
+def cosine(tokens: Tensor) -> Tensor:
+    """Return the cosine of every pair of `tokens` (B, N, D), un-centred, in fp32: (B, N, N)."""
+    gram, norms = gram_and_norms(tokens)
+    return gram / (norms[:, :, None] * norms[:, None, :])
+
+
+def select_rows(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Take one row of each of B square matrices: `matrix` (B, N, N), `rows` (B,) int64 -> (B, N)."""
+    batch, count, _ = matrix.shape
+    first = torch.arange(batch, device=matrix.device) * count
+    return matrix.flatten(0, 1).index_select(0, rows + first)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from leanvlm.exporter.pruners.base import Kept, VisionTokens, keep_all
+from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, keep_all
 
 
 @dataclass(frozen=True)
 class NoPruner:
     """Keeps every token; `keep` is N, for the record only."""
+
+    scored_block: ClassVar[ScoredBlock] = "feature"
 
     keep: int = 576
 

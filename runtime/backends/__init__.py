@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from leanvlm.runtime.errors import BackendError
 from leanvlm.runtime.manifest import Manifest
 
 __all__ = ["BACKENDS", "Backend", "Decoder", "Graph", "open_backend"]
@@ -76,6 +77,9 @@ def open_backend(folder: Path, manifest: Manifest, *, device: str | None, thread
     Raises:
         BackendError: The target has no backend here, or the device is not there.
     """
+    if manifest.target not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise BackendError(f"bundles for {manifest.target} cannot be run by this version; it runs those for {known}")
     module, name = BACKENDS[manifest.target].split(":")
     backend: Backend = getattr(import_module(module), name)(folder, manifest, device=device, threads=threads)
     return backend

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from leanvlm.runtime.errors import BackendError, GraphError
+from leanvlm.runtime.errors import BackendError, GraphError, LeanVLMWarning
 from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest
 from leanvlm.runtime.optional import require
 
@@ -91,7 +91,8 @@ class OrtBackend:
             GraphError: ONNX Runtime refuses the file, or its inputs and outputs differ from the manifest's.
         """
         options = self.ort.SessionOptions()
-        options.log_severity_level = 3
+        # Its errors come as exceptions, which we report; level 3 would print them too.
+        options.log_severity_level = 4
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         if profile_prefix is not None:
@@ -119,7 +120,8 @@ class OrtBackend:
                 f"'leanvlm[{EXTRAS[self.device]}]', or pass --device cpu to run it slowly on the processor"
             )
         if self.device != self.manifest.target:
-            warnings.warn(f"a bundle for {self.manifest.target} runs on {self.device}: expect it to be slow", stacklevel=4)
+            message = f"a bundle for {self.manifest.target} runs on {self.device}: expect it to be slow"
+            warnings.warn(message, LeanVLMWarning, stacklevel=4)
 
 
 class OrtGraph:

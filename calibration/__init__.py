@@ -1,0 +1,1 @@
+"""Calibration: fit what belongs to a model (a gate's references), and measure what pruning costs. Needs torch."""

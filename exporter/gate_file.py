@@ -1,0 +1,114 @@
+"""A gate file: the reference values of one model's gate, as `leanvlm calibrate gate` writes and `export` reads them.
+
+An image's complexity is judged against a model's own mean: the effective rank of what its projector makes of an image, and
+the entropy of its tower's attention, mean nothing for another model. So the file names the weights that it was measured on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from leanvlm.exporter.pruners.gates import RankCoefficients
+from leanvlm.runtime.errors import InputError
+from leanvlm.runtime.manifest import SourceSpec, file_sha256
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class GateFile:
+    """What was measured on a model's images.
+
+    Attributes:
+        model: Name of the checkpoint.
+        sha256: Sum over its weight files, as a manifest records it.
+        images: How many images were measured, at least 1.
+        source: What they were, in words.
+        erank_ref: Mean exact effective rank of the centred projector features, over 0.
+        entropy_ref: Mean entropy of the class token's attention in nats, over 0.
+        coefficients: Constants of the rank estimator fitted to this model; None where the built-in ones serve as well.
+        figures: Spread of both quantities, and how well the estimate in the graph agrees with the exact rank.
+        versions: Of the tools used.
+    """
+
+    model: str
+    sha256: str
+    images: int
+    source: str
+    erank_ref: float
+    entropy_ref: float
+    coefficients: RankCoefficients | None = None
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("erank_ref", "entropy_ref"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} is {value}")
+
+    def pruner_fields(self) -> dict[str, Any]:
+        """Return the pruner parameters that the file sets."""
+        return {"erank_ref": self.erank_ref, "entropy_ref": self.entropy_ref, "coefficients": self.coefficients}
+
+    def check_source(self, path: Path, source: SourceSpec) -> None:
+        """Check that the file was measured on these weights.
+
+        Raises:
+            InputError: It was measured on others.
+        """
+        if self.sha256 != source.sha256:
+            raise InputError(
+                f"--gate-file {path} was measured on {self.model} (weights {self.sha256[:12]}…), not on {source.id} "
+                f"(weights {source.sha256[:12]}…); run `leanvlm calibrate gate` for this model"
+            )
+
+    def record(self, path: Path) -> dict[str, Any]:
+        """Return what the manifest says of where the gate's values come from."""
+        return {"file": path.name, "sha256": file_sha256(path), "source": self.source, "images": self.images}
+
+    def write(self, path: Path) -> None:
+        """Write the file as JSON."""
+        data = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def read_gate_file(path: Path) -> GateFile:
+    """Read a gate file.
+
+    Raises:
+        InputError: It cannot be read, is of another schema, or a value is missing or impossible.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--gate-file {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--gate-file {path} is not JSON: {error}") from error
+    if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+        raise InputError(f"--gate-file {path} is not a gate file of schema {SCHEMA}; `leanvlm calibrate gate` writes one")
+    try:
+        fitted = data.pop("coefficients")
+        numbers = {name: float(data.pop(name)) for name in ("erank_ref", "entropy_ref")}
+        return GateFile(**data, **numbers, coefficients=None if fitted is None else _coefficients(fitted))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"--gate-file {path} is not a valid gate file: {type(error).__name__}: {error}") from error
+
+
+def _coefficients(data: Mapping[str, Any]) -> RankCoefficients:
+    """Read the estimator's constants; ValueError where their numbers do not belong together."""
+    groups = {f.name: tuple(float(value) for value in data[f.name]) for f in dataclasses.fields(RankCoefficients)}
+    count = len(groups["lifts"]) + 2
+    wanted = {"centre": count, "scale": count, "weights": math.comb(count + 3, 3)}
+    for name, length in wanted.items():
+        if len(groups[name]) != length:
+            raise ValueError(f"{len(groups[name])} {name} where {length} are needed")
+    if not all(math.isfinite(value) for group in groups.values() for value in group):
+        raise ValueError("a coefficient is not finite")
+    return RankCoefficients(**groups)

@@ -1,0 +1,72 @@
+"""DivPrune (arXiv 2503.02175, CVPR 2025): keep the tokens that are farthest from each other.
+
+Greedy max-min diversity: the first token is the one whose nearest neighbour is farthest away, then always the token that is
+farthest from all chosen ones, by cosine distance of the embeddings that the language model reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, chosen_indices, cosine, keep_all, select_rows
+
+# Above any cosine distance, and below any: a chosen token's distance to itself.
+FAR, CHOSEN = 4.0, -1.0
+
+
+@dataclass(frozen=True)
+class DivPruner:
+    """Farthest-point selection.
+
+    Needs no class token, uses no text and merges nothing. The release selects once over the whole image sequence; here
+    each crop of a batch is a selection of its own, and K is given instead of a share of N (0.098 there).
+
+    Attributes:
+        keep: K, tokens kept of each crop.
+    """
+
+    scored_block: ClassVar[ScoredBlock] = "feature"
+
+    keep: int = 64
+
+    def __call__(self, tokens: VisionTokens) -> Kept:
+        """Choose K tokens, in raster order."""
+        if self.keep >= tokens.features.shape[1]:
+            return keep_all(tokens)
+        distance = pair_distance(tokens.features)
+        nearest = torch.where(distance == CHOSEN, FAR, distance).amin(dim=2)
+        near = select_rows(distance, nearest.argmax(dim=1))
+        near = spread(distance, near, self.keep - 1)
+        return Kept(chosen_indices(near == CHOSEN, self.keep))
+
+
+def pair_distance(features: Tensor) -> Tensor:
+    """Return the cosine distance of every pair of `features` (B, N, D): (B, N, N), 0..2, but `CHOSEN` on the diagonal."""
+    place = torch.arange(features.shape[1], device=features.device)
+    return torch.where(place[:, None] == place[None, :], CHOSEN, 1.0 - cosine(features))
+
+
+def spread(distance: Tensor, near: Tensor, steps: int, floors: Sequence[Tensor] | None = None) -> Tensor:
+    """Choose `steps` more tokens, each the farthest from those chosen; equal ones by place.
+
+    Args:
+        distance: (B, N, N), from `pair_distance`.
+        near: (B, N), the distance of each token to its nearest chosen one; `CHOSEN` for the chosen, so that they are
+            never chosen again.
+        steps: How many to choose.
+        floors: One (B, 1) for each step, `CHOSEN` where a row chooses and `FAR` where it is done; None: all choose.
+
+    Returns:
+        (B, N), `near` after the last step.
+    """
+    for step in range(steps):
+        row = select_rows(distance, near.argmax(dim=1))
+        if floors is not None:
+            row = torch.maximum(row, floors[step])
+        near = torch.minimum(near, row)
+    return near

@@ -1,0 +1,323 @@
+"""Every mistake that a user can make: exit status 2, one line that says what is wrong, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import struct
+import subprocess
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+
+from leanvlm.exporter import ExportConfig
+from leanvlm.runtime.manifest import MANIFEST
+
+Change = Callable[[Path], object]
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, where what is left behind shows."""
+    folder = tmp_path / "workplace"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return folder
+
+
+def refusal(result: subprocess.CompletedProcess[str], status: int = 2) -> str:
+    """Return the one line that a command ended with."""
+    assert result.returncode == status, result.stderr
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("leanvlm: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("frobnicate", "No such command 'frobnicate'"),
+        ("export", "Missing option '--model'"),
+        ("export --model demo --frobnicate", "No such option: --frobnicate"),
+        ("export --model demo --budget", "--budget"),
+        ("run", "Missing argument 'bundle'"),
+        ("run here --max-new-tokens many", "'--max-new-tokens'"),
+        ("run here --json", "--json needs --prompt"),
+        ("run here --threads 0 --prompt '?'", "'--threads'"),
+        ("profile here --runs 0", "'--runs'"),
+        ("inspect here --overlay kept.png", "--overlay needs --image"),
+    ],
+)
+def test_wrong_command_lines(leanvlm: Command, arguments: str, words: str) -> None:
+    assert words in refusal(leanvlm(*shlex.split(arguments)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--budget 0", "budget 0 is not possible"),
+        ("--budget -5", "budget -5 is not possible"),
+        ("--budget 100000", "more than the 576 image tokens"),
+        ("--budget abc", "'abc' is not a number"),
+        ("--budget 64,", "'64,' is not a number"),
+        ("--budget ''", "'' is not a number"),
+        ("--budget 64,64", "64,64 name one twice"),
+        ("--pruner scissors", "'scissors' is not known; known: agile"),
+        ("--pruner agile:blade=2", "no parameter 'blade'"),
+        ("--pruner agile:step", "no parameter 'step'"),
+        ("--pruner agile:step=long", "step='long' is not a valid float"),
+        ("--pruner agile:gate=garden", "gate='garden' is not one of erank"),
+        ("--pruner agile:keep=10", "give the number as --budget only"),
+        ("--pruner none", "keeps all 576 image tokens"),
+        ("--target abacus", "'abacus' is not known; known: cpu"),
+        ("--precision fp16", "'fp16' does not go with target 'cpu'"),
+        ("--target cuda --precision fp32", "'fp32' does not go with target 'cuda'"),
+        ("--precision fp8", "'fp8' does not go with target 'cpu'"),
+        ("--output ''", "does not name a folder"),
+        ("--output .", "does not name a folder"),
+    ],
+)
+def test_wrong_export_options(leanvlm: Command, workplace: Path, options: str, words: str) -> None:
+    assert words in refusal(leanvlm("export", "--model", "demo", *shlex.split(options)))
+    assert not list(workplace.iterdir())
+
+
+def write(name: str, text: str) -> Change:
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+
+def remove(*names: str) -> Change:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def cut(name: str, size: int) -> Change:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def edit(name: str, **values: Any) -> Change:
+    """Set keys of a JSON file; `a__b` is the key b inside of a."""
+
+    def change(folder: Path) -> None:
+        data = json.loads((folder / name).read_text(encoding="utf-8"))
+        for path, value in values.items():
+            *outer, key = path.split("__")
+            place = data
+            for step in outer:
+                place = place[step]
+            place[key] = value
+        (folder / name).write_text(json.dumps(data), encoding="utf-8")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (remove("config.json"), "has no config.json"),
+        (remove("tokenizer.json"), "has no tokenizer.json"),
+        (remove("model.safetensors"), "has no .safetensors weights"),
+        (remove("preprocessor_config.json", "processor_config.json"), "has no preprocessor_config.json"),
+        (remove("chat_template.jinja"), "holds no chat template"),
+        (write("config.json", "{"), "config.json cannot be read"),
+        (write("config.json", "[]"), "config.json does not hold a JSON object"),
+        (write("config.json", "[" * 100_000), "config.json cannot be read"),
+        (edit("config.json", model_type="mamba"), "model_type 'mamba' is not supported; supported: llava"),
+        (edit("config.json", text_config__hidden_size="wide"), "config.json is not a valid configuration"),
+        (edit("config.json", text_config__model_type="mamba"), "'mamba' decoder is not supported"),
+        (edit("config.json", vision_config__patch_size=0), "config.json is not a valid configuration"),
+        (edit("config.json", vision_config__image_size=336), "the tower takes (336, 336)"),
+        (write("tokenizer.json", "{"), "tokenizer.json cannot be read"),
+        (write("chat_template.jinja", "{% if %}"), "chat template is not valid"),
+        (write("preprocessor_config.json", "?"), "preprocessor_config.json cannot be read"),
+        (edit("preprocessor_config.json", image_mean=["a", "b", "c"]), "is not a valid image processor"),
+        (cut("model.safetensors", 5), "cannot be read as safetensors"),
+        (cut("model.safetensors", 100_000), "cannot be read as safetensors"),
+    ],
+)  # fmt: skip
+def test_broken_checkpoints(
+    leanvlm: Command, tiny_llava: Path, tmp_path: Path, workplace: Path, change: Change, words: str
+) -> None:
+    checkpoint = shutil.copytree(tiny_llava, tmp_path / "checkpoint")
+    change(checkpoint)
+    assert words in refusal(leanvlm("export", "--model", checkpoint, "--budget", 16))
+    assert not list(workplace.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("", "--model is empty"),
+        ("./nowhere", "nowhere is not a folder"),
+        ("nowhere", "'nowhere' is not a folder here and could not be fetched"),
+        ("nobody/nothing", "'nobody/nothing' is not a folder here and could not be fetched"),
+        ("not a name", "neither a folder nor a Hub id"),
+        (__file__, "is not a folder"),
+    ],
+)
+def test_models_that_are_not_there(leanvlm: Command, workplace: Path, model: str, words: str) -> None:
+    assert words in refusal(leanvlm("export", "--model", model, "--offline"))
+    assert not list(workplace.iterdir())
+
+
+def test_the_token_is_never_shown(leanvlm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz"
+    monkeypatch.setenv("HF_TOKEN", secret)
+    results = [
+        leanvlm("export", "--help"),
+        leanvlm("export", "--model", "nobody/nothing", "--offline"),
+        leanvlm("export", "--model", "nobody/nothing", "--offline", "--token", secret),
+        leanvlm("export", "--model", "demo", "--dry-run", "--token", secret),
+    ]
+    assert [result.returncode for result in results] == [0, 2, 2, 0]
+    assert not [result for result in results if secret in result.stdout + result.stderr]
+    assert secret not in repr(ExportConfig("demo", token=secret))
+
+
+def test_an_existing_output_is_kept(leanvlm: Command, workplace: Path) -> None:
+    (workplace / "demo-64").mkdir()
+    assert "demo-64 exists; choose another -o, or pass --force" in refusal(leanvlm("export", "--model", "demo"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_force_replaces_only_bundles(leanvlm: Command, workplace: Path, kind: str) -> None:
+    output = workplace / "mine"
+    if kind == "folder":
+        output.mkdir()
+    thesis = output / "thesis.tex" if kind == "folder" else output
+    thesis.write_text("years of work", encoding="utf-8")
+    result = leanvlm("export", "--model", "demo", "-o", output, "--force")
+    assert "is not a bundle; --force replaces only bundles" in refusal(result)
+    assert thesis.read_text(encoding="utf-8") == "years of work"
+
+
+@pytest.fixture
+def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the built-in model's bundle, to damage."""
+    return shutil.copytree(demo_bundle, tmp_path / "bundle")
+
+
+def resize(name: str) -> Change:
+    """Make the manifest state the size that a damaged file now has, so that only what reads it can notice."""
+    return lambda folder: edit(MANIFEST, **{f"files__{name}__bytes": (folder / name).stat().st_size})(folder)
+
+
+def both(*changes: Change) -> Change:
+    return lambda folder: [change(folder) for change in changes]
+
+
+def listed(name: str) -> Change:
+    return edit(MANIFEST, **{f"files__{name}": {"bytes": 1, "sha256": ""}})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (shutil.rmtree, "is not a folder"),
+        (remove(MANIFEST), "is not a bundle: it has no leanvlm.json"),
+        (write(MANIFEST, "{"), "leanvlm.json cannot be read"),
+        (write(MANIFEST, "[1]"), "has schema None"),
+        (edit(MANIFEST, schema=99), "has schema 99; this version of leanvlm reads schema 1"),
+        (edit(MANIFEST, decoder=None), "is not a valid manifest"),
+        (edit(MANIFEST, target="tensorrt"), "bundles for tensorrt cannot be run by this version"),
+        (edit(MANIFEST, min_onnxruntime="99.0"), "needs ONNX Runtime 99.0 or newer"),
+        (listed("../secret"), "'../secret', which is outside the bundle"),
+        (listed("/etc/passwd"), "'/etc/passwd', which is outside the bundle"),
+        (listed("a\0b"), "outside the bundle"),
+        (listed("absent.bin"), "absent.bin is missing"),
+        (remove("vision.data"), "vision.data is missing"),
+        (cut("vision_64.onnx", 1000), "vision_64.onnx has 1000 bytes"),
+        (both(cut("vision_64.onnx", 1000), resize("vision_64.onnx")), "vision_64.onnx cannot be opened"),
+        (both(cut("vision.data", 1000), resize("vision.data")), "vision_64.onnx cannot be opened"),
+        (both(cut("decoder.onnx", 1000), resize("decoder.onnx")), "decoder.onnx cannot be opened"),
+        (both(cut("decoder.onnx.data", 9), resize("decoder.onnx.data")), "decoder.onnx cannot be opened"),
+        (both(cut("embed_tokens.safetensors", 9), resize("embed_tokens.safetensors")), "safetensors cannot be read"),
+        (both(cut("tokenizer.json", 9), resize("tokenizer.json")), "tokenizer.json cannot be read"),
+        (both(cut("generation_config.json", 9), resize("generation_config.json")), "config.json cannot be read"),
+        (edit(MANIFEST, vision__64__file="decoder.onnx"), "decoder.onnx has no pixel_values"),
+        (edit(MANIFEST, decoder__layers=5), "the decoder"),
+    ],
+)  # fmt: skip
+def test_broken_bundles(leanvlm: Command, bundle: Path, sample_image: Path, change: Change, words: str) -> None:
+    change(bundle)
+    assert words in refusal(leanvlm("run", bundle, "--image", sample_image, "--prompt", "What is it?"))
+
+
+def test_a_file_is_not_a_bundle(leanvlm: Command) -> None:
+    assert "is not a folder" in refusal(leanvlm("run", __file__, "--prompt", "What is it?"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--budget 63", "budget 63 is not in this bundle; it holds 64, 576"),
+        ("--max-new-tokens 100000", "together 100077; the model's context holds 2048"),
+        ("--max-new-tokens 0", "max_new_tokens 0 is not possible"),
+        ("--temperature -1", "temperature must be a number of at least 0"),
+        ("--temperature nan", "temperature must be a number of at least 0"),
+        ("--top-p 0", "top_p must be above 0"),
+        ("--top-p 1.5", "top_p must be above 0"),
+        ("--seed -3", "seed must be at least 0"),
+        ("--stop ''", "a stop string must not be empty"),
+        ("--device abacus", "device 'abacus' is not known"),
+        ("--overlay nowhere/kept.png", "the folder nowhere does not exist"),
+        ("--overlay kept.jpg", "must end in .png"),
+        ("--prompt ''", "the prompt is empty"),
+        ("--prompt '   '", "the prompt is empty"),
+        ("--prompt '<image> What?'", "leave the image token out of the text"),
+        ("--image 'missing[/].png'", "image 'missing[/].png' does not exist"),
+        ("--image ../notes.txt", "not an image in a format that Pillow reads"),
+        ("--image .", "image '.' is not a file"),
+    ],
+)
+def test_wrong_run_options(
+    leanvlm: Command, demo_bundle: Path, sample_image: Path, workplace: Path, options: str, words: str
+) -> None:
+    (workplace.parent / "notes.txt").write_text("no image", encoding="utf-8")
+    basic = ["--prompt", "How many shapes are there?", "--image", sample_image]
+    assert words in refusal(leanvlm("run", demo_bundle, *basic, *shlex.split(options)))
+    assert not list(workplace.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_profile_checks_its_files_before_it_measures(leanvlm: Command, demo_bundle: Path, option: str) -> None:
+    assert "folder nowhere does not exist" in refusal(leanvlm("profile", demo_bundle, option, "nowhere/figures"))
+    assert "is a folder" in refusal(leanvlm("profile", demo_bundle, option, "."))
+
+
+def png(width: int, height: int, rows: int) -> bytes:
+    """Return a grey PNG of the stated size that holds only so many rows."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(rows * (width + 1)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (png(10_000, 10_000, 1), "has 10000 x 10000 pixels; at most 64 megapixels"),
+        (png(30_000, 30_000, 1), "more than 64 megapixels"),
+        (png(200, 200, 3)[:-20], "cannot be decoded"),
+        (b"", "not an image in a format that Pillow reads"),
+    ],
+    ids=["100 megapixels", "900 megapixels", "truncated", "empty"],
+)
+def test_images_that_cannot_be_used(
+    leanvlm: Command, demo_bundle: Path, tmp_path: Path, content: bytes, words: str
+) -> None:
+    image = tmp_path / "image.png"
+    image.write_bytes(content)
+    for command in (["run", "--prompt", "What?"], ["profile"], ["inspect"]):
+        result = leanvlm(command[0], demo_bundle, "--image", image, *command[1:])
+        assert words in (refusal(result) if command[0] != "inspect" else result.stderr)
