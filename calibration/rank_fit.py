@@ -147,9 +147,7 @@ def fit_rank(
     return _fit(*_pad([*synthetic, *measured]), weights, lifts)[0]
 
 
-def tune_lifts(
-    lifts: Sequence[float] = LIFTS, *, rounds: int = 3, count: int = 2000, seed: int = 1
-) -> tuple[float, ...]:
+def tune_lifts(lifts: Sequence[float] = LIFTS, *, rounds: int = 3, count: int = 2000, seed: int = 1) -> tuple[float, ...]:
     """Improves the lifts by a coordinate search on the loss of the fit.
 
     Args:

@@ -19,6 +19,7 @@ def export_command(
     pruner: Annotated[str, typer.Option(help="Name, or name:field=value,…")] = "agile",
     target: Annotated[str, typer.Option(help="cpu, cuda, tensorrt-rtx or tensorrt.")] = "cpu",
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8 or int4; the target's by default.")] = None,
+    positions: Annotated[str, typer.Option(help="compact or original: how kept tokens are numbered.")] = "compact",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and how big.")] = False,
@@ -34,6 +35,7 @@ def export_command(
         pruner=pruner,
         target=target,  # type: ignore[arg-type]  # ExportConfig checks it.
         precision=precision,
+        positions=positions,  # type: ignore[arg-type]  # As above.
         force=force,
         revision=revision,
         token=token,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.manifest import PRECISIONS, TARGETS
+from leanvlm.runtime.manifest import POSITIONS, PRECISIONS, TARGETS
 
 ALIASES = {
     "llava": "llava-hf/llava-1.5-7b-hf",
@@ -30,6 +30,8 @@ class ExportConfig:
         pruner: Spec string, such as `agile:gate=entropy`.
         target: What the graphs are written for.
         precision: None takes the target's default.
+        positions: `compact` numbers the kept tokens in a row, as the method was published; `original` keeps the places that
+            they have in the unpruned sequence (arXiv 2506.21873 found grounding lost without them).
         force: Replace an existing output folder.
         revision: Branch, tag or commit on the Hub.
         token: Access token for the Hub.
@@ -45,6 +47,7 @@ class ExportConfig:
     pruner: str = "agile"
     target: Literal["cpu", "cuda", "tensorrt-rtx", "tensorrt"] = "cpu"
     precision: str | None = None
+    positions: Literal["compact", "original"] = "compact"
     force: bool = False
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
@@ -64,6 +67,8 @@ class ExportConfig:
             raise InputError(f"budgets {','.join(map(str, self.budgets))} name one twice")
         if self.target not in TARGETS:
             raise InputError(f"target {self.target!r} is not known; known: {', '.join(TARGETS)}")
+        if self.positions not in POSITIONS:
+            raise InputError(f"positions {self.positions!r} are not known; known: {', '.join(POSITIONS)}")
         if self.precision is not None and self.precision not in PRECISIONS[self.target]:
             known = ", ".join(PRECISIONS[self.target])
             raise InputError(f"precision {self.precision!r} does not go with target {self.target!r}; it has: {known}")

@@ -6,6 +6,7 @@ modules that are already there, so the weights are read once and no copy reaches
 | direction | name | shape | meaning |
 |---|---|---|---|
 | in | `inputs_embeds` | (B, S, D) | text embeddings with the image embeddings spliced between |
+| in | `position_ids` | (B, S) int64 | only with original positions; else the decoder counts by itself |
 | in | `attention_mask` | (B, past + S) int64 | ones; its length tells the decoder how much of the cache is valid |
 | in | `past_key_values.<l>.key` / `.value` | (B, kv_heads, S_max, head_dim) | the cache; shared with `present` |
 | out | `logits` | (B, 1, V) | of the last position |
@@ -62,7 +63,7 @@ def head_dim(config: Any) -> int:
 
 
 def build_decoder(
-    decoder: nn.Module, checkpoint: Checkpoint, *, target: str, precision: str, folder: Path, scratch: Path
+    decoder: nn.Module, checkpoint: Checkpoint, *, target: str, precision: str, positions: str, folder: Path, scratch: Path
 ) -> Path:
     """Write `decoder.onnx` and its data file.
 
@@ -71,6 +72,7 @@ def build_decoder(
         checkpoint: For the text configuration and the tokenizer that the builder wants to see.
         target: `cpu` or `cuda`.
         precision: fp32, fp16, int8 or int4.
+        positions: `compact` or `original`.
         folder: Where the files go.
         scratch: A folder for the builder's small inputs, removed by the caller.
 
@@ -93,7 +95,7 @@ def build_decoder(
         extra["filename"] = DECODER
         io_dtype = builder.set_io_dtype(precision, target, extra)
         onnx_dtype = builder.set_onnx_dtype(precision, extra)
-        model_class = _in_memory(getattr(builder, class_name), decoder)
+        model_class = _in_memory(getattr(builder, class_name), decoder, positions)
         model = model_class(details["hf_config"], io_dtype, onnx_dtype, target, cache, extra)
         model.make_model(str(source))
         model.save_model(str(folder))
@@ -103,14 +105,25 @@ def build_decoder(
     return path
 
 
-def _in_memory(base: type, decoder: nn.Module) -> type:
-    """Return a builder class that reads its weights from `decoder` instead of a folder."""
+def _in_memory(base: type, decoder: nn.Module, positions: str) -> type:
+    """Return a builder class that reads its weights from `decoder` instead of a folder.
+
+    Rotation fused into the attention op ignores position ids on the CPU, so original positions take it out, and with it the
+    packed projection that the builder cannot rotate apart.
+    """
 
     class InMemory(base):  # type: ignore[misc]
         def load_weights(self, input_path: str) -> nn.Module:
             return decoder
 
-    return InMemory
+    class WithPositions(InMemory):
+        def is_fused_rope_supported(self) -> bool:
+            return False
+
+        def is_packed_matmul_supported(self) -> bool:
+            return False
+
+    return WithPositions if positions == "original" else InMemory
 
 
 def _write_text_checkpoint(checkpoint: Checkpoint, architecture: str, folder: Path) -> None:

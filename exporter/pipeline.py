@@ -170,7 +170,15 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     on_step("build decoder")
     decoder = checkpoint.family.decoder(model)
     precision = config.resolved_precision
-    build_decoder(decoder, checkpoint, target=config.target, precision=precision, folder=folder, scratch=scratch)
+    build_decoder(
+        decoder,
+        checkpoint,
+        target=config.target,
+        precision=precision,
+        positions=config.positions,
+        folder=folder,
+        scratch=scratch,
+    )
     del decoder
     gc.collect()
     on_step("write token table")
@@ -250,7 +258,7 @@ def _manifest(request: Plan, vision: dict[int, GraphSpec], folder: Path) -> Mani
         embed_tokens=EMBED_TOKENS,
         image=checkpoint.image_spec,
         image_token_id=checkpoint.spec.image_token_id,
-        positions="compact",
+        positions=config.positions,
         min_onnxruntime=MIN_ONNXRUNTIME,
         versions={tool: found for tool in TOOLS if (found := _version(tool))},
         files=files,

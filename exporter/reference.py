@@ -6,7 +6,7 @@ A half-precision decoder is widened one leaf module at a time while it runs, so 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,12 @@ class Reference:
         block = spec.scored_block(scored)
         attn = next(m for n, m in core.vision_tower.named_modules() if n.endswith(f"encoder.layers.{block}.self_attn"))
         # The blocks behind the cut are still in the checkpoint's dtype.
-        with _eager_attention(core.vision_tower), computed_in_float32(core.vision_tower), _output(attn.q_proj) as query, \
-                _output(attn.k_proj) as keys:
+        with (
+            _eager_attention(core.vision_tower),
+            computed_in_float32(core.vision_tower),
+            _output(attn.q_proj) as query,
+            _output(attn.k_proj) as keys,
+        ):
             out = core.vision_tower(
                 torch.from_numpy(pixel_values), output_hidden_states=True, output_attentions=True, return_dict=True
             )
@@ -57,11 +61,25 @@ class Reference:
         return features
 
     @torch.no_grad()
-    def logits(self, embeddings: Array, last: int) -> Array:
-        """Return the logits (last, V) of the last positions of a sequence of embeddings (S, D)."""
+    def embed(self, ids: Sequence[int]) -> Array:
+        """Return the token table's rows (len(ids), D) in fp32."""
+        table = self.checkpoint.family.embed_tokens(self.model)
+        rows: Array = table[torch.tensor(list(ids), dtype=torch.long)].float().numpy()
+        return rows
+
+    @torch.no_grad()
+    def logits(self, embeddings: Array, positions: Array, last: int) -> Array:
+        """Return the logits (last, V) of the last of a sequence of embeddings (S, D) at positions (S,)."""
         decoder: Any = self.checkpoint.family.decoder(self.model)
         with computed_in_float32(decoder):
-            out = decoder(inputs_embeds=torch.from_numpy(embeddings)[None], use_cache=False, logits_to_keep=last)
+            out = decoder(
+                inputs_embeds=torch.from_numpy(embeddings)[None],
+                position_ids=torch.from_numpy(positions)[None],
+                # Without a mask transformers reads gaps in the positions as the borders of packed sequences.
+                attention_mask=torch.ones(1, len(positions), dtype=torch.long),
+                use_cache=False,
+                logits_to_keep=last,
+            )
         result: Array = out.logits[0].float().numpy()
         return result
 

@@ -7,7 +7,8 @@ which is the same event as decoding greedily step by step. The figures go into t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from leanvlm.exporter.reference import Reference, cosine, relative_difference
 from leanvlm.runtime.errors import VerificationError
 from leanvlm.runtime.preprocess import preprocess
 from leanvlm.runtime.session import Session, user_message
+from leanvlm.runtime.splice import ImageFeatures, splice
+from leanvlm.runtime.text import split_on_image
 
 Array = npt.NDArray[Any]
 PROMPT = "Describe the image."
@@ -63,8 +66,10 @@ def verify(
         results["vision"][str(budget)] = measured
         _check_vision(budget, measured, precision)
     on_step("verify decoder")
-    for budget in pruners:
-        measured = _compare_chain(session, reference, images[0], budget, precision)
+    whole = next(iter(tokens.values())).features[0].numpy()
+    for budget, pruner in pruners.items():
+        merges = pruner(tokens[pruner.scored_block]).hidden is not None
+        measured = _compare_chain(session, reference, images[0], None if merges else whole, budget)
         results["tokens"][str(budget)] = measured
         _check_chain(budget, measured, precision)
     return results
@@ -133,19 +138,29 @@ def _check_vision(budget: int, measured: Mapping[str, Any], precision: str) -> N
         raise VerificationError(f"{where}: features differ by {measured['features']:.2g} of their range, over {limit:g}")
 
 
-def _compare_chain(session: Session, reference: Reference, image: Image.Image, budget: int, precision: str) -> dict[str, Any]:
-    """Generate greedily with the bundle; let the checkpoint judge every token from its own features of the kept tokens."""
+def _compare_chain(
+    session: Session, reference: Reference, image: Image.Image, features: Array | None, budget: int
+) -> dict[str, Any]:
+    """Generate greedily with the bundle; let the checkpoint judge every token from its own features of the kept tokens.
+
+    Args:
+        session: The bundle.
+        reference: The checkpoint.
+        image: The image to ask about.
+        features: The checkpoint's own features of it (N, D); None where tokens were merged, which exist in the bundle only
+            and have been compared before.
+        budget: The budget to use.
+    """
     answer = session.generate(PROMPT, [image], budget=budget, max_new_tokens=NEW_TOKENS, ignore_end=True)
     encoded = session.encode_images([image], budget)[0]
     ids = session.prompt_ids([user_message(PROMPT, 1)], 1)
     prompt = session.splice(ids, [encoded])
-    sequence = np.concatenate([prompt, session.table.rows(answer.token_ids[:-1])])
-    expected = reference.logits(sequence, NEW_TOKENS)
+    expected = _judged(reference, session, ids, encoded, features, answer.token_ids)
     decoder = session.decoder()
-    decoder.start(len(prompt))
-    first = decoder.step(prompt)
+    decoder.start(len(prompt.positions))
+    first = decoder.step(prompt.embeddings, prompt.positions)
     best = expected.argmax(axis=1)
-    near = tolerances.TOKEN_MARGIN.get(precision, np.inf) * np.abs(expected).max()
+    near = tolerances.TOKEN_MARGIN.get(session.manifest.precision, np.inf) * np.abs(expected).max()
     gaps = expected.max(axis=1) - expected[np.arange(NEW_TOKENS), list(answer.token_ids)]
     return {
         "logits": relative_difference(first, expected[0]),
@@ -154,6 +169,23 @@ def _compare_chain(session: Session, reference: Reference, image: Image.Image, b
         "equal": int((best == np.asarray(answer.token_ids)).sum()),
         "wrong": int((gaps > near).sum()),
     }
+
+
+def _judged(
+    reference: Reference,
+    session: Session,
+    ids: Sequence[int],
+    encoded: ImageFeatures,
+    features: Array | None,
+    answer: Sequence[int],
+) -> Array:
+    """Return the checkpoint's logits (len(answer), V) for every token of an answer, from its own embeddings."""
+    image = encoded if features is None else replace(encoded, embeddings=features[encoded.pruning.indices])
+    segments = [reference.embed(segment) for segment in split_on_image(ids, session.manifest.image_token_id)]
+    prompt = splice(segments, [image], session.manifest.positions)
+    sequence = np.concatenate([prompt.embeddings, reference.embed(answer[:-1])])
+    places = np.concatenate([prompt.positions, prompt.next_position + np.arange(len(answer) - 1)])
+    return reference.logits(sequence, places, len(answer))
 
 
 def _check_chain(budget: int, measured: Mapping[str, Any], precision: str) -> None:

@@ -15,7 +15,8 @@ from leanvlm.runtime.errors import InputError, LeanVLMError
 from leanvlm.runtime.overlay import check_picture_path, save_overlay
 from leanvlm.runtime.preprocess import load_image
 from leanvlm.runtime.sampling import SamplingConfig
-from leanvlm.runtime.session import GenerateOptions, ImageFeatures, Session, load, user_message
+from leanvlm.runtime.session import GenerateOptions, Session, load, user_message
+from leanvlm.runtime.splice import ImageFeatures
 from leanvlm.runtime.text import Message
 
 HELP = "/image FILE adds an image to your next message, /reset starts over, /exit ends (so does Ctrl-D)."

@@ -20,6 +20,7 @@ from leanvlm.runtime.preprocess import ImageSpec
 SCHEMA = 1
 MANIFEST = "leanvlm.json"
 TARGETS = ("cpu", "cuda", "tensorrt-rtx", "tensorrt")
+POSITIONS = ("compact", "original")
 # The model builder gives other pairs an attention op without the shared cache, so they are not offered.
 PRECISIONS = {
     "cpu": ("fp32", "int8", "int4"),

@@ -25,22 +25,14 @@ from leanvlm.runtime.errors import BackendError, BundleError, ContextOverflowErr
 from leanvlm.runtime.manifest import Manifest, read_manifest, verify_files
 from leanvlm.runtime.preprocess import ImageSource, preprocess
 from leanvlm.runtime.sampling import SamplingConfig, sample
+from leanvlm.runtime.splice import ImageFeatures, Prompt, splice
 from leanvlm.runtime.text import Message, StopStrings, Template, TextTokenizer, check_image_tokens, split_on_image
 
 MAX_NEW_TOKENS = 128
 # A cache a little larger than needed serves the next turns and prompts too.
 CACHE_STEP = 64
 
-Embeddings = npt.NDArray[np.float32]
 ONE_IMAGE = (str, Path, bytes, Image.Image, np.ndarray)
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """One image, encoded: embeddings (K, D) and what pruning did."""
-
-    embeddings: Embeddings
-    pruning: Pruning
 
 
 @dataclass(frozen=True)
@@ -201,7 +193,7 @@ class Session:
         start = perf_counter() if start is None else start
         begin = perf_counter()
         prompt = self.splice(self.prompt_ids(messages, len(features)), features)
-        self._check_context(len(prompt), options.max_new_tokens)
+        self._check_context(prompt.next_position, options.max_new_tokens)
         timings.splice += 1e3 * (perf_counter() - begin)
         finish: list[Answer] = []
         pieces = self._pieces(prompt, features, options, timings, start, finish)
@@ -241,13 +233,10 @@ class Session:
         )
         return ImageFeatures(embeddings, pruning)
 
-    def splice(self, ids: Sequence[int], features: Sequence[ImageFeatures]) -> Embeddings:
-        """Put image embeddings in the places of the image tokens: (S, D)."""
-        segments = split_on_image(ids, self.manifest.image_token_id)
-        parts = [self.table.rows(segments[0])]
-        for image, segment in zip(features, segments[1:], strict=True):
-            parts += [image.embeddings, self.table.rows(segment)]
-        return np.concatenate(parts)
+    def splice(self, ids: Sequence[int], features: Sequence[ImageFeatures]) -> Prompt:
+        """Put image embeddings in the places of the image tokens."""
+        segments = [self.table.rows(segment) for segment in split_on_image(ids, self.manifest.image_token_id)]
+        return splice(segments, features, self.manifest.positions)
 
     def _check_context(self, prompt: int, new: int) -> None:
         context = self.manifest.decoder.context_length
@@ -259,7 +248,7 @@ class Session:
 
     def _pieces(
         self,
-        prompt: Embeddings,
+        prompt: Prompt,
         features: Sequence[ImageFeatures],
         options: GenerateOptions,
         timings: Timings,
@@ -288,15 +277,16 @@ class Session:
             text.append(rest)
             yield rest
         pruning = tuple(image.pruning for image in features)
-        finish.append(Answer("".join(text), tuple(ids), len(prompt), reason, timings, pruning))
+        finish.append(Answer("".join(text), tuple(ids), len(prompt.positions), reason, timings, pruning))
 
-    def _tokens(self, prompt: Embeddings, options: GenerateOptions, timings: Timings, start: float) -> Iterator[int]:
+    def _tokens(self, prompt: Prompt, options: GenerateOptions, timings: Timings, start: float) -> Iterator[int]:
         """Yield up to `max_new_tokens` token ids: prefill, then one decode step a token."""
         decoder, sampling = self.decoder(), options.sampling
         rng = sampling.generator()
         begin = perf_counter()
-        decoder.start(_round_up(len(prompt) + options.max_new_tokens, self.manifest.decoder.context_length))
-        logits = decoder.step(prompt)
+        length = len(prompt.positions) + options.max_new_tokens
+        decoder.start(_round_up(length, self.manifest.decoder.context_length))
+        logits = decoder.step(prompt.embeddings, prompt.positions)
         timings.prefill = 1e3 * (perf_counter() - begin)
         for count in range(options.max_new_tokens):
             begin = perf_counter()
@@ -308,7 +298,8 @@ class Session:
             yield token
             if count + 1 < options.max_new_tokens:
                 begin = perf_counter()
-                logits = decoder.step(self.table.rows([token]))
+                place = np.array([prompt.next_position + count], dtype=np.int64)
+                logits = decoder.step(self.table.rows([token]), place)
                 timings.decode.append(1e3 * (perf_counter() - begin))
 
 

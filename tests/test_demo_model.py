@@ -15,7 +15,8 @@ from leanvlm.demo.render import render
 from leanvlm.demo.scenes import Question, Scene, held_out_questions, make_scene
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.preprocess import preprocess
-from leanvlm.runtime.session import GenerateOptions, ImageFeatures, user_message
+from leanvlm.runtime.session import GenerateOptions, user_message
+from leanvlm.runtime.splice import ImageFeatures
 
 SCENES = [(kind, seed) for kind in ("simple", "complex") for seed in range(8)]
 PER_SCENE = 7

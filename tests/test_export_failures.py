@@ -16,13 +16,15 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+import tiny
 from conftest import Command
 
 import leanvlm.exporter.pipeline as pipeline
 from leanvlm.exporter import ExportConfig
 from leanvlm.runtime.errors import VerificationError
 
-BUDGET = 16
+# All of the tiny model's image tokens: one graph to trace, not two.
+BUDGET = tiny.TOKENS
 # Everything in the export that writes, by the name that the pipeline calls it by.
 WRITERS = (
     "save_sharing",
@@ -63,7 +65,7 @@ def _parsed(data: bytes) -> Any:
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    return tmp_path / "place" / "tiny-16"
+    return tmp_path / "place" / "tiny"
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def test_the_writers_are_what_an_export_calls(request_: pipeline.Plan, monkeypat
         monkeypatch.setattr(pipeline, name, noted(name, getattr(pipeline, name)))
     pipeline.export_plan(request_)
     assert called == set(WRITERS)
-    assert [path.name for path in request_.config.output_folder.parent.iterdir()] == ["tiny-16"]
+    assert [path.name for path in request_.config.output_folder.parent.iterdir()] == ["tiny"]
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -116,7 +118,7 @@ def test_a_full_disk_at_any_step(
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "leanvlm: no space left on the disk: somewhere\n"
     assert contents(output.parent) == before
-    assert [path.name for path in output.parent.iterdir()] == ["tiny-16"]
+    assert [path.name for path in output.parent.iterdir()] == ["tiny"]
 
 
 @pytest.fixture
@@ -146,7 +148,7 @@ def test_a_disk_that_is_really_full(
     for size in (800, 2400, 3300):
         disk = small_disk(size)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=10**9))
-        result = leanvlm("export", "--model", tiny_llava, "--budget", BUDGET, "-o", disk / "tiny-16")
+        result = leanvlm("export", "--model", tiny_llava, "--budget", BUDGET, "-o", disk / "tiny")
         assert (result.returncode, result.stdout) == (2, ""), result.stderr
         assert result.stderr.startswith("leanvlm: no space left on the disk"), result.stderr
         assert result.stderr.count("\n") == 1
@@ -157,7 +159,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_work(
     leanvlm: Command, tiny_llava: Path, small_disk: Callable[[int], Path]
 ) -> None:
     disk = small_disk(800)
-    result = leanvlm("export", "--model", tiny_llava, "--budget", BUDGET, "-o", disk / "tiny-16")
+    result = leanvlm("export", "--model", tiny_llava, "--budget", BUDGET, "-o", disk / "tiny")
     assert result.returncode == 2
     assert "the bundle needs about 0.0" in result.stderr
     assert not list(disk.iterdir())
@@ -181,7 +183,7 @@ def test_ctrl_c_at_any_step(request_: pipeline.Plan, output: Path) -> None:
             pipeline.export_plan(request_, press)
         assert passed == steps[: number + 1]
         assert contents(output.parent) == before, steps[number]
-        assert [path.name for path in output.parent.iterdir()] == ["tiny-16"], steps[number]
+        assert [path.name for path in output.parent.iterdir()] == ["tiny"], steps[number]
 
 
 @pytest.mark.parametrize("moment", ["behind the first rename", "at the second rename"])
@@ -210,11 +212,11 @@ def test_a_graph_that_differs_from_its_model_is_not_kept(
     leanvlm: Command, tiny_llava: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def differs(*arguments: object) -> None:
-        raise VerificationError("vision graph of budget 16: features differ")
+        raise VerificationError("vision graph of budget 121: features differ")
 
     monkeypatch.setattr(pipeline, "verify", differs)
     result = leanvlm("export", "--model", tiny_llava, "--budget", BUDGET, "-o", output)
-    assert (result.returncode, result.stderr) == (2, "leanvlm: vision graph of budget 16: features differ\n")
+    assert (result.returncode, result.stderr) == (2, "leanvlm: vision graph of budget 121: features differ\n")
     assert not list(output.parent.iterdir())
 
 
@@ -222,7 +224,7 @@ def test_a_real_ctrl_c_while_tracing(tiny_llava: Path, output: Path) -> None:
     command = [sys.executable, "-m", "leanvlm.runtime.cli", "export", "--model", str(tiny_llava), "-o", str(output)]
     scratch = output.parent
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([*command, "--budget", "16"], stdout=log, stderr=log)
+        process = subprocess.Popen([*command, "--budget", str(BUDGET)], stdout=log, stderr=log)
         # The temporary folder appears right before the tracing, which takes seconds.
         while process.poll() is None and not (scratch.exists() and list(scratch.iterdir())):
             time.sleep(0.05)

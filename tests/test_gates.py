@@ -23,9 +23,7 @@ from leanvlm.exporter.trace import trace
 Draw = Callable[[np.random.Generator, int, int], NDArray[np.float64]]
 
 
-def with_singular_values(
-    rng: np.random.Generator, tokens: int, width: int, values: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def with_singular_values(rng: np.random.Generator, tokens: int, width: int, values: NDArray[np.float64]) -> NDArray[np.float64]:
     left = np.linalg.qr(rng.standard_normal((tokens, len(values))))[0]
     right = np.linalg.qr(rng.standard_normal((width, len(values))))[0]
     return np.asarray(left * values @ right.T)

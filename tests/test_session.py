@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -104,7 +105,7 @@ def test_decoder_refuses_more_than_its_cache(session: Session) -> None:
     decoder = session.backend.decoder()
     decoder.start(4)
     with pytest.raises(BackendError, match="5 positions do not fit a cache of 4"):
-        decoder.step(session.table.rows([1, 2, 3, 4, 5]))
+        decoder.step(session.table.rows([1, 2, 3, 4, 5]), np.arange(5))
 
 
 def test_budgets_open_when_first_used(demo_bundle: Path, sample_image: Path) -> None:

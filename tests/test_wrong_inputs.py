@@ -313,9 +313,7 @@ def png(width: int, height: int, rows: int) -> bytes:
     ],
     ids=["100 megapixels", "900 megapixels", "truncated", "empty"],
 )
-def test_images_that_cannot_be_used(
-    leanvlm: Command, demo_bundle: Path, tmp_path: Path, content: bytes, words: str
-) -> None:
+def test_images_that_cannot_be_used(leanvlm: Command, demo_bundle: Path, tmp_path: Path, content: bytes, words: str) -> None:
     image = tmp_path / "image.png"
     image.write_bytes(content)
     for command in (["run", "--prompt", "What?"], ["profile"], ["inspect"]):

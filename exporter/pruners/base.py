@@ -85,19 +85,26 @@ def keep_all(tokens: VisionTokens) -> Kept:
     return Kept(every[None, :].expand(batch, -1))
 
 
-def precedes(scores: Tensor) -> Tensor:
+def precedes(scores: Tensor, lower: Tensor | None = None) -> Tensor:
     """Return whether token j comes before token i when `scores` (B, N) fall: (B, N, N) bool at [b, i, j].
 
-    Comparing pairs instead of sorting makes ties the same on every backend: the lower index comes first.
+    Comparing pairs instead of sorting makes ties the same on every backend: the lower index comes first. A caller that ranks
+    many times makes `lower_places` once and hands it over as `lower`.
     """
-    place = torch.arange(scores.shape[1], device=scores.device)
+    lower = lower_places(scores) if lower is None else lower
     mine, other = scores[:, :, None], scores[:, None, :]
-    return (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
+    return (other > mine) | ((other == mine) & lower)
 
 
-def rank_by(scores: Tensor) -> Tensor:
+def lower_places(scores: Tensor) -> Tensor:
+    """Return whether j < i for `scores` (B, N): (N, N) bool at [i, j]."""
+    place = torch.arange(scores.shape[1], device=scores.device)
+    return place[None, :] < place[:, None]
+
+
+def rank_by(scores: Tensor, lower: Tensor | None = None) -> Tensor:
     """Return how many tokens come before each one when `scores` (B, N) fall: (B, N) float, 0..N-1, all different."""
-    return precedes(scores).float().sum(dim=2)
+    return precedes(scores, lower).float().sum(dim=2)
 
 
 def first_by(rank: Tensor, keep: int) -> Tensor:
@@ -133,8 +140,14 @@ def cosine(tokens: Tensor) -> Tensor:
     return gram / (norms[:, :, None] * norms[:, None, :])
 
 
-def select_rows(matrix: Tensor, rows: Tensor) -> Tensor:
-    """Take one row of each of B square matrices: `matrix` (B, N, N), `rows` (B,) int64 -> (B, N)."""
-    batch, count, _ = matrix.shape
-    first = torch.arange(batch, device=matrix.device) * count
-    return matrix.flatten(0, 1).index_select(0, rows + first)
+class Rows:
+    """The rows of B square matrices (B, N, N), to be taken one of each at a time, with two nodes of a graph."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        batch, count, _ = matrix.shape
+        self._rows = matrix.flatten(0, 1)
+        self._first = torch.arange(batch, device=matrix.device)[:, None] * count
+
+    def take(self, places: Tensor) -> Tensor:
+        """Return row `places[b]` of matrix b, for `places` (B, 1) int64: (B, 1, N)."""
+        return torch.nn.functional.embedding(places + self._first, self._rows)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, chosen_indices, cosine, keep_all, select_rows
+from leanvlm.exporter.pruners.base import Kept, Rows, ScoredBlock, VisionTokens, chosen_indices, cosine, keep_all
 
 # Above any cosine distance, and below any: a chosen token's distance to itself.
 FAR, CHOSEN = 4.0, -1.0
@@ -40,9 +40,9 @@ class DivPruner:
             return keep_all(tokens)
         distance = pair_distance(tokens.features)
         nearest = torch.where(distance == CHOSEN, FAR, distance).amin(dim=2)
-        near = select_rows(distance, nearest.argmax(dim=1))
-        near = spread(distance, near, self.keep - 1)
-        return Kept(chosen_indices(near == CHOSEN, self.keep))
+        rows = Rows(distance)
+        near = spread(rows, rows.take(nearest.argmax(dim=1, keepdim=True)), self.keep - 1)
+        return Kept(chosen_indices(near[:, 0] == CHOSEN, self.keep))
 
 
 def pair_distance(features: Tensor) -> Tensor:
@@ -51,21 +51,21 @@ def pair_distance(features: Tensor) -> Tensor:
     return torch.where(place[:, None] == place[None, :], CHOSEN, 1.0 - cosine(features))
 
 
-def spread(distance: Tensor, near: Tensor, steps: int, floors: Sequence[Tensor] | None = None) -> Tensor:
+def spread(distance: Rows, near: Tensor, steps: int, floors: Sequence[Tensor] | None = None) -> Tensor:
     """Choose `steps` more tokens, each the farthest from those chosen; equal ones by place.
 
     Args:
-        distance: (B, N, N), from `pair_distance`.
-        near: (B, N), the distance of each token to its nearest chosen one; `CHOSEN` for the chosen, so that they are
+        distance: Of `pair_distance`.
+        near: (B, 1, N), the distance of each token to its nearest chosen one; `CHOSEN` for the chosen, so that they are
             never chosen again.
         steps: How many to choose.
-        floors: One (B, 1) for each step, `CHOSEN` where a row chooses and `FAR` where it is done; None: all choose.
+        floors: One (B, 1, 1) for each step, `CHOSEN` where a row chooses and `FAR` where it is done; None: all choose.
 
     Returns:
-        (B, N), `near` after the last step.
+        (B, 1, N), `near` after the last step.
     """
     for step in range(steps):
-        row = select_rows(distance, near.argmax(dim=1))
+        row = distance.take(near.argmax(dim=2))
         if floors is not None:
             row = torch.maximum(row, floors[step])
         near = torch.minimum(near, row)

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, chosen_indices, keep_all, rank_by
+from leanvlm.exporter.pruners.base import Kept, Rows, ScoredBlock, VisionTokens, chosen_indices, keep_all, rank_by
 from leanvlm.exporter.pruners.divprune import CHOSEN, FAR, pair_distance, spread
 from leanvlm.exporter.pruners.gates import effective_rank
 from leanvlm.exporter.pruners.share import diversity_share
@@ -52,22 +52,22 @@ class HybridPruner:
         if self.gate == "none":
             diverse = self._diverse(self.share)
             near = _nearest(distance, rank < self.keep - diverse)
-            near = spread(distance, near, diverse)
-            return Kept(chosen_indices(near == CHOSEN, self.keep))
+            near = spread(Rows(distance), near, diverse)
+            return Kept(chosen_indices(near[:, 0] == CHOSEN, self.keep))
         erank = effective_rank(tokens.features)
         share = diversity_share(erank, self.erank_ref, self.least, self.most)
         diverse_tokens = (share[:, None] * self.keep + 0.5).floor().clamp(max=self.keep - 1)  # (B, 1)
         near = _nearest(distance, rank < self.keep - diverse_tokens)
         steps = self._diverse(max(self.least, self.most))
         done = torch.arange(steps, device=rank.device)[None, :] >= diverse_tokens
-        floors = torch.where(done, FAR, CHOSEN).split(1, dim=1)
-        near = spread(distance, near, steps, floors)
-        return Kept(chosen_indices(near == CHOSEN, self.keep), None, {"effective_rank": erank})
+        floors = torch.where(done, FAR, CHOSEN)[:, None, :].split(1, dim=2)
+        near = spread(Rows(distance), near, steps, floors)
+        return Kept(chosen_indices(near[:, 0] == CHOSEN, self.keep), None, {"effective_rank": erank})
 
     def _diverse(self, share: float) -> int:
         return min(int(share * self.keep + 0.5), self.keep - 1)
 
 
 def _nearest(distance: Tensor, chosen: Tensor) -> Tensor:
-    """Return each token's distance (B, N) to the nearest of those `chosen` (B, N); `CHOSEN` for the chosen themselves."""
-    return torch.where(chosen[:, None, :], distance, FAR).amin(dim=2)
+    """Return each token's distance (B, 1, N) to the nearest of those `chosen` (B, N); `CHOSEN` for the chosen themselves."""
+    return torch.where(chosen[:, None, :], distance, FAR).amin(dim=2)[:, None, :]

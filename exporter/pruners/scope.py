@@ -11,7 +11,12 @@ from typing import ClassVar
 
 import torch
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, chosen_indices, cosine, keep_all, select_rows
+from leanvlm.exporter.pruners.base import Kept, Rows, ScoredBlock, VisionTokens, chosen_indices, cosine, keep_all
+
+# Coverage over this is a kept token's own.
+KEPT = 1.5
+# Keeps the sign of a gain apart where the attention is zero.
+LEAST_SALIENCY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -37,14 +42,14 @@ class ScopePruner:
         if self.keep >= count:
             return keep_all(tokens)
         similarity = cosine(tokens.hidden)
-        attention = tokens.attention.float()
-        saliency = attention if self.alpha == 1.0 else attention.pow(self.alpha)
+        saliency = tokens.attention.float()
+        saliency = (saliency if self.alpha == 1.0 else saliency.pow(self.alpha)).clamp(min=LEAST_SALIENCY)
         place = torch.arange(count, device=saliency.device)
-        covered = torch.zeros_like(saliency)
-        chosen = covered > 0.0
+        # A token counts one too much of its own coverage, subtracted again; so a kept one, with nothing to add, is below zero.
+        similarity = torch.where(place[:, None] == place[None, :], similarity + 1.0, similarity)
+        rows, covered = Rows(similarity), torch.zeros_like(saliency)[:, None, :]
         for _ in range(self.keep):
-            gain = (similarity - covered[:, None, :]).relu().sum(dim=2)
-            pick = torch.where(chosen, -1.0, gain * saliency).argmax(dim=1)
-            covered = torch.maximum(covered, select_rows(similarity, pick))
-            chosen = chosen | (place == pick[:, None])
-        return Kept(chosen_indices(chosen, self.keep))
+            gain = (similarity - covered).relu().sum(dim=2) - 1.0
+            pick = (gain * saliency).argmax(dim=1, keepdim=True)
+            covered = torch.maximum(covered, rows.take(pick))
+        return Kept(chosen_indices(covered[:, 0] > KEPT, self.keep))

@@ -13,12 +13,25 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, chosen_indices, cosine, keep_all, rank_by
+from leanvlm.exporter.pruners.base import (
+    Kept,
+    ScoredBlock,
+    VisionTokens,
+    chosen_indices,
+    cosine,
+    keep_all,
+    lower_places,
+    rank_by,
+)
 from leanvlm.exporter.pruners.gates import effective_rank
 from leanvlm.exporter.pruners.share import diversity_share
 
 # List position of a token outside the list; neither even nor odd.
 OUT = -0.5
+# Of a sweep: tokens dropped, even tokens that stay. Numbers, or (B, 1) where rows differ.
+Step = tuple[Tensor | float, Tensor | float]
+# A sweep that drops nothing, after a list has come to its length.
+IDLE: Step = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -54,41 +67,46 @@ class VisPruner:
         if self.keep >= count:
             return keep_all(tokens)
         rank = rank_by(tokens.attention.float())
-        if self.gate == "none":
-            shares, diagnostics = [self.ratio], {}
-            important = torch.full((1, 1), float(int(self.ratio * self.keep)), device=rank.device)
-        else:
-            erank = effective_rank(tokens.features)
-            shares, diagnostics = [1.0 - self.least, 1.0 - self.most], {"effective_rank": erank}
-            share = 1.0 - diversity_share(erank, self.erank_ref, self.least, self.most)
-            important = (share[:, None] * self.keep).floor()
+        important, steps, diagnostics = self._split(tokens)
         position = torch.where(rank < important, OUT, rank - important)
-        position = self._thin(position, cosine(tokens.hidden), important, self._sweeps(count, shares))
+        position = _thin(position, cosine(tokens.hidden), steps)
         return Kept(chosen_indices((position >= 0.0) | (rank < important), self.keep), None, diagnostics)
 
-    def _thin(self, position: Tensor, similarity: Tensor, important: Tensor, sweeps: int) -> Tensor:
-        """Shorten the lists given by the list `position` (B, N) of each token to K - `important` (B or 1, 1) tokens."""
-        length = position.shape[1] - important
-        for _ in range(sweeps):
-            pair = (0.5 * position).floor()
-            even, odd = position == 2.0 * pair, position == 2.0 * pair + 1.0
-            best = torch.where(odd[:, None, :], similarity, -2.0).amax(dim=2)
-            order = rank_by(torch.where(even, best, -3.0))
-            evens = (0.5 * length).ceil()
-            drop = torch.minimum(length - (self.keep - important), evens).clamp(max=self.drop)
-            left = torch.where(even & (order >= drop), order - drop, OUT)
-            position = torch.where(odd, evens - drop + pair, left)
-            length = length - drop
-        return position
+    def _split(self, tokens: VisionTokens) -> tuple[Tensor | float, list[Step], dict[str, Tensor]]:
+        """Return the number of important tokens, the steps of the sweeps (numbers, or (B, 1) with a gate), diagnostics."""
+        count = tokens.attention.shape[1]
+        if self.gate == "none":
+            important = int(self.ratio * self.keep)
+            return float(important), self._steps(count, important), {}
+        rank = effective_rank(tokens.features)
+        share = 1.0 - diversity_share(rank, self.erank_ref, self.least, self.most)
+        ends = sorted(int((1.0 - share) * self.keep) for share in (self.least, self.most))
+        number = (share[:, None] * self.keep).floor().clamp(*ends)
+        tables = [self._steps(count, important) for important in range(ends[0], ends[1] + 1)]
+        sweeps = max(map(len, tables))
+        padded = [[*table, *[IDLE] * (sweeps - len(table))] for table in tables]
+        row = (number[:, 0] - ends[0]).to(torch.int64)
+        columns = torch.nn.functional.embedding(row, number.new_tensor(padded).flatten(1)).split(1, dim=1)
+        return number, list(zip(columns[::2], columns[1::2], strict=True)), {"effective_rank": rank}
 
-    def _sweeps(self, count: int, shares: list[float]) -> int:
-        """Return how many sweeps the slowest split between the smallest and the largest of `shares` needs."""
-        splits = range(int(min(shares) * self.keep), int(max(shares) * self.keep) + 1)
-        return max(self._sweeps_to(count - important, self.keep - important) for important in splits)
-
-    def _sweeps_to(self, length: int, wanted: int) -> int:
-        sweeps = 0
+    def _steps(self, count: int, important: int) -> list[Step]:
+        """Return, for each sweep, how many tokens it drops and how many even ones stay."""
+        length, wanted, steps = count - important, self.keep - important, list[Step]()
         while length > wanted:
-            length -= min(self.drop, length - wanted, (length + 1) // 2)
-            sweeps += 1
-        return sweeps
+            evens = (length + 1) // 2
+            drop = min(self.drop, length - wanted, evens)
+            steps.append((float(drop), float(evens - drop)))
+            length -= drop
+        return steps
+
+
+def _thin(position: Tensor, similarity: Tensor, steps: list[Step]) -> Tensor:
+    """Shorten the lists given by the list `position` (B, N) of each token; see `VisPruner._split` for `steps`."""
+    lower = lower_places(position)
+    for drop, stay in steps:
+        pair = (0.5 * position).floor()
+        even, odd = position == 2.0 * pair, position == 2.0 * pair + 1.0
+        best = torch.where(odd[:, None, :], similarity, -2.0).amax(dim=2)
+        order = rank_by(torch.where(even, best, -3.0), lower) - drop
+        position = torch.where(odd, pair + stay, torch.where(even & (order >= 0.0), order, OUT))
+    return position

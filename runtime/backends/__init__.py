@@ -38,8 +38,8 @@ class Decoder(Protocol):
         """Begin a new sequence of at most `capacity` positions."""
         ...
 
-    def step(self, embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Append embeddings (S, D) to the sequence and return the logits (V,) of the last position."""
+    def step(self, embeddings: npt.NDArray[np.float32], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Append embeddings (S, D) at positions (S,) to the sequence and return the logits (V,) of the last one."""
         ...
 
 

@@ -148,6 +148,7 @@ class OrtDecoder:
         self._session = session
         self._spec = spec
         self._dtype = np.dtype(spec.kv_dtype)
+        self._positioned = any(tensor.name == "position_ids" for tensor in spec.graph.inputs)
         self._binding: Any = None
         self._capacity = 0
         self.length = 0
@@ -167,8 +168,10 @@ class OrtDecoder:
         binding.bind_output("logits", "cpu")
         self._binding, self._capacity = binding, capacity
 
-    def step(self, embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Append embeddings (S, D) and return the last position's logits (V,).
+    def step(self, embeddings: npt.NDArray[np.float32], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Append embeddings (S, D) at positions (S,) and return the last one's logits (V,).
+
+        A decoder of a bundle with compact positions counts by itself and is not given them.
 
         Raises:
             BackendError: The cache is full, or ONNX Runtime failed.
@@ -177,6 +180,8 @@ class OrtDecoder:
         if total > self._capacity:
             raise BackendError(f"{total} positions do not fit a cache of {self._capacity}")
         self._binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeddings[None], dtype=self._dtype))
+        if self._positioned:
+            self._binding.bind_cpu_input("position_ids", positions[None])
         self._binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
         try:
             self._session.run_with_iobinding(self._binding)

@@ -1,0 +1,279 @@
+"""Fit a gate's reference values to a model: mean effective rank and mean attention entropy over images.
+
+The exported graph estimates the effective rank (`leanvlm.exporter.pruners.gates`); here it is computed exactly, so that the
+estimate's error, and what it does to the choice of tokens, is known for this model. The estimator's constants come from broad
+synthetic spectra. They are fitted anew to a model where that proves better on images that were not fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from leanvlm.calibration.plot import Histogram, save_plot
+from leanvlm.calibration.rank_fit import Spectrum, fit_rank, predict_rank, spectrum
+from leanvlm.calibration.vision import VisionSide
+from leanvlm.exporter.gate_file import GateFile
+from leanvlm.exporter.pruners.agile import select_tokens
+from leanvlm.exporter.pruners.base import VisionTokens
+from leanvlm.exporter.pruners.gates import RankCoefficients, attention_entropy, effective_rank, exact_effective_rank
+from leanvlm.runtime.errors import InputError
+from leanvlm.runtime.preprocess import load_image
+
+BATCH = 8
+MIN_IMAGES = 8
+# With fewer, the half that is not fitted says too little.
+MIN_REFIT = 32
+# Kept sets do not notice an error of this size (bench/LOG.md), so a smaller one needs no constants of its own.
+GOOD_ENOUGH = 0.01
+# Tokens of so many images stay in memory to compare choices: 0.6 GB for a decoder 4096 wide.
+COMPARED = 64
+# The model's training draws seeds of 10**9 and more; evaluation uses small ones.
+TRAINING_SEED = 10**9 + 777
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass
+class Folder:
+    """Image files of a folder, in the order of their names.
+
+    Attributes:
+        path: The folder.
+        unreadable: Names of the files that turned out to be no images.
+    """
+
+    path: Path
+    unreadable: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.path.is_dir():
+            raise InputError(f"--images {self.path} is not a folder; give one with at least {MIN_IMAGES} images")
+        self._files = sorted(file for file in self.path.iterdir() if file.is_file() and not file.name.startswith("."))
+        if len(self._files) < MIN_IMAGES:
+            raise InputError(
+                f"--images {self.path} holds {len(self._files)} files; the gate needs at least {MIN_IMAGES} images"
+            )
+
+    @property
+    def words(self) -> str:
+        """What the images are."""
+        return f"images of {self.path.resolve().name}"
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        for file in self._files:
+            try:
+                yield load_image(file)
+            except InputError:
+                self.unreadable.append(file.name)
+
+
+@dataclass(frozen=True)
+class TrainingScenes:
+    """Scenes of the kinds that the built-in model was trained on.
+
+    Attributes:
+        count: How many.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < MIN_IMAGES:
+            raise InputError(f"--scenes {self.count} is too few; the gate needs at least {MIN_IMAGES} images")
+
+    @property
+    def words(self) -> str:
+        """What the images are."""
+        return "built-in scenes of the training distribution"
+
+    @property
+    def unreadable(self) -> list[str]:
+        """None: they are drawn."""
+        return []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        from leanvlm.demo.render import render
+        from leanvlm.demo.scenes import KINDS, make_scene
+
+        for start in range(0, self.count, BATCH):
+            numbers = range(start, min(start + BATCH, self.count))
+            yield from render([make_scene(TRAINING_SEED + i, KINDS[i % len(KINDS)]) for i in numbers])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model makes of images.
+
+    Attributes:
+        exact: (M,) effective ranks by eigenvalue decomposition.
+        estimated: (M,) by the graph's estimator with its built-in constants.
+        entropy: (M,) of the class token's attention, nats.
+        spectra: Of each image's centred features.
+        tokens: The tokens of the first images.
+    """
+
+    exact: Array
+    estimated: Array
+    entropy: Array
+    spectra: list[Spectrum]
+    tokens: list[VisionTokens]
+
+
+def measure(side: VisionSide, images: Folder | TrainingScenes, on_images: Callable[[int], None]) -> Measured:
+    """Run the vision tower over images in batches.
+
+    Args:
+        side: The model.
+        images: Where they come from.
+        on_images: Told how many were done with each batch, unreadable ones included, for a progress display.
+
+    Raises:
+        InputError: Fewer than 8 images can be used.
+    """
+    exact: list[Tensor] = []
+    estimated: list[Tensor] = []
+    entropy: list[Tensor] = []
+    spectra: list[Spectrum] = []
+    tokens: list[VisionTokens] = []
+    seen = 0
+    for batch in _batches(images):
+        found = side.tokens(batch)
+        exact.append(exact_effective_rank(found.features))
+        estimated.append(effective_rank(found.features))
+        entropy.append(attention_entropy(found.attention))
+        spectra += [spectrum(row.numpy()) for row in found.features]
+        if len(tokens) * BATCH < COMPARED:
+            tokens.append(found)
+        on_images(len(batch) + len(images.unreadable) - seen)
+        seen = len(images.unreadable)
+    if len(spectra) < MIN_IMAGES:
+        raise InputError(f"only {len(spectra)} of {len(images)} files are usable images; the gate needs at least {MIN_IMAGES}")
+    return Measured(*(torch.cat(values).double().numpy() for values in (exact, estimated, entropy)), spectra, tokens)
+
+
+def _batches(images: Folder | TrainingScenes) -> Iterator[list[Image.Image]]:
+    batch: list[Image.Image] = []
+    for image in images:
+        batch.append(image)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def fit_gate(side: VisionSide, images: Folder | TrainingScenes, found: Measured, budgets: Sequence[int]) -> GateFile:
+    """Turn measurements into a gate file.
+
+    Args:
+        side: The model measured.
+        images: What it was measured on.
+        found: The measurements.
+        budgets: Image tokens kept, for which exact and estimated choices are compared; those of N and more are left out.
+    """
+    coefficients, trial = _refit(found)
+    estimated = found.estimated if coefficients is None else predict_rank(found.spectra, coefficients)
+    erank_ref = float(found.exact.mean())
+    source = side.checkpoint.source()
+    figures = {
+        "effective_rank": _spread(found.exact),
+        "attention_entropy": _spread(found.entropy),
+        "unreadable": len(images.unreadable),
+        "estimator": {"coefficients": "refit" if coefficients else "built-in", **errors(found.exact, estimated)},
+        "trial": trial,
+        "kept_overlap": {
+            str(budget): _overlap(found, estimated, erank_ref, budget)
+            for budget in budgets
+            if budget < side.checkpoint.spec.tokens_per_crop
+        },
+    }
+    return GateFile(
+        model=source.id,
+        sha256=source.sha256,
+        images=len(found.exact),
+        source=images.words,
+        erank_ref=round(erank_ref, 4),
+        entropy_ref=round(float(found.entropy.mean()), 5),
+        coefficients=coefficients,
+        figures=figures,
+        versions={name: version(name) for name in ("leanvlm", "torch", "transformers", "numpy")},
+    )
+
+
+def _refit(found: Measured) -> tuple[RankCoefficients | None, dict[str, Any] | None]:
+    """Fit the estimator to every other image and judge it on the rest; keep it, fitted to all, only if it is needed there."""
+    if len(found.exact) < MIN_REFIT:
+        return None, None
+    built_in = errors(found.exact[1::2], found.estimated[1::2])
+    refit = errors(found.exact[1::2], predict_rank(found.spectra[1::2], fit_rank(found.spectra[::2])))
+    trial = {"fitted_on": len(found.exact[::2]), "judged_on": len(found.exact[1::2]), "built_in": built_in, "refit": refit}
+    needed = built_in["worst_error"] > GOOD_ENOUGH and refit["worst_error"] < built_in["worst_error"]
+    return (fit_rank(found.spectra) if needed else None), trial
+
+
+def errors(exact: Array, estimated: Array) -> dict[str, float]:
+    """Compare estimates with exact values.
+
+    Args:
+        exact: (M,), positive.
+        estimated: (M,).
+
+    Returns:
+        `r2`, the share of the variance that is explained (1 where there is none); `mean_error` and `worst_error`, relative.
+    """
+    variance = float(((exact - exact.mean()) ** 2).sum())
+    relative = np.abs(estimated / exact - 1)
+    r2 = 1 - float(((estimated - exact) ** 2).sum()) / variance if variance else 1.0
+    return {"r2": round(r2, 5), "mean_error": round(float(relative.mean()), 6), "worst_error": round(float(relative.max()), 6)}
+
+
+def _overlap(found: Measured, estimated: Array, erank_ref: float, budget: int) -> dict[str, float]:
+    """Share of kept tokens that are the same with the estimated as with the exact rank: mean and worst image."""
+    shares: list[float] = []
+    for batch in found.tokens:
+        rows = slice(len(shares), len(shares) + len(batch.attention))
+        exact, rough = (_choose(batch, ranks[rows] / erank_ref, budget) for ranks in (found.exact, estimated))
+        shares += [len(set(a) & set(b)) / budget for a, b in zip(exact, rough, strict=True)]
+    return {"images": len(shares), "mean": round(float(np.mean(shares)), 5), "worst": round(min(shares), 5)}
+
+
+def _choose(tokens: VisionTokens, ratio: Array, keep: int) -> list[list[int]]:
+    indices, *_ = select_tokens(tokens.attention, tokens.features, torch.from_numpy(ratio), keep=keep)
+    chosen: list[list[int]] = indices.tolist()
+    return chosen
+
+
+def _spread(values: Array) -> dict[str, float]:
+    named = {"mean": values.mean(), "sd": values.std(ddof=1), "least": values.min(), "most": values.max()}
+    return {name: round(float(value), 4) for name, value in named.items()}
+
+
+def save_histogram(path: Path, gate: GateFile, found: Measured) -> None:
+    """Draw the spread of both quantities over the images, with the references that the file sets."""
+    estimated = found.estimated if gate.coefficients is None else predict_rank(found.spectra, gate.coefficients)
+    ranks = {"exact": found.exact.tolist(), "estimated": estimated.tolist()}
+    entropy = {"entropy": found.entropy.tolist()}
+    title = f"{gate.images} images"
+    save_plot(
+        path,
+        [
+            Histogram(f"Effective rank, {title}", "effective rank", ranks, ("reference (mean)", gate.erank_ref)),
+            Histogram(f"Attention entropy, {title}", "entropy, nats", entropy, ("reference (mean)", gate.entropy_ref)),
+        ],
+    )
