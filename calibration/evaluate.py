@@ -50,11 +50,11 @@ class Exam:
         if not self.kinds or not set(self.kinds) <= set(KINDS):
             raise InputError(f"--kinds {','.join(self.kinds)!r} is not possible; known: {', '.join(KINDS)}")
 
-    def batches(self) -> Iterator[tuple[str, list[Scene]]]:
-        """Yield the scenes, a few of one kind at a time."""
+    def batches(self, size: int) -> Iterator[tuple[str, list[Scene]]]:
+        """Yield the scenes, up to `size` of one kind at a time."""
         for kind in self.kinds:
-            for start in range(0, self.scenes, BATCH):
-                seeds = range(start, min(start + BATCH, self.scenes))
+            for start in range(0, self.scenes, size):
+                seeds = range(start, min(start + size, self.scenes))
                 yield kind, [make_scene(seed, known) for known in KINDS if known == kind for seed in seeds]
 
     def questions(self, scene: Scene) -> tuple[list[Question], Question | None]:
@@ -109,7 +109,7 @@ def budgets_of(bundle: Path, budgets: Sequence[int] | None) -> list[int]:
 def _drawn(exam: Exam, on_step: Step) -> Iterator[tuple[str, list[Scene], list[Image.Image]]]:
     from leanvlm.demo.render import render
 
-    for kind, scenes in exam.batches():
+    for kind, scenes in exam.batches(BATCH):
         yield kind, scenes, render(scenes)
         on_step("draw scenes", len(scenes))
 

@@ -33,8 +33,6 @@ BATCH = 8
 MIN_IMAGES = 8
 # With fewer, the half that is not fitted says too little.
 MIN_REFIT = 32
-# Kept sets do not notice an error of this size (bench/LOG.md), so a smaller one needs no constants of its own.
-GOOD_ENOUGH = 0.01
 # Tokens of so many images stay in memory to compare choices: 0.6 GB for a decoder 4096 wide.
 COMPARED = 64
 # The model's training draws seeds of 10**9 and more; evaluation uses small ones.
@@ -164,7 +162,8 @@ def measure(side: VisionSide, images: Folder | TrainingScenes, on_images: Callab
         seen = len(images.unreadable)
     if len(spectra) < MIN_IMAGES:
         raise InputError(f"only {len(spectra)} of {len(images)} files are usable images; the gate needs at least {MIN_IMAGES}")
-    return Measured(*(torch.cat(values).double().numpy() for values in (exact, estimated, entropy)), spectra, tokens)
+    ranks, estimates, nats = (torch.cat(values).double().numpy() for values in (exact, estimated, entropy))
+    return Measured(ranks, estimates, nats, spectra, tokens)
 
 
 def _batches(images: Folder | TrainingScenes) -> Iterator[list[Image.Image]]:
@@ -217,14 +216,14 @@ def fit_gate(side: VisionSide, images: Folder | TrainingScenes, found: Measured,
 
 
 def _refit(found: Measured) -> tuple[RankCoefficients | None, dict[str, Any] | None]:
-    """Fit the estimator to every other image and judge it on the rest; keep it, fitted to all, only if it is needed there."""
+    """Fit the estimator to every other image and judge it on the rest; keep it, fitted to all, only if it is better there."""
     if len(found.exact) < MIN_REFIT:
         return None, None
     built_in = errors(found.exact[1::2], found.estimated[1::2])
     refit = errors(found.exact[1::2], predict_rank(found.spectra[1::2], fit_rank(found.spectra[::2])))
     trial = {"fitted_on": len(found.exact[::2]), "judged_on": len(found.exact[1::2]), "built_in": built_in, "refit": refit}
-    needed = built_in["worst_error"] > GOOD_ENOUGH and refit["worst_error"] < built_in["worst_error"]
-    return (fit_rank(found.spectra) if needed else None), trial
+    better = refit["worst_error"] < built_in["worst_error"]
+    return (fit_rank(found.spectra) if better else None), trial
 
 
 def errors(exact: Array, estimated: Array) -> dict[str, float]:

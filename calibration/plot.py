@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -131,7 +132,7 @@ class _Canvas:
 def _dashes(points: Sequence[Point], length: float) -> list[list[Point]]:
     """Cut a line into dashes with gaps as long."""
     pieces = []
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         count = max(1, round(math.hypot(x1 - x0, y1 - y0) / (2 * length)))
         for k in range(count):
             ends = (k / count, (k + 0.5) / count)

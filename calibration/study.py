@@ -8,8 +8,10 @@ Captions that fail this test are generated, since how they fail counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,13 +25,15 @@ from leanvlm.demo.render import render
 from leanvlm.demo.scenes import Question, Scene
 from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.pruners import parse
-from leanvlm.exporter.pruners.base import Pruner, ScoredBlock, VisionTokens
+from leanvlm.exporter.pruners.base import Pruner, ScoredBlock
 from leanvlm.exporter.pruners.gates import attention_entropy, exact_effective_rank
 from leanvlm.runtime.errors import InputError, UnsupportedModelError
 from leanvlm.runtime.session import user_message
 from leanvlm.runtime.text import Template, TextTokenizer, split_on_image
 
 IGNORED = -100
+# Scenes at a time: captions are generated together, and each step costs nearly the same for one as for all.
+BATCH = 25
 
 Step = Callable[[str, int], None]
 
@@ -129,14 +133,15 @@ class Examinee:
         ]
 
     @torch.no_grad()
-    def generate(self, embeddings: Tensor, question: str) -> list[str]:
-        """Answer one question about B scenes greedily, from their kept image tokens (B, K, D)."""
-        batch = len(embeddings)
-        ending = self._table[self._ending(question)]
-        inputs = torch.cat([self._before.expand(batch, -1, -1), embeddings, ending.expand(batch, -1, -1)], dim=1)
+    def generate(self, embeddings: Tensor, questions: Sequence[str]) -> list[str]:
+        """Answer one question about each of B scenes greedily, from their kept image tokens (B, K, D)."""
+        endings = [torch.tensor(self._ending(question)) for question in questions]
+        prompts = [torch.cat([self._before, *pair]) for pair in zip(embeddings, (self._table[e] for e in endings), strict=True)]
+        inputs = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left")
+        there = nn.utils.rnn.pad_sequence([torch.ones(len(p), dtype=torch.long) for p in prompts], True, 0, "left")
         out = self._decoder.generate(
             inputs_embeds=inputs,
-            attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long),
+            attention_mask=there,
             max_new_tokens=LONG.max_new_tokens,
             do_sample=False,
             eos_token_id=self._ends,
@@ -191,21 +196,41 @@ def run_study(
         InputError: A budget that is not possible.
     """
     pruners = pruners_of(examinee.side.checkpoint, methods, budgets)
-    scores = {(name, budget, kind): Scores() for kind in exam.kinds for name, budget in pruners}
-    complexity: dict[str, dict[str, list[float]]] = {kind: {"effective_rank": [], "entropy": []} for kind in exam.kinds}
+    with _one_thread_an_operator(), ThreadPoolExecutor(len(exam.kinds)) as pool:
+        parts = list(pool.map(lambda kind: _study_kind(examinee, replace(exam, kinds=(kind,)), pruners, on_step), exam.kinds))
+    return Study([result for part in parts for result in part.results], {k: v for p in parts for k, v in p.complexity.items()})
+
+
+@contextmanager
+def _one_thread_an_operator() -> Iterator[None]:
+    """Leave the cores to the kinds of scenes, one each: at these sizes an operator's threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _study_kind(examinee: Examinee, exam: Exam, pruners: dict[tuple[str, int], Pruner], on_step: Step) -> Study:
+    """Study the scenes of one kind."""
+    scores = {key: Scores() for key in pruners}
+    complexity: dict[str, list[float]] = {"effective_rank": [], "entropy": []}
     blocks: dict[ScoredBlock, None] = {"feature": None, **{pruner.scored_block: None for pruner in pruners.values()}}
-    for kind, scenes in exam.batches():
+    for kind, scenes in exam.batches(BATCH):
         images = render(scenes)
         tokens = {block: examinee.side.tokens(images, block) for block in blocks}
-        _measure(tokens["feature"], complexity[kind])
+        complexity["effective_rank"] += exact_effective_rank(tokens["feature"].features).tolist()
+        complexity["entropy"] += attention_entropy(tokens["feature"].attention).tolist()
         asked = [exam.questions(scene) for scene in scenes]
         scripts = [examinee.script([*short, caption] if caption else short) for short, caption in asked]
         for (name, budget), pruner in pruners.items():
             kept = examinee.side.keep(pruner, tokens[pruner.scored_block])
-            _grade(examinee, kept, list(zip(scenes, asked, scripts, strict=True)), scores[name, budget, kind])
+            _grade(examinee, kept, list(zip(scenes, asked, scripts, strict=True)), scores[name, budget])
             on_step(f"{kind} scenes", len(scenes))
-    source = examinee.side.checkpoint.name
-    return Study([Result(*key, found, source) for key, found in scores.items()], complexity)
+    source, kind = examinee.side.checkpoint.name, exam.kinds[0]
+    results = [Result(name, budget, kind, found, source) for (name, budget), found in scores.items()]
+    return Study(results, {kind: complexity})
 
 
 def pruners_of(checkpoint: Checkpoint, methods: Sequence[str], budgets: Sequence[int]) -> dict[tuple[str, int], Pruner]:
@@ -228,13 +253,13 @@ Asked = tuple[Scene, tuple[list[Question], Question | None], Script]
 def _grade(examinee: Examinee, kept: Tensor, asked: Sequence[Asked], scores: Scores) -> None:
     """Count the answers to some scenes' questions from their kept tokens (B, K, D)."""
     exact = examinee.check(kept, [script for *_, script in asked])
-    for row, ((scene, (short, caption), _), right) in enumerate(zip(asked, exact, strict=True)):
+    captions: dict[int, str] = {}
+    for row, ((_, (short, caption), _), right) in enumerate(zip(asked, exact, strict=True)):
         scores.add_scene([(question.kind, outcome) for question, outcome in zip(short, right, strict=False)])
         if caption is not None:
-            text = caption.answer if right[-1] else examinee.generate(kept[row : row + 1], caption.text)[0]
-            scores.captions.append(score_caption(text, scene))
-
-
-def _measure(tokens: VisionTokens, complexity: dict[str, list[float]]) -> None:
-    complexity["effective_rank"] += exact_effective_rank(tokens.features).tolist()
-    complexity["entropy"] += attention_entropy(tokens.attention).tolist()
+            captions[row] = caption.answer if right[-1] else ""
+    unlike = [row for row, text in captions.items() if not text]
+    if unlike:
+        texts = [question.text for row in unlike if (question := asked[row][1][1])]
+        captions.update(zip(unlike, examinee.generate(kept[unlike], texts), strict=True))
+    scores.captions += [score_caption(text, asked[row][0]) for row, text in captions.items()]

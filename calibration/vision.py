@@ -31,8 +31,8 @@ class VisionSide:
     def tokens(self, images: Sequence[Image.Image], scored: ScoredBlock = "feature") -> VisionTokens:
         """Return the unpruned tokens of B images, with the attention of the block that a method scores."""
         pixels = torch.from_numpy(preprocess(images, self.checkpoint.image_spec))
-        hidden, *scores = self._tower(scored)(pixels)
-        return VisionTokens(self._projector(hidden), hidden, *scores, self.checkpoint.spec.grid)
+        hidden, keys, attention, unsplit = self._tower(scored)(pixels)
+        return VisionTokens(self._projector(hidden), hidden, keys, attention, unsplit, self.checkpoint.spec.grid)
 
     @torch.no_grad()
     def keep(self, pruner: Pruner, tokens: VisionTokens) -> Tensor:

@@ -36,6 +36,7 @@ class ExportConfig:
         revision: Branch, tag or commit on the Hub.
         token: Access token for the Hub.
         offline: Use only what is already on this machine.
+        gate_file: What `leanvlm calibrate gate` wrote for this model; sets the gate's references where `pruner` does not.
 
     Raises:
         InputError: A value that no export can have.
@@ -52,6 +53,7 @@ class ExportConfig:
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     offline: bool = False
+    gate_file: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.model.strip():

@@ -91,12 +91,21 @@ def read_gate_file(path: Path) -> GateFile:
         raise InputError(f"--gate-file {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"--gate-file {path} is not JSON: {error}") from error
-    if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise InputError(f"--gate-file {path} is not a gate file of schema {SCHEMA}; `leanvlm calibrate gate` writes one")
     try:
-        fitted = data.pop("coefficients")
-        numbers = {name: float(data.pop(name)) for name in ("erank_ref", "entropy_ref")}
-        return GateFile(**data, **numbers, coefficients=None if fitted is None else _coefficients(fitted))
+        fitted = data["coefficients"]
+        return GateFile(
+            model=str(data["model"]),
+            sha256=str(data["sha256"]),
+            images=int(data["images"]),
+            source=str(data["source"]),
+            erank_ref=float(data["erank_ref"]),
+            entropy_ref=float(data["entropy_ref"]),
+            coefficients=None if fitted is None else _coefficients(fitted),
+            figures=dict(data["figures"]),
+            versions=dict(data["versions"]),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"--gate-file {path} is not a valid gate file: {type(error).__name__}: {error}") from error
 

@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import nn
 from leanvlm.exporter.checkpoint import Checkpoint, load_model, open_checkpoint
 from leanvlm.exporter.config import ExportConfig
 from leanvlm.exporter.decoder import DECODER, build_decoder, check_decoder, head_dim
+from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.graphs import OUTPUTS, VisionGraph
 from leanvlm.exporter.passes import PASSES
 from leanvlm.exporter.passes.shared_weights import save_sharing
@@ -74,12 +75,14 @@ class Plan:
         checkpoint: Where the weights are.
         pruners: Budget to pruner, N (unpruned) last.
         sizes: File name to estimated bytes.
+        gate: The manifest's record of the gate file, if there is one.
     """
 
     config: ExportConfig
     checkpoint: Checkpoint
     pruners: dict[int, Pruner]
     sizes: dict[str, int]
+    gate: dict[str, Any] | None = None
 
     @property
     def steps(self) -> int:
@@ -107,8 +110,9 @@ def plan(config: ExportConfig) -> Plan:
         if budget > count:
             raise InputError(f"budget {budget} is more than the {count} image tokens of this model")
     check_decoder(checkpoint.config.text_config)
+    references, gate = _gate(config, checkpoint)
     pruners: dict[int, Pruner] = {
-        budget: parse(config.pruner, keep=budget, erank_ref=checkpoint.erank_ref) for budget in config.budgets if budget < count
+        budget: parse(config.pruner, keep=budget, **references) for budget in config.budgets if budget < count
     }
     for budget, pruner in pruners.items():
         if pruner.keep != budget:
@@ -117,9 +121,23 @@ def plan(config: ExportConfig) -> Plan:
             raise InputError(f"pruner 'none' keeps all {count} image tokens; use it with --budget {count}")
     parse(config.pruner)
     pruners[count] = NoPruner(keep=count)
-    result = Plan(config, checkpoint, pruners, _estimate(config, checkpoint, list(pruners)))
+    result = Plan(config, checkpoint, pruners, _estimate(config, checkpoint, list(pruners)), gate)
     _check_disk(result)
     return result
+
+
+def _gate(config: ExportConfig, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the gate's reference values for this model, and the manifest's record of the file that they come from."""
+    declared = {"erank_ref": checkpoint.erank_ref}
+    if config.gate_file is None:
+        return declared, None
+    file = read_gate_file(config.gate_file)
+    file.check_source(config.gate_file, checkpoint.source())
+    fields = file.pruner_fields()
+    pruner = parse(config.pruner)
+    if not fields.keys() & vars(pruner).keys():
+        raise InputError(f"--gate-file is for a pruner with a gate, such as agile; {config.pruner!r} has none")
+    return {**declared, **fields}, file.record(config.gate_file)
 
 
 def check_output(config: ExportConfig) -> None:
@@ -239,7 +257,9 @@ def _copy_small_files(checkpoint: Checkpoint, folder: Path) -> None:
 def _manifest(request: Plan, vision: dict[int, GraphSpec], folder: Path) -> Manifest:
     checkpoint, config = request.checkpoint, request.config
     first = request.pruners[config.budgets[0]] if config.budgets[0] in request.pruners else NoPruner()
-    params = {key: value for key, value in vars(first).items() if key != "keep"}
+    # As JSON holds them, so that a manifest that is read back is equal.
+    values: Any = first
+    params = json.loads(json.dumps({key: value for key, value in asdict(values).items() if key != "keep"}))
     name = next(key for key, cls in PRUNERS.items() if isinstance(first, cls))
     for leftover in ("genai_config.json",):
         (folder / leftover).unlink(missing_ok=True)
@@ -247,7 +267,7 @@ def _manifest(request: Plan, vision: dict[int, GraphSpec], folder: Path) -> Mani
     return Manifest(
         source=checkpoint.source(),
         family=checkpoint.family.model_type,
-        pruner=PrunerSpec(name, params),
+        pruner=PrunerSpec(name, params, request.gate),
         budgets=(*config.budgets, *(b for b in vision if b not in config.budgets)),
         tokens_per_crop=checkpoint.spec.tokens_per_crop,
         grid=checkpoint.spec.grid,

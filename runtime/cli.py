@@ -27,6 +27,8 @@ app = typer.Typer(
 # Commands of the torch side: their modules import torch only when they run.
 ELSEWHERE = {
     "export": "leanvlm.exporter.cli:export_command",
+    "calibrate": "leanvlm.calibration.cli:calibrate",
+    "eval": "leanvlm.calibration.cli:eval_command",
 }
 
 Bundle = Annotated[Path, typer.Argument(help="Folder that `leanvlm export` wrote.")]
@@ -147,8 +149,12 @@ def doctor() -> None:
 def _command() -> Any:
     """Return the whole command, with those of the torch side."""
     for name, target in ELSEWHERE.items():
-        module, function = target.split(":")
-        app.command(name)(getattr(import_module(module), function))
+        module, attribute = target.split(":")
+        found = getattr(import_module(module), attribute)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name)
+        else:
+            app.command(name)(found)
     return typer.main.get_command(app)
 
 

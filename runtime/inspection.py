@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from leanvlm.runtime.answer import Pruning
@@ -14,7 +15,11 @@ from leanvlm.runtime.session import load
 def describe(folder: Path, manifest: Manifest) -> str:
     """Return a bundle's contents as aligned lines."""
     source, decoder = manifest.source, manifest.decoder
-    params = ", ".join(f"{key}={value}" for key, value in manifest.pruner.params.items())
+    params = ", ".join(
+        f"{key}={'fitted' if isinstance(value, Mapping) else value}"
+        for key, value in manifest.pruner.params.items()
+        if value is not None
+    )
     rows = {
         "bundle": f"{folder} (schema {manifest.schema}, {sum(f.bytes for f in manifest.files.values()) / 1e6:.1f} MB)",
         "source": f"{source.id}{f' at {source.revision}' if source.revision else ''}, sha256 {source.sha256[:16]}…",
@@ -23,11 +28,17 @@ def describe(folder: Path, manifest: Manifest) -> str:
         "target": f"{manifest.target}, {manifest.precision}, ONNX Runtime {manifest.min_onnxruntime} or newer",
         "budgets": f"{', '.join(map(str, manifest.budgets))} of {manifest.tokens_per_crop} image tokens a crop",
         "pruner": f"{manifest.pruner.name}{f' ({params})' if params else ''}, positions {manifest.positions}",
+        **_gate_file(manifest),
         "decoder": f"{decoder.layers} layers, {decoder.kv_heads} KV heads of {decoder.head_dim}, "
         f"context {decoder.context_length}",
         "verified": _verified(manifest),
     }
     return "\n".join(f"{name:<9} {text}" for name, text in rows.items())
+
+
+def _gate_file(manifest: Manifest) -> dict[str, str]:
+    gate = manifest.pruner.gate
+    return {} if gate is None else {"gate": f"{gate.get('file')}, from {gate.get('images')} {gate.get('source')}"}
 
 
 def inspect_image(folder: Path, image: Path, budget: int | None, overlay: Path | None) -> str:
@@ -61,18 +72,21 @@ def _explain(manifest: Manifest, pruning: Pruning, overlay: Path | None) -> str:
 
 def gate_ratio(manifest: Manifest, pruning: Pruning) -> float | None:
     """Return the image's complexity over the gate's reference, or None for a pruner without a gate."""
-    params = manifest.pruner.params
-    if params.get("gate") == "erank":
-        return float(pruning.effective_rank / params["erank_ref"])
-    if params.get("gate") == "entropy":
-        return float(pruning.attention_entropy / params["entropy_ref"])
-    return None
+    gate = str(manifest.pruner.params.get("gate"))
+    measured = {"erank": pruning.effective_rank, "entropy": pruning.attention_entropy}.get(gate)
+    reference = manifest.pruner.params.get(f"{gate}_ref")
+    if measured is None or not isinstance(reference, int | float) or reference <= 0:
+        return None
+    return measured / reference
 
 
 def _verified(manifest: Manifest) -> str:
     tokens = manifest.verification.get("tokens", {})
     if not tokens:
         return "no"
-    worst = max(float(v["features"]) for v in manifest.verification["vision"].values())
-    equal = ", ".join(f"{t['equal']} of {t['compared']} at {budget}" for budget, t in tokens.items())
+    try:
+        worst = max(float(v["features"]) for v in manifest.verification["vision"].values())
+        equal = ", ".join(f"{t['equal']} of {t['compared']} at {budget}" for budget, t in tokens.items())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "the record cannot be read"
     return f"features within {worst:.1e}; greedy tokens equal to the checkpoint's: {equal}"

@@ -89,10 +89,11 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class PrunerSpec:
-    """The pruner by name, with every parameter that was in force."""
+    """The pruner by name, with every parameter that was in force, and the gate file that set some of them, if one did."""
 
     name: str
     params: Mapping[str, Any]
+    gate: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Manifest:
             manifest = cls(
                 source=_record(SourceSpec, data["source"]),
                 family=str(data["family"]),
-                pruner=PrunerSpec(str(data["pruner"]["name"]), dict(data["pruner"]["params"])),
+                pruner=_pruner(data["pruner"]),
                 budgets=tuple(int(b) for b in data["budgets"]),
                 tokens_per_crop=int(data["tokens_per_crop"]),
                 grid=(int(data["grid"][0]), int(data["grid"][1])),
@@ -228,6 +229,11 @@ def _graph(data: Mapping[str, Any]) -> GraphSpec:
         return tuple(TensorSpec(str(i["name"]), str(i["dtype"]), tuple(i["shape"])) for i in items)
 
     return GraphSpec(str(data["file"]), tensors(data["inputs"]), tensors(data["outputs"]))
+
+
+def _pruner(data: Mapping[str, Any]) -> PrunerSpec:
+    gate = data.get("gate")
+    return PrunerSpec(str(data["name"]), dict(data["params"]), None if gate is None else dict(gate))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -15,12 +15,13 @@ ACTIVITIES = {
 }
 
 
-def require(module: str, extra: str) -> ModuleType:
+def require(module: str, extra: str, activity: str | None = None) -> ModuleType:
     """Import an optional module.
 
     Args:
         module: Its dotted name, such as `torch` or `onnxruntime_genai.models`.
         extra: The extra of the `leanvlm` distribution that installs it, such as `export`.
+        activity: What needs it, as the message says it; None takes the extra's usual purpose.
 
     Returns:
         The imported module.
@@ -35,7 +36,5 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name not in (package, module):
             raise
-        activity = ACTIVITIES.get(extra, "this")
-        raise MissingExtraError(
-            f"{activity} needs {package}, which is not installed: pip install 'leanvlm[{extra}]'"
-        ) from error
+        what = activity or ACTIVITIES.get(extra, "this")
+        raise MissingExtraError(f"{what} needs {package}, which is not installed: pip install 'leanvlm[{extra}]'") from error

@@ -154,12 +154,11 @@ def test_ctrl_c_ends_a_run(leanvlm: Command, demo_bundle: Path, options: list[st
 
 def test_a_reader_that_is_gone_is_no_error(demo_bundle: Path) -> None:
     command = [sys.executable, "-m", "leanvlm.runtime.cli", "inspect", str(demo_bundle)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    assert process.stderr.read() == b""
-    assert process.wait() == 1
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 1)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +199,7 @@ def test_the_stages_add_up_to_the_first_token(figures: dict[str, Any]) -> None:
         assert sum(stages.values()) == pytest.approx(values["time_to_first_token_ms"], rel=0.03)
         # Medians of single stages do not add up exactly: on a busy machine each is of another run.
         medians = sum(values["stages_ms"][stage]["p50"] for stage in stages)
-        assert medians == pytest.approx(values["time_to_first_token_ms"], rel=0.2)
+        assert medians == pytest.approx(values["time_to_first_token_ms"], rel=0.3)
 
 
 def test_the_profile_is_printed(figures: dict[str, Any]) -> None:

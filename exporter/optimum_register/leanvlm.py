@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
@@ -22,6 +23,7 @@ class LeanVLMExportCommand(BaseOptimumCLICommand):
         parser.add_argument("--model", required=True, help="demo, an alias, a Hub id or a folder")
         parser.add_argument("--budget", default="64", help="image tokens kept per crop, such as 64 or 64,128")
         parser.add_argument("--pruner", default="agile", help="name or name:field=value,…")
+        parser.add_argument("--gate-file", type=Path, default=None, help="what `leanvlm calibrate gate` wrote for this model")
         parser.add_argument("--target", default="cpu", help=", ".join(TARGETS))
         parser.add_argument("--precision", default=None, help="fp32, fp16, int8 or int4; default: the target's")
         parser.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
@@ -48,6 +50,7 @@ class LeanVLMExportCommand(BaseOptimumCLICommand):
                 revision=args.revision,
                 token=args.token,
                 offline=args.offline,
+                gate_file=args.gate_file,
             )
             run_export(config, dry_run=False)
 

@@ -78,5 +78,5 @@ def _value(pruner: str, key: str, kind: Any, text: str) -> Any:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedPrunerError(f"{pruner}: {key}={text!r} is not a valid {kind.__name__}") from error

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, first_by, gram_and_norms, keep_all, precedes
-from leanvlm.exporter.pruners.gates import attention_entropy, effective_rank
+from leanvlm.exporter.pruners.gates import RankCoefficients, attention_entropy, effective_rank
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class AgilePruner:
         step: Distance that each rank adds to the threshold.
         max_distance: Largest threshold, as cosine distance in 0..2.
         sweeps: Iterations of the fixed point; more than any case needs costs time, fewer are reported as not converged.
+        coefficients: Constants of the rank estimator fitted to the model; None takes those of `gates`.
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
@@ -44,6 +45,7 @@ class AgilePruner:
     step: float = 0.01
     max_distance: float = 0.25
     sweeps: int = 24
+    coefficients: RankCoefficients | None = None
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens; the diagnostics say the gate's ratio, how many survived before the back-fill, and convergence."""
@@ -63,7 +65,7 @@ class AgilePruner:
 
     def _gate(self, tokens: VisionTokens) -> tuple[Tensor, dict[str, Tensor]]:
         if self.gate == "erank":
-            rank = effective_rank(tokens.features)
+            rank = effective_rank(tokens.features, self.coefficients)
             return rank / self.erank_ref, {"effective_rank": rank}
         if self.gate == "entropy":
             entropy = attention_entropy(tokens.attention)

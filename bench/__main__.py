@@ -1,0 +1,32 @@
+"""`python -m bench study` measures; `python -m bench report` writes RESULTS.md and its pictures from what was measured."""
+
+from __future__ import annotations
+
+import argparse
+
+from bench.report import write_report
+from bench.study import BUDGETS, CAPTIONS, SCENES, StudyOptions, default_methods, study
+from leanvlm.exporter.config import parse_budgets
+from leanvlm.runtime.console import one_line_errors
+
+
+def main() -> None:
+    """Run the command that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("report", help="write RESULTS.md from bench/results")
+    options = commands.add_parser("study", help="compare pruners on the built-in model (about 10 minutes on two cores)")
+    options.add_argument("--scenes", type=int, default=SCENES, help="scenes of each kind")
+    options.add_argument("--captions", type=int, default=CAPTIONS, help="captions of each kind")
+    options.add_argument("--pruners", nargs="+", default=None, help="name, or name:field=value,…; by default all")
+    options.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="image tokens kept")
+    args = parser.parse_args()
+    with one_line_errors():
+        if args.command == "study":
+            methods = tuple(args.pruners or default_methods())
+            study(StudyOptions(args.scenes, args.captions, methods, parse_budgets(args.budgets)))
+        write_report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The study: every pruner at every budget on the built-in model's held-out scenes, simple and complex apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from leanvlm.runtime.console import stderr_console
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+STUDY = RESULTS / "study-demo.json"
+
+SCENES, CAPTIONS, BUDGETS = 150, 50, (192, 128, 64, 32)
+# Beside the registry's defaults: the gate taken from the paper's method, and given to the fixed mixture.
+VARIANTS = ("agile:gate=none", "hybrid:gate=erank")
+TOOLS = ("leanvlm", "torch", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What is compared.
+
+    Attributes:
+        scenes: Scenes of each kind, those of the seeds from 0.
+        captions: For how many of them a caption is generated.
+        methods: Pruners as spec strings.
+        budgets: Image tokens kept.
+    """
+
+    scenes: int
+    captions: int
+    methods: tuple[str, ...]
+    budgets: tuple[int, ...]
+
+    @property
+    def command(self) -> str:
+        """The command line that asks for it."""
+        budgets = ",".join(map(str, self.budgets))
+        pruners = " ".join(self.methods)
+        return f"python -m bench study --scenes {self.scenes} --captions {self.captions} --budgets {budgets} --pruners {pruners}"
+
+
+def default_methods() -> tuple[str, ...]:
+    """Return every registered pruner, and the variants."""
+    from leanvlm.exporter.pruners import PRUNERS
+
+    return (*sorted(name for name in PRUNERS if name != "none"), *VARIANTS)
+
+
+def study(options: StudyOptions, path: Path = STUDY) -> None:
+    """Run the study and write its counts as JSON.
+
+    Args:
+        options: What is compared.
+        path: The file to write.
+    """
+    from leanvlm.calibration.evaluate import Exam
+    from leanvlm.calibration.study import Examinee, pruners_of, run_study
+    from leanvlm.exporter.checkpoint import load_model, open_checkpoint
+    from leanvlm.exporter.config import DEMO, ExportConfig
+
+    checkpoint = open_checkpoint(ExportConfig(DEMO))
+    exam = Exam(options.scenes, ("simple", "complex"), options.captions)
+    rounds = len(pruners_of(checkpoint, options.methods, options.budgets))
+    columns = (TextColumn("{task.description:<16}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = stderr_console()
+    start = perf_counter()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("start", total=rounds * exam.scenes * len(exam.kinds))
+        found = run_study(
+            Examinee(checkpoint, load_model(checkpoint)),
+            exam,
+            options.methods,
+            options.budgets,
+            lambda text, count: progress.update(task, advance=count, description=text),
+        )
+    conditions = {**_conditions(), "command": options.command, "seconds": round(perf_counter() - start)}
+    data = {
+        "schema": 1,
+        "kind": "study",
+        "model": {"id": checkpoint.name, "sha256": checkpoint.source().sha256, "erank_ref": checkpoint.erank_ref},
+        "conditions": conditions,
+        "complexity": {k: {name: [round(v, 3) for v in values] for name, values in q.items()} for k, q in found.complexity.items()},
+    }
+    write_lines(path, data, [result.to_dict() for result in found.results])
+
+
+def write_lines(path: Path, head: Mapping[str, Any], results: list[dict[str, Any]]) -> None:
+    """Write JSON with one line for each entry of `head` and of `results`, so that a change shows where it is."""
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    rows = ",\n".join(f"  {json.dumps(result)}" for result in results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join([*lines, f' "results": [\n{rows}\n ]']) + "\n}\n", encoding="utf-8")
+
+
+def _conditions() -> dict[str, Any]:
+    return {
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {platform.system()}",
+        "python": platform.python_version(),
+        "versions": {tool: version(tool) for tool in TOOLS},
+    }
+
+
+def _commit() -> str:
+    """Return the checkout's commit, marked where the code was changed since."""
+    git = ["git", "-c", "safe.directory=*", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        code = ["calibration", "demo", "exporter", "runtime", "bench/*.py"]
+        changed = subprocess.run([*git, "status", "--porcelain", "--", *code], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + (" with changes" if changed.strip() else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

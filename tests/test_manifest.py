@@ -1,0 +1,226 @@
+"""The manifest: written and read back unchanged; whatever is wrong in one is an error that says so."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leanvlm.runtime.errors import BundleError, InputError, LeanVLMError, ManifestError
+from leanvlm.runtime.inspection import describe
+from leanvlm.runtime.manifest import (
+    MANIFEST,
+    SCHEMA,
+    DecoderSpec,
+    FileSpec,
+    GraphSpec,
+    Manifest,
+    PrunerSpec,
+    SourceSpec,
+    TensorSpec,
+    file_sha256,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
+from leanvlm.runtime.preprocess import ImageSpec
+
+CONTENTS = {"vision_4.onnx": b"four", "vision_6.onnx": b"six tokens", "decoder.onnx": b"", "embed.safetensors": b"table"}
+# sha256 of the four contents above, from coreutils' sha256sum.
+SUMS = {
+    "vision_4.onnx": "04efaf080f5a3e74e1c29d1ca6a48569382cbbcd324e8d59d2b83ef21c039f00",
+    "decoder.onnx": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+}
+
+
+def graph(file: str, kept: int) -> GraphSpec:
+    pixels = TensorSpec("pixel_values", "float32", ("B", 3, 28, 42))
+    return GraphSpec(file, (pixels,), (TensorSpec("image_features", "float32", ("B", kept, 8)),))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A folder with files that stand for a bundle's."""
+    for name, content in CONTENTS.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+@pytest.fixture
+def manifest(bundle: Path) -> Manifest:
+    return Manifest(
+        source=SourceSpec("someone/some-llava", "0123abc", "f" * 64, "llama2", "LICENSE"),
+        family="llava",
+        pruner=PrunerSpec("agile", {"gate": "erank", "erank_ref": 90.0, "sweeps": 24}),
+        budgets=(4, 6),
+        tokens_per_crop=6,
+        grid=(2, 3),
+        target="cpu",
+        precision="int4",
+        vision={4: graph("vision_4.onnx", 4), 6: graph("vision_6.onnx", 6)},
+        decoder=DecoderSpec(graph("decoder.onnx", 6), 2, 1, 16, 8, 100, 512, "float32"),
+        embed_tokens="embed.safetensors",
+        image=ImageSpec(resize=28, crop=(28, 42), image_mean=(0.5, 0.4, 0.3)),
+        image_token_id=3,
+        positions="compact",
+        min_onnxruntime="1.23",
+        versions={"leanvlm": "0.1.0"},
+        files={name: FileSpec(len(content), file_sha256(bundle / name)) for name, content in CONTENTS.items()},
+        verification={"tokens": {"4": {"equal": 8, "compared": 8}}, "vision": {"4": {"features": 1e-6}}},
+    )
+
+
+def test_a_manifest_is_read_back_unchanged(bundle: Path, manifest: Manifest) -> None:
+    write_manifest(bundle, manifest)
+    again = read_manifest(bundle)
+    assert again == manifest
+    assert again.to_dict() == manifest.to_dict()
+
+
+def test_its_json_form_is_plain(manifest: Manifest) -> None:
+    data = manifest.to_dict()
+    assert json.loads(json.dumps(data)) == data
+    assert next(iter(data)) == "schema"
+    assert set(data) == {field.name for field in dataclasses.fields(Manifest)}
+    assert data["schema"] == SCHEMA == 1
+    assert data["vision"]["4"]["outputs"][0]["shape"] == ["B", 4, 8]
+
+
+def test_names_outside_ascii_are_kept(bundle: Path, manifest: Manifest) -> None:
+    source = dataclasses.replace(manifest.source, id="画像-модель")
+    write_manifest(bundle, dataclasses.replace(manifest, source=source))
+    assert read_manifest(bundle).source.id == "画像-модель"
+
+
+def test_the_real_bundle_is_read_back_unchanged(demo_bundle: Path) -> None:
+    manifest = read_manifest(demo_bundle)
+    assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
+    assert set(manifest.files) == {path.name for path in demo_bundle.iterdir()} - {MANIFEST}
+    verify_files(demo_bundle, manifest)
+
+
+def test_the_budget_is_the_first_or_the_one_asked_for(manifest: Manifest) -> None:
+    assert (manifest.budget(None), manifest.budget(4), manifest.budget(6)) == (4, 4, 6)
+    with pytest.raises(InputError, match="budget 5 is not in this bundle; it holds 4, 6"):
+        manifest.budget(5)
+
+
+@pytest.mark.parametrize("schema", [None, 0, 2, "1", [1]])
+def test_another_schema_is_refused(manifest: Manifest, schema: object) -> None:
+    with pytest.raises(ManifestError, match="this version of leanvlm reads schema 1"):
+        Manifest.from_dict({**manifest.to_dict(), "schema": schema})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budgets": []}, "do not match"),
+        ({"budgets": [4]}, "do not match"),
+        ({"budgets": [4, 5, 6]}, "do not match"),
+        ({"tokens_per_crop": 7}, r"grid of \[2, 3\] has not 7 tokens"),
+        ({"tokens_per_crop": 8, "grid": [2, 4]}, "do not match"),
+        ({"target": "abacus"}, "'abacus'"),
+        ({"embed_tokens": "elsewhere"}, "elsewhere is used but not listed"),
+        ({"files": {}}, "is used but not listed"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(manifest: Manifest, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ManifestError, match=words):
+        Manifest.from_dict({**manifest.to_dict(), **changes})
+
+
+def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every value in nested JSON."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def replaced(data: dict[str, Any], path: tuple[Any, ...], value: object) -> dict[str, Any]:
+    """Return a copy of nested JSON with another value in one place."""
+    data = copy.deepcopy(data)
+    place: Any = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return data
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "text", -1, 0.5, [[]]], ids=repr)
+def test_a_wrong_value_anywhere_is_refused_or_harmless(bundle: Path, manifest: Manifest, value: object) -> None:
+    """No other error than ours comes out, and what is accepted can be shown and read back."""
+    data, refused = manifest.to_dict(), 0
+    for path in places(data):
+        try:
+            read = Manifest.from_dict(replaced(data, path, value))
+        except ManifestError:
+            refused += 1
+            continue
+        assert Manifest.from_dict(read.to_dict()) == read, path
+        assert describe(bundle, read), path
+    assert refused > 50
+
+
+def test_a_missing_key_is_refused(manifest: Manifest) -> None:
+    data = manifest.to_dict()
+    optional = {"verification"}
+    for key in set(data) - optional:
+        with pytest.raises(ManifestError):
+            Manifest.from_dict({name: value for name, value in data.items() if name != key})
+    assert Manifest.from_dict({k: v for k, v in data.items() if k not in optional}).verification == {}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "\xff", "[" * 100_000], ids=lambda text: text[:8])
+def test_text_that_is_no_manifest_is_refused(bundle: Path, text: str) -> None:
+    (bundle / MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ManifestError, match=r"leanvlm\.json"):
+        read_manifest(bundle)
+
+
+def test_a_link_out_of_the_bundle_is_refused(bundle: Path, manifest: Manifest, tmp_path_factory: Any) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "secret"
+    outside.write_bytes(CONTENTS["vision_4.onnx"])
+    write_manifest(bundle, manifest)
+    (bundle / "vision_4.onnx").unlink()
+    (bundle / "vision_4.onnx").symlink_to(outside)
+    with pytest.raises(ManifestError, match=r"'vision_4\.onnx', which is outside the bundle"):
+        read_manifest(bundle)
+
+
+def test_a_bundle_behind_a_link_is_read(bundle: Path, manifest: Manifest, tmp_path_factory: Any) -> None:
+    write_manifest(bundle, manifest)
+    link = tmp_path_factory.mktemp("links") / "bundle"
+    link.symlink_to(bundle)
+    assert read_manifest(link) == manifest
+
+
+def test_sums_are_those_of_sha256sum(bundle: Path, manifest: Manifest) -> None:
+    assert {name: manifest.files[name].sha256 for name in SUMS} == SUMS
+    write_manifest(bundle, manifest)
+    verify_files(bundle, read_manifest(bundle))
+
+
+@pytest.mark.parametrize("name", [name for name, content in CONTENTS.items() if content])
+def test_a_changed_byte_of_any_file_is_seen(bundle: Path, manifest: Manifest, name: str) -> None:
+    write_manifest(bundle, manifest)
+    (bundle / name).write_bytes(CONTENTS[name][:-1] + b"!")
+    read = read_manifest(bundle)
+    with pytest.raises(BundleError, match=f"{name} does not match its sha256"):
+        verify_files(bundle, read)
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_longer_or_missing_file_is_seen_without_reading_it(bundle: Path, manifest: Manifest, name: str) -> None:
+    write_manifest(bundle, manifest)
+    (bundle / name).write_bytes(CONTENTS[name] + b"!")
+    with pytest.raises(BundleError, match=f"{name} has .* bytes where"):
+        read_manifest(bundle)
+    (bundle / name).unlink()
+    with pytest.raises(LeanVLMError, match=f"{name} is missing"):
+        read_manifest(bundle)
