@@ -49,7 +49,8 @@ class StudyOptions:
         """The command line that asks for it."""
         budgets = ",".join(map(str, self.budgets))
         pruners = " ".join(self.methods)
-        return f"python -m bench study --scenes {self.scenes} --captions {self.captions} --budgets {budgets} --pruners {pruners}"
+        counts = f"--scenes {self.scenes} --captions {self.captions} --budgets {budgets}"
+        return f"python -m bench study {counts} --pruners {pruners}"
 
 
 def default_methods() -> tuple[str, ...]:
@@ -92,9 +93,13 @@ def study(options: StudyOptions, path: Path = STUDY) -> None:
         "kind": "study",
         "model": {"id": checkpoint.name, "sha256": checkpoint.source().sha256, "erank_ref": checkpoint.erank_ref},
         "conditions": conditions,
-        "complexity": {k: {name: [round(v, 3) for v in values] for name, values in q.items()} for k, q in found.complexity.items()},
+        "complexity": {kind: _rounded(values) for kind, values in found.complexity.items()},
     }
     write_lines(path, data, [result.to_dict() for result in found.results])
+
+
+def _rounded(quantities: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    return {name: [round(value, 3) for value in values] for name, values in quantities.items()}
 
 
 def write_lines(path: Path, head: Mapping[str, Any], results: list[dict[str, Any]]) -> None:
@@ -117,14 +122,17 @@ def _conditions() -> dict[str, Any]:
 
 def _commit() -> str:
     """Return the checkout's commit, marked where the code was changed since."""
-    git = ["git", "-c", "safe.directory=*", "-C", str(ROOT)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        code = ["calibration", "demo", "exporter", "runtime", "bench/*.py"]
-        changed = subprocess.run([*git, "status", "--porcelain", "--", *code], capture_output=True, text=True, check=True).stdout
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--", "calibration", "demo", "exporter", "runtime", "bench/*.py")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head + (" with changes" if changed.strip() else "")
+    return head + (" with changes" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _processor() -> str:

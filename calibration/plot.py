@@ -165,7 +165,7 @@ def _ticks(low: float, high: float, count: int = 6) -> list[float]:
     """Round numbers between two values, about `count` of them."""
     rough = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough)
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
     return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 

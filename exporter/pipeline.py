@@ -204,7 +204,8 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     _copy_small_files(checkpoint, folder)
     manifest = _manifest(request, vision, folder)
     write_manifest(folder, manifest)
-    with load(folder) as session:
+    # Unpacked weights are the files' own pages, so that the check needs no second copy of the model.
+    with load(folder, prepack=False) as session:
         measured = verify(session, Reference(checkpoint, model), request.pruners, on_step)
     manifest = replace(manifest, verification=measured)
     write_manifest(folder, manifest)

@@ -51,7 +51,7 @@ class Reference:
         hidden = out.hidden_states[spec.feature_layer][:, 1:]
         attention = out.attentions[block].float().mean(dim=1)[:, 0, 1:]
         whole = torch.einsum("bd,bnd->bn", query[0][:, 0], keys[0]) / keys[0].shape[2] ** 0.5
-        split = keys[0][:, 1:].unflatten(2, (attn.num_heads, -1))
+        split = keys[0][:, 1:].reshape(*hidden.shape[:2], attn.num_heads, -1)
         return VisionTokens(self.project(hidden), hidden, split, attention, whole.softmax(dim=1)[:, 1:], spec.grid)
 
     @torch.no_grad()

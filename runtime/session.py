@@ -303,7 +303,14 @@ class Session:
                 timings.decode.append(1e3 * (perf_counter() - begin))
 
 
-def load(bundle: str | Path, *, device: str | None = None, threads: int | None = None, verify: bool = False) -> Session:
+def load(
+    bundle: str | Path,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    verify: bool = False,
+    prepack: bool = True,
+) -> Session:
     """Open a bundle.
 
     Args:
@@ -311,6 +318,7 @@ def load(bundle: str | Path, *, device: str | None = None, threads: int | None =
         device: `cpu` or `cuda`; None is the bundle's own.
         threads: Processor threads for the CPU; None leaves the choice to ONNX Runtime.
         verify: Compare every file's sha256 with the manifest first.
+        prepack: False keeps the weights mapped from the files, which is slower and takes half the memory.
 
     Raises:
         BundleError: The folder is no bundle, or is incomplete or damaged.
@@ -320,7 +328,7 @@ def load(bundle: str | Path, *, device: str | None = None, threads: int | None =
     manifest = read_manifest(folder)
     if verify:
         verify_files(folder, manifest)
-    return Session(folder, manifest, open_backend(folder, manifest, device=device, threads=threads))
+    return Session(folder, manifest, open_backend(folder, manifest, device=device, threads=threads, prepack=prepack))
 
 
 def user_message(text: str, images: int) -> Message:

@@ -17,8 +17,9 @@ from leanvlm.exporter.pruners import PRUNERS, Kept, VisionTokens, parse
 from leanvlm.runtime.errors import VerificationError
 
 Array = npt.NDArray[Any]
-# Their choice does not depend on where a token is.
-PLACELESS = ("agile", "attention", "divprune", "hybrid", "scope", "vispruner")
+# Their choice does not depend on where a token is, as long as no scores are equal. The others take even strides, constants, or,
+# as divprune at its start, one of two tokens that are each other's nearest.
+PLACELESS = ("agile", "attention", "hybrid", "scope", "vispruner")
 CHOOSING = sorted(set(PRUNERS) - {"none"})
 
 

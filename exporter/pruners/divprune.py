@@ -48,7 +48,10 @@ class DivPruner:
 def pair_distance(features: Tensor) -> Tensor:
     """Return the cosine distance of every pair of `features` (B, N, D): (B, N, N), 0..2, but `CHOSEN` on the diagonal."""
     place = torch.arange(features.shape[1], device=features.device)
-    return torch.where(place[:, None] == place[None, :], CHOSEN, 1.0 - cosine(features))
+    similarity = cosine(features)
+    # Two tokens that are each other's nearest tie by definition; a product's two halves may differ in the last digit.
+    similarity = torch.maximum(similarity, similarity.transpose(1, 2))
+    return torch.where(place[:, None] == place[None, :], CHOSEN, 1.0 - similarity)
 
 
 def spread(distance: Rows, near: Tensor, steps: int, floors: Sequence[Tensor] | None = None) -> Tensor:

@@ -62,7 +62,7 @@ class HybridPruner:
         near = _nearest(distance, rank < self.keep - diverse_tokens)
         steps = self._diverse(max(self.least, self.most))
         done = torch.arange(steps, device=rank.device)[None, :] >= diverse_tokens
-        floors = torch.where(done, FAR, CHOSEN)[:, None, :].split(1, dim=2)
+        floors = torch.tensor_split(torch.where(done, FAR, CHOSEN)[:, None, :], steps, dim=2)
         near = spread(Rows(distance), near, steps, floors)
         return Kept(chosen_indices(near[:, 0] == CHOSEN, self.keep), None, {"effective_rank": erank})
 

@@ -69,7 +69,7 @@ def _even_sample(rest: Tensor, wanted: Tensor, size: Tensor) -> Tensor:
 
 
 def _neighbours(keys: Tensor, indices: Tensor, number: int) -> Tensor:
-    """Mark the `number` tokens most similar by key (B, N, H, d) to each of `indices` (B, K), itself left out: (B, K, N) bool."""
+    """Mark the `number` tokens with the most similar `keys` (B, N, H, d) to each of `indices` (B, K): (B, K, N) bool."""
     whole = keys.float().flatten(2)
     unit = whole / (whole.norm(dim=2, keepdim=True) + 1e-8)
     place = torch.arange(unit.shape[1], device=unit.device)

@@ -58,4 +58,5 @@ def _nearest_target(keys: Tensor, targets: Tensor) -> Tensor:
     """Return which of `targets` (B, C) has the most similar head-averaged key to each token of `keys` (B, N, H, d): (B, N)."""
     mean = keys.float().mean(dim=2)
     unit = mean / (mean.norm(dim=2, keepdim=True) + 1e-8)
-    return (gather_tokens(unit, targets) @ unit.transpose(1, 2)).argmax(dim=1)
+    similarity: Tensor = gather_tokens(unit, targets) @ unit.transpose(1, 2)
+    return similarity.argmax(dim=1)

@@ -86,7 +86,8 @@ class VisPruner:
         tables = [self._drops(count, important) for important in range(fewest, most + 1)]
         sweeps = max(map(len, tables))
         padded = torch.tensor([table + [0] * (sweeps - len(table)) for table in tables], device=rank.device)
-        return number, embedding(number[:, 0] - fewest, padded).split(1, dim=1), {"effective_rank": rank}
+        chosen = embedding(number[:, 0] - fewest, padded)  # (B, sweeps)
+        return number, torch.tensor_split(chosen, sweeps, dim=1), {"effective_rank": rank}
 
     def _drops(self, count: int, important: int) -> list[int]:
         """Return how many tokens each sweep drops."""

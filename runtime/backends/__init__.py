@@ -65,7 +65,9 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(folder: Path, manifest: Manifest, *, device: str | None, threads: int | None) -> Backend:
+def open_backend(
+    folder: Path, manifest: Manifest, *, device: str | None, threads: int | None, prepack: bool = True
+) -> Backend:
     """Open the backend of a bundle's target.
 
     Args:
@@ -73,6 +75,8 @@ def open_backend(folder: Path, manifest: Manifest, *, device: str | None, thread
         manifest: Its manifest.
         device: `cpu`, `cuda`, or None for the bundle's own.
         threads: Processor threads; None leaves the choice to the backend.
+        prepack: Let the backend copy weights into the layout that its kernels like best; without, they stay mapped from the
+            files, which is slower and takes half the memory.
 
     Raises:
         BackendError: The target has no backend here, or the device is not there.
@@ -81,5 +85,5 @@ def open_backend(folder: Path, manifest: Manifest, *, device: str | None, thread
         known = ", ".join(BACKENDS)
         raise BackendError(f"bundles for {manifest.target} cannot be run by this version; it runs those for {known}")
     module, name = BACKENDS[manifest.target].split(":")
-    backend: Backend = getattr(import_module(module), name)(folder, manifest, device=device, threads=threads)
+    backend: Backend = getattr(import_module(module), name)(folder, manifest, device=device, threads=threads, prepack=prepack)
     return backend

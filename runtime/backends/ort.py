@@ -37,7 +37,9 @@ class OrtBackend:
         MissingExtraError: ONNX Runtime is not installed.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, device: str | None, threads: int | None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, device: str | None, threads: int | None, prepack: bool = True
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.device = device or manifest.target
@@ -45,6 +47,7 @@ class OrtBackend:
             raise BackendError(f"device {self.device!r} is not known; known: {', '.join(PROVIDERS)}")
         self.ort: Any = require("onnxruntime", EXTRAS[self.device])
         self.threads = threads
+        self.prepack = prepack
         self._check_version()
         self._check_device()
 
@@ -95,6 +98,8 @@ class OrtBackend:
         options.log_severity_level = 4
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
+        if not self.prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if profile_prefix is not None:
             options.enable_profiling = True
             options.profile_file_prefix = profile_prefix
@@ -116,8 +121,8 @@ class OrtBackend:
     def _check_device(self) -> None:
         if PROVIDERS[self.device][0] not in self.ort.get_available_providers():
             raise BackendError(
-                f"this bundle is for {self.device}, which this ONNX Runtime does not offer: install "
-                f"'leanvlm[{EXTRAS[self.device]}]', or pass --device cpu to run it slowly on the processor"
+                f"this ONNX Runtime does not offer {self.device}: install 'leanvlm[{EXTRAS[self.device]}]' on a machine that has "
+                f"it, or pass --device cpu"
             )
         if self.device != self.manifest.target:
             message = f"a bundle for {self.manifest.target} runs on {self.device}: expect it to be slow"

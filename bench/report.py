@@ -1,0 +1,245 @@
+"""RESULTS.md from the JSON files in `results/`: tables, pictures, and what the numbers say of the paper's claims.
+
+Nothing here is written by hand but the questions: every statement is chosen by an interval.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.statistics import Interval, chair_difference, mean_difference, right_difference
+from leanvlm.calibration.scores import Result, Scores
+from leanvlm.calibration.tables import plot_results
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+REPORT = FOLDER / "RESULTS.md"
+
+DETAIL_BUDGET = 64
+HEAD = """# Results
+
+Written by `python -m bench report` from the JSON files in `results/`, which hold the raw counts and the conditions that they
+were taken under. Do not edit; what was tried and why is in [LOG.md](LOG.md).
+"""
+
+Cells = dict[tuple[str, str, int], Scores]
+
+
+def write_report() -> None:
+    """Write RESULTS.md, and a picture beside each JSON file that has one."""
+    for path, data in _files():
+        if data["kind"] in PICTURES:
+            PICTURES[data["kind"]](path.with_suffix(".png"), data)
+    REPORT.write_text(render_report(), encoding="utf-8")
+
+
+def render_report() -> str:
+    """Return the text of RESULTS.md."""
+    parts = [HEAD, *(SECTIONS[data["kind"]](path, data) for path, data in _files())]
+    return "\n".join(parts)
+
+
+def _files() -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in sorted(RESULTS.glob("*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.get("kind") in SECTIONS:
+            yield path, data
+
+
+def study_section(path: Path, data: dict[str, Any]) -> str:
+    """Return the chapter of a study: conditions, accuracy, captions, complexity and claims."""
+    cells = _cells(data)
+    parts = [
+        "## Study: which pruner keeps the answers\n",
+        _conditions(path, data, cells),
+        f"![Accuracy over budget](results/{path.stem}.png)\n",
+        _claims(cells, data["complexity"]),
+        *(_accuracy(kind, cells) for kind in _kinds(cells)),
+        *(_families(kind, cells) for kind in _kinds(cells)),
+        *(_captions(kind, cells) for kind in _kinds(cells)),
+        _complexity(data["complexity"]),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def study_picture(path: Path, data: dict[str, Any]) -> None:
+    """Draw accuracy over budget."""
+    plot_results(path, [Result.from_dict(row) for row in data["results"]])
+
+
+SECTIONS: dict[str, Callable[[Path, dict[str, Any]], str]] = {"study": study_section}
+PICTURES: dict[str, Callable[[Path, dict[str, Any]], None]] = {"study": study_picture}
+
+
+def _cells(data: dict[str, Any]) -> Cells:
+    results = [Result.from_dict(row) for row in data["results"]]
+    return {(result.kind, result.method, result.budget): result.scores for result in results}
+
+
+def _kinds(cells: Cells) -> list[str]:
+    return list(dict.fromkeys(kind for kind, _, _ in cells))
+
+
+def _budgets(cells: Cells) -> list[int]:
+    return sorted({budget for _, method, budget in cells if method != "none"}, reverse=True)
+
+
+def _methods(cells: Cells, kind: str) -> list[str]:
+    """Methods, the one with most right answers over all budgets first."""
+
+    def right(method: str) -> int:
+        return sum(sum(scores.right) for (k, m, _), scores in cells.items() if (k, m) == (kind, method))
+
+    return sorted(dict.fromkeys(method for _, method, _ in cells if method != "none"), key=right, reverse=True)
+
+
+def _unpruned(cells: Cells, kind: str) -> tuple[int, Scores]:
+    return next((budget, scores) for (k, method, budget), scores in cells.items() if (k, method) == (kind, "none"))
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [" | ".join(heads), "|".join(["---", *["--:"] * (len(heads) - 1)]), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def _conditions(path: Path, data: dict[str, Any], cells: Cells) -> str:
+    run, model = data["conditions"], data["model"]
+    first = {kind: _unpruned(cells, kind)[1] for kind in _kinds(cells)}
+    counts = ", ".join(
+        f"{len(s.right)} {kind} scenes with {sum(s.asked)} short questions and {len(s.captions)} captions"
+        for kind, s in first.items()
+    )
+    tools = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    return (
+        f"Model `{model['id']}` (weights {model['sha256'][:12]}…, reference rank {model['erank_ref']}), evaluated "
+        f"in torch, fp32, on {counts}: held out from training, the same for every method. An answer is right when greedy decoding gives exactly "
+        "the expected text. Numbers in parentheses are 95 % intervals: Wilson's for shares; for differences, a bootstrap over "
+        "scenes with both methods on the same scenes.\n\n"
+        f"Raw counts: [results/{path.name}](results/{path.name}). Commit {run['commit']}, {run['date']}; {run['machine']}; "
+        f"Python {run['python']}, {tools}; {run['seconds']} s. Command:\n\n    {run['command']}\n"
+    )
+
+
+def _accuracy(kind: str, cells: Cells) -> str:
+    budgets = _budgets(cells)
+    count, unpruned = _unpruned(cells, kind)
+    rows = [[method, *(_share(cells[kind, method, budget]) for budget in budgets)] for method in _methods(cells, kind)]
+    title = f"### {kind.capitalize()} scenes: right answers, %\n\nUnpruned, {count} tokens: {_share(unpruned)}.\n\n"
+    return title + _table(["tokens kept", *map(str, budgets)], rows)
+
+
+def _share(scores: Scores) -> str:
+    low, high = scores.interval
+    return f"{100 * scores.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def _families(kind: str, cells: Cells) -> str:
+    budgets = _budgets(cells)
+    budget = DETAIL_BUDGET if DETAIL_BUDGET in budgets else budgets[-1]
+    families = list(_unpruned(cells, kind)[1].kinds)
+    rows = []
+    for method in _methods(cells, kind):
+        counts = [cells[kind, method, budget].kinds[family] for family in families]
+        rows.append([method, *(f"{100 * right / asked:.1f}" for right, asked in counts)])
+    asked = [f"{family} ({_unpruned(cells, kind)[1].kinds[family][1]})" for family in families]
+    title = f"### {kind.capitalize()} scenes at {budget} tokens, by kind of question (and how many): right answers, %\n\n"
+    return title + _table(["", *asked], rows)
+
+
+def _captions(kind: str, cells: Cells) -> str:
+    budgets = [budget for budget in _budgets(cells) if budget <= DETAIL_BUDGET] or _budgets(cells)
+    if not _unpruned(cells, kind)[1].captions:
+        return ""
+    rows = [["none", *_caption_columns(_unpruned(cells, kind)[1]) * len(budgets)]]
+    for method in _methods(cells, kind):
+        rows.append([method, *(text for budget in budgets for text in _caption_columns(cells[kind, method, budget]))])
+    heads = [f"{name} at {budget}" for budget in budgets for name in ("absent", "captions", "recall")]
+    title = (
+        f"### {kind.capitalize()} scenes: hallucination in captions, %\n\nAbsent: share of the mentioned objects that are not "
+        "there (CHAIR-i). Captions: share of captions that mention such an object (CHAIR-s). Recall: share of the objects "
+        "mentioned.\n\n"
+    )
+    return title + _table(["", *heads], rows)
+
+
+def _caption_columns(scores: Scores) -> list[str]:
+    return [f"{100 * share:.1f}" for share in (scores.chair_i, scores.chair_s, scores.recall)]
+
+
+def _complexity(complexity: dict[str, dict[str, list[float]]]) -> str:
+    rows = []
+    for kind, values in complexity.items():
+        rows.append([kind, *(_mean_sd(values[name]) for name in ("effective_rank", "entropy"))])
+    return "### Complexity of the scenes, mean ± standard deviation\n\n" + _table(
+        ["", "effective rank", "attention entropy, nats"], rows
+    )
+
+
+def _mean_sd(values: list[float]) -> str:
+    mean = sum(values) / len(values)
+    sd = (sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
+    return f"{mean:.2f} ± {sd:.2f}"
+
+
+def _claims(cells: Cells, complexity: dict[str, dict[str, list[float]]]) -> str:
+    budgets = _budgets(cells)
+    rows = [*_order_claims(cells, budgets), *_best_claims(cells, budgets), *_hallucination_claims(cells, budgets)]
+    if not rows:
+        return ""
+    heads = ["claim", "difference", *(f"at {budget}" for budget in budgets), "all budgets", "verdict"]
+    intervals = len(rows) * (len(budgets) + 1)
+    text = (
+        "### What is true here of the paper's claims (AgilePruner, arXiv 2603.01236)\n\n"
+        "Differences in percentage points. The verdict is that of all budgets together: a claim holds where the interval lies "
+        f"above 0, the opposite where it lies below. Of {intervals} such intervals about {intervals / 20:.0f} miss the truth "
+        "by chance alone. The best other method is chosen after looking, which favours it.\n\n"
+    )
+    return text + _table(heads, rows) + "\n" + "\n".join(_complexity_claims(complexity)) + "\n"
+
+
+def _order_claims(cells: Cells, budgets: list[int]) -> Iterator[list[str]]:
+    compared = (
+        ("attention beats diversity on simple scenes", "simple", "attention", "divprune"),
+        ("diversity beats attention on complex scenes", "complex", "divprune", "attention"),
+        ("the gate helps agile on simple scenes", "simple", "agile", "agile:gate=none"),
+        ("the gate helps agile on complex scenes", "complex", "agile", "agile:gate=none"),
+        ("the gate helps the mixture on simple scenes", "simple", "hybrid:gate=erank", "hybrid"),
+        ("the gate helps the mixture on complex scenes", "complex", "hybrid:gate=erank", "hybrid"),
+    )
+    for claim, kind, better, worse in compared:
+        if all((kind, method, budgets[0]) in cells for method in (better, worse)):
+            pairs = [(cells[kind, better, budget], cells[kind, worse, budget]) for budget in budgets]
+            yield _claim(claim, f"{better} - {worse}", right_difference, pairs)
+
+
+def _best_claims(cells: Cells, budgets: list[int]) -> Iterator[list[str]]:
+    for kind in _kinds(cells):
+        others = [method for method in _methods(cells, kind) if not method.startswith("agile")]
+        if (kind, "agile", budgets[0]) in cells and others:
+            best = others[0]
+            pairs = [(cells[kind, "agile", budget], cells[kind, best, budget]) for budget in budgets]
+            yield _claim(f"agile is best on {kind} scenes", f"agile - {best}", right_difference, pairs)
+
+
+def _hallucination_claims(cells: Cells, budgets: list[int]) -> Iterator[list[str]]:
+    for kind in _kinds(cells):
+        methods = ("divprune", "attention")
+        if all((kind, method, budgets[0]) in cells and cells[kind, method, budgets[0]].captions for method in methods):
+            pairs = [(cells[kind, "divprune", budget], cells[kind, "attention", budget]) for budget in budgets]
+            claim = f"diversity hallucinates more than attention on {kind} scenes (CHAIR-i)"
+            yield _claim(claim, "divprune - attention", chair_difference, pairs)
+
+
+def _claim(claim: str, difference: str, compare: Callable[..., Interval], pairs: Sequence[tuple[Scores, Scores]]) -> list[str]:
+    together = compare(pairs)
+    return [claim, difference, *(compare([pair]).percent() for pair in pairs), together.percent(), together.verdict()]
+
+
+def _complexity_claims(complexity: dict[str, dict[str, list[float]]]) -> Iterator[str]:
+    if {"simple", "complex"} <= complexity.keys():
+        for name, words in (("effective_rank", "effective rank"), ("entropy", "attention entropy")):
+            found = mean_difference(complexity["complex"][name], complexity["simple"][name])
+            yield f"- Complex scenes have the higher {words}: {found.verdict()} (difference {found.plain()})."

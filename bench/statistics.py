@@ -1,0 +1,94 @@
+"""Differences between methods with 95 % intervals, by a bootstrap over scenes.
+
+Questions about one scene succeed and fail together, so scenes are drawn, not questions; both methods see the same draw.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from leanvlm.calibration.scores import Scores
+
+DRAWS = 2000
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference and its 95 % interval.
+
+    Attributes:
+        value: The difference found.
+        low: Lower end.
+        high: Upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def percent(self) -> str:
+        """In percentage points."""
+        return f"{100 * self.value:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+
+    def plain(self) -> str:
+        """In its own unit."""
+        return f"{self.value:+.2f}, {self.low:+.2f} to {self.high:+.2f}"
+
+    def verdict(self) -> str:
+        """What the interval says of the claim that the difference is above 0."""
+        if self.low > 0:
+            return "holds"
+        return "the opposite holds" if self.high < 0 else "not decided"
+
+
+@functools.cache
+def _weights(scenes: int, seed: int = 0) -> Array:
+    """How often each scene is drawn (DRAWS, S). The standard library's generator never changes its numbers."""
+    rng = random.Random(seed)
+    weights = np.zeros((DRAWS, scenes))
+    for row in weights:
+        row += np.bincount([int(rng.random() * scenes) for _ in range(scenes)], minlength=scenes)
+    return weights
+
+
+def _interval(value: float, draws: Array) -> Interval:
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return Interval(value, float(low), float(high))
+
+
+def right_difference(pairs: Sequence[tuple[Scores, Scores]]) -> Interval:
+    """Difference of the shares of right answers, first minus second, over all pairs together.
+
+    Args:
+        pairs: Two methods' scores on the same scenes, one pair for each budget.
+    """
+    gain = np.array([np.subtract(first.right, second.right) for first, second in pairs], float).sum(0)
+    asked = np.array([first.asked for first, _ in pairs], float).sum(0)
+    weights = _weights(len(gain))
+    return _interval(gain.sum() / asked.sum(), (weights @ gain) / (weights @ asked))
+
+
+def chair_difference(pairs: Sequence[tuple[Scores, Scores]]) -> Interval:
+    """Difference of CHAIR-i, first minus second, over all pairs together; see `right_difference`."""
+    counts = [
+        np.array([[(c.absent, c.mentions) for c in scores.captions] for scores in side], float).sum(0)
+        for side in zip(*pairs, strict=True)
+    ]
+    weights = _weights(len(counts[0]))
+    drawn = [weights @ side for side in counts]
+    shares = [side[:, 0] / np.maximum(side[:, 1], 1) for side in drawn]
+    values = [side[:, 0].sum() / max(side[:, 1].sum(), 1) for side in counts]
+    return _interval(values[0] - values[1], shares[0] - shares[1])
+
+
+def mean_difference(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """Difference of the means of two independent samples."""
+    means = [_weights(len(values), seed) @ np.array(values) / len(values) for seed, values in enumerate((first, second), 1)]
+    return _interval(float(np.mean(first) - np.mean(second)), means[0] - means[1])
