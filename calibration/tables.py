@@ -12,39 +12,54 @@ from leanvlm.calibration.plot import Lines, save_plot
 from leanvlm.calibration.scores import Result
 from leanvlm.demo.scenes import FAMILIES
 
+PIPE_WIDTH = 120
+
 
 def print_results(results: Sequence[Result]) -> None:
-    """Print one table for each kind of scenes on standard output."""
+    """Print two tables for each kind of scenes on standard output: what counts, and right answers by kind of question."""
     console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=PIPE_WIDTH)
     for kind in dict.fromkeys(result.kind for result in results):
-        console.print(_table(kind, [result for result in results if result.kind == kind]))
-    print("right answers in % (95 % interval); absent: share of the mentioned objects that are not there (CHAIR-i);")
-    print("captions with: share of captions that mention such an object (CHAIR-s); recall: share of the objects mentioned")
+        chosen = [result for result in results if result.kind == kind]
+        console.print(_overview(kind, chosen))
+        console.print(_by_question(kind, chosen))
+    print("right: answers in % (95 % interval); absent: share of the mentioned objects that are not there (CHAIR-i);")
+    print("captions: share of captions that mention such an object (CHAIR-s); recall: share of the objects mentioned")
 
 
-def _table(kind: str, results: Sequence[Result]) -> Table:
+def _overview(kind: str, results: Sequence[Result]) -> Table:
     first = results[0].scores
-    table = Table(
-        title=f"{kind} scenes: {len(first.right)}, with {sum(first.asked)} short questions and {len(first.captions)} captions",
-        title_justify="left",
-    )
-    families = [family for family in FAMILIES if family in first.kinds]
-    for name in ("source", "method"):
-        table.add_column(name)
-    for name in ("tokens", "all", *families, "absent", "captions with", "recall"):
-        table.add_column(name, justify="right")
+    title = f"{kind} scenes: {len(first.right)}, with {sum(first.asked)} short questions and {len(first.captions)} captions"
+    table = _empty(title, ("right", "absent", "captions", "recall"))
     for result in results:
         scores = result.scores
-        low, high = scores.interval
-        table.add_row(
-            result.source,
-            result.method,
-            str(result.budget),
-            f"{100 * scores.accuracy:.1f} ({100 * low:.1f}-{100 * high:.1f})",
-            *(f"{100 * right / asked:.1f}" for right, asked in (scores.kinds[family] for family in families)),
-            *(f"{100 * share:.1f}" for share in (scores.chair_i, scores.chair_s, scores.recall)),
-        )
+        low, high = (100 * end for end in scores.interval)
+        shares = [f"{100 * share:.1f}" for share in (scores.chair_i, scores.chair_s, scores.recall)]
+        table.add_row(*_names(result), f"{100 * scores.accuracy:.1f} ({low:.1f}-{high:.1f})", *shares)
     return table
+
+
+def _by_question(kind: str, results: Sequence[Result]) -> Table:
+    families = [family for family in FAMILIES if family in results[0].scores.kinds]
+    table = _empty(f"{kind} scenes, right answers by kind of question, %", families)
+    for result in results:
+        counts = [result.scores.kinds[family] for family in families]
+        table.add_row(*_names(result), *(f"{100 * right / asked:.1f}" for right, asked in counts))
+    return table
+
+
+def _empty(title: str, numbers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("source", "method"):
+        table.add_column(name, overflow="fold")
+    for name in ("tokens", *numbers):
+        table.add_column(name, justify="right")
+    return table
+
+
+def _names(result: Result) -> tuple[str, str, str]:
+    return result.source, result.method, str(result.budget)
 
 
 def plot_results(path: Path, results: Sequence[Result]) -> None:

@@ -107,6 +107,7 @@ def _compare_vision(
         wanted = np.concatenate([merged[b][np.isin(expected[b], found[b])] for b in range(batch)])
     return {
         "features": relative_difference(shown, wanted) if shown.size else float("inf"),
+        "merged": merged is not None,
         "kept_overlap": min(overlap),
         "finite": all(bool(np.isfinite(v).all()) for v in outputs.values() if v.dtype.kind == "f"),
         "converged": bool(outputs["converged"].all()),
@@ -133,7 +134,7 @@ def _check_vision(budget: int, measured: Mapping[str, Any], precision: str) -> N
     if measured["kept_overlap"] < limit:
         share = measured["kept_overlap"]
         raise VerificationError(f"{where}: keeps {share:.1%} of the checkpoint's choice, less than {limit:.0%}")
-    limit = tolerances.FEATURES[precision]
+    limit = (tolerances.MERGED if measured["merged"] else tolerances.FEATURES)[precision]
     if not measured["features"] <= limit:
         raise VerificationError(f"{where}: features differ by {measured['features']:.2g} of their range, over {limit:g}")
 

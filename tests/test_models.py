@@ -14,7 +14,8 @@ from transformers import LlavaForConditionalGeneration
 from leanvlm.exporter import ExportConfig, tolerances
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.models import FAMILIES
-from leanvlm.exporter.reference import Reference
+from leanvlm.exporter.pruners.base import ScoredBlock
+from leanvlm.exporter.reference import Reference, relative_difference
 from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
 
 
@@ -40,14 +41,29 @@ def test_tower_and_projector_equal_the_model(tiny_llava: Path, pixels: torch.Ten
     assert torch.equal(features, wanted)
 
 
-def test_class_attention_equals_eager_attention(tiny_llava: Path, pixels: torch.Tensor) -> None:
+@pytest.mark.parametrize("scored", ["feature", "last"])
+def test_scores_equal_those_of_the_model(tiny_llava: Path, pixels: torch.Tensor, scored: ScoredBlock) -> None:
+    """The tower's one attention row and keys against eager attention and the outputs of the model's own projections."""
     checkpoint = open_checkpoint(ExportConfig(str(tiny_llava)))
     model = load_model(checkpoint)
     with torch.no_grad():
-        attention = checkpoint.family.tower(model)(pixels)[2]
-    wanted = Reference(checkpoint, model).vision(pixels.numpy()).attention
-    assert attention.shape == (3, tiny.TOKENS)
-    np.testing.assert_allclose(attention.numpy(), wanted.numpy(), rtol=tolerances.ATTENTION)
+        hidden, keys, attention, unsplit = checkpoint.family.tower(model, scored)(pixels)
+    wanted = Reference(checkpoint, model).vision(pixels.numpy(), scored)
+    assert attention.shape == unsplit.shape == (3, tiny.TOKENS)
+    assert keys.shape == (3, tiny.TOKENS, 6, 16)
+    np.testing.assert_allclose(attention.numpy(), wanted.attention.numpy(), rtol=tolerances.ATTENTION)
+    np.testing.assert_allclose(unsplit.numpy(), wanted.unsplit_attention.numpy(), rtol=tolerances.ATTENTION)
+    for found, other in ((hidden, wanted.hidden), (keys, wanted.keys)):
+        assert relative_difference(found.numpy(), other.numpy()) < tolerances.FEATURES["fp32"]
+
+
+def test_a_scored_block_behind_the_feature_layer_changes_only_the_scores(tiny_llava: Path, pixels: torch.Tensor) -> None:
+    checkpoint = open_checkpoint(ExportConfig(str(tiny_llava)))
+    model = load_model(checkpoint)
+    with torch.no_grad():
+        feature, last = (checkpoint.family.tower(model, scored)(pixels) for scored in ("feature", "last"))
+    assert torch.equal(feature[0], last[0])
+    assert not torch.allclose(feature[2], last[2])
 
 
 @pytest.mark.parametrize("layout", ["nested", "flat", "legacy"])

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,19 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import tiny
 import torch
-from reference import Crop, agile_with_margin
-from test_pruners import exact_tokens
+from reference import REFERENCE, Crop, agile_with_margin
+from test_pruners import crops, exact_tokens
 from torch import Tensor, nn
 
+from leanvlm.exporter import ExportConfig, tolerances
+from leanvlm.exporter.checkpoint import load_model, open_checkpoint
+from leanvlm.exporter.graphs import OUTPUTS, VisionGraph
 from leanvlm.exporter.pruners import PRUNERS, VisionTokens, parse
 from leanvlm.exporter.pruners.agile import select_tokens
+from leanvlm.exporter.pruners.base import ScoredBlock
+from leanvlm.exporter.reference import Reference, relative_difference
 from leanvlm.exporter.trace import trace
 
 Array = npt.NDArray[Any]
@@ -106,6 +113,24 @@ def test_other_opsets(spec: str, opset: int) -> None:
     found = session.run(None, {i.name: inputs[i.name].numpy() for i in session.get_inputs()})
     assert proto.opset_import[0].version == opset
     np.testing.assert_array_equal(found[0], Chooser(spec, 7, grid)(*inputs.values())[0].numpy())
+
+
+@pytest.mark.parametrize(("name", "scored"), [("visionzip", "feature"), ("prumerge", "last")])
+def test_merged_tokens_are_projected_in_the_vision_graph(tiny_llava: Path, name: str, scored: ScoredBlock) -> None:
+    """From pixels to embeddings, against the loops on what the unmodified model computes."""
+    checkpoint = open_checkpoint(ExportConfig(str(tiny_llava)))
+    model, family, grid = load_model(checkpoint), checkpoint.family, checkpoint.spec.grid
+    graph = VisionGraph(family.tower(model, scored), family.projector(model), parse(name, keep=20), grid).eval()
+    pixels = torch.randn(2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    traced = trace(graph, {"pixel_values": pixels}, output_names=OUTPUTS, opset=18)
+    found = dict(zip(OUTPUTS, session_of(ir.to_proto(traced)).run(None, {"pixel_values": pixels.numpy()}), strict=True))
+    original = Reference(checkpoint, model)
+    for b, crop in enumerate(crops(original.vision(pixels.numpy(), scored))):
+        chosen, merged = REFERENCE[name](crop, 20)
+        assert found["keep_indices"][b].tolist() == chosen
+        assert merged is not None
+        wanted = original.project(torch.from_numpy(merged).float()).numpy()
+        assert relative_difference(found["image_features"][b], wanted) < tolerances.MERGED["fp32"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from reference import REFERENCE, Crop
 
 from leanvlm.exporter import verify
 from leanvlm.exporter.pruners import PRUNERS, Kept, VisionTokens, parse
-from leanvlm.runtime.errors import VerificationError
+from leanvlm.runtime.errors import UnsupportedPrunerError, VerificationError
 
 Array = npt.NDArray[Any]
 # Their choice does not depend on where a token is, as long as no scores are equal. The others take even strides, constants, or,
@@ -111,6 +111,19 @@ def test_equals_the_slow_version(name: str, grid: tuple[int, int], keep: int, ma
 def test_parameters_mean_what_they_say(spec: str, params: dict[str, Any]) -> None:
     tokens = random_tokens(2, (7, 9), seed=1)
     assert_equal(parse(spec, keep=20)(tokens), tokens, spec.partition(":")[0], 20, **params)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "hybrid:share=1.5", "hybrid:least=0.8,most=0.2", "hybrid:erank_ref=0", "prumerge:neighbours=0", "random:seed=-1",
+        "scope:alpha=-1", "visionzip:contextual=2", "vispruner:ratio=-0.1", "vispruner:drop=0", "vispruner:most=2",
+    ],
+)  # fmt: skip
+def test_parameters_out_of_range_are_named(spec: str) -> None:
+    name, _, rest = spec.partition(":")
+    with pytest.raises(UnsupportedPrunerError, match=f"{name}: .*{rest.split('=')[0]}"):
+        parse(spec)
 
 
 def test_more_outliers_than_tokens_go_by_attention() -> None:

@@ -14,8 +14,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, first_by, gram_and_norms, keep_all, precedes
-from leanvlm.exporter.pruners.gates import RankCoefficients, attention_entropy, effective_rank
+from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, first_by, keep_all, precedes
+from leanvlm.exporter.pruners.gates import RankCoefficients, attention_entropy, rank_and_gram
+from leanvlm.runtime.errors import UnsupportedPrunerError
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,21 @@ class AgilePruner:
     sweeps: int = 24
     coefficients: RankCoefficients | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("keep", "erank_ref", "entropy_ref", "sweeps"):
+            if not getattr(self, name) > 0:
+                raise UnsupportedPrunerError(f"agile: {name}={getattr(self, name)} must be above 0")
+        if not (self.step >= 0 and 0 <= self.max_distance <= 2):
+            raise UnsupportedPrunerError("agile: step must be at least 0 and max_distance in 0..2")
+
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens; the diagnostics say the gate's ratio, how many survived before the back-fill, and convergence."""
         if self.keep >= tokens.attention.shape[1]:
             return keep_all(tokens)
-        ratio, diagnostics = self._gate(tokens)
-        indices, num_selected, converged = select_tokens(
+        ratio, gram, diagnostics = self._gate(tokens)
+        indices, num_selected, converged = select_by_gram(
             tokens.attention,
-            tokens.features,
+            gram,
             ratio,
             keep=self.keep,
             step=self.step,
@@ -63,14 +71,17 @@ class AgilePruner:
         )
         return Kept(indices, None, {**diagnostics, "num_selected": num_selected, "converged": converged})
 
-    def _gate(self, tokens: VisionTokens) -> tuple[Tensor, dict[str, Tensor]]:
+    def _gate(self, tokens: VisionTokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the ratio (B,), the tokens' dot products (B, N, N) and what was measured."""
         if self.gate == "erank":
-            rank = effective_rank(tokens.features, self.coefficients)
-            return rank / self.erank_ref, {"effective_rank": rank}
+            rank, gram = rank_and_gram(tokens.features, self.coefficients)
+            return rank / self.erank_ref, gram, {"effective_rank": rank}
+        features = tokens.features.float()
+        gram = features @ features.transpose(1, 2)
         if self.gate == "entropy":
             entropy = attention_entropy(tokens.attention)
-            return entropy / self.entropy_ref, {"attention_entropy": entropy}
-        return torch.ones_like(tokens.attention[:, 0], dtype=torch.float32), {}
+            return entropy / self.entropy_ref, gram, {"attention_entropy": entropy}
+        return torch.ones_like(tokens.attention[:, 0], dtype=torch.float32), gram, {}
 
 
 def select_tokens(
@@ -101,11 +112,21 @@ def select_tokens(
         Indices (B, K) int64 ascending; num_selected (B,) int64, the survivors among the K before the back-fill;
         converged (B,) bool, whether one more sweep would change nothing.
     """
+    features = features.float()
+    gram = features @ features.transpose(1, 2)
+    return select_by_gram(attention, gram, ratio, keep=keep, step=step, max_distance=max_distance, sweeps=sweeps)
+
+
+def select_by_gram(
+    attention: Tensor, gram: Tensor, ratio: Tensor, *, keep: int, step: float, max_distance: float, sweeps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select as `select_tokens` does, from the tokens' dot products `gram` (B, N, N) in fp32."""
     count = attention.shape[1]
     before = precedes(attention.float())
     rank = before.float().sum(dim=2)  # (B, N), 0 for the most attended
     threshold = ((rank + 1.0) * (ratio.float()[:, None] * step)).clamp(max=max_distance)  # (B, N)
-    gram, norms = gram_and_norms(features)
+    # The norms are the roots of the diagonal: no normalised copy of the tokens is made.
+    norms = gram.flatten(1)[:, :: count + 1].clamp(min=0).sqrt() + 1e-8
     # 1 - cosine < threshold, with the norms moved to the other side.
     near = gram > norms[:, :, None] * (norms * (1.0 - threshold))[:, None, :]
     # silences[b, i, j]: token j, if alive, silences token i, which comes later.

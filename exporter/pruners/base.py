@@ -13,6 +13,8 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from leanvlm.runtime.errors import UnsupportedPrunerError
+
 # Which block's class token scores the tokens: the last one below the feature layer, or the tower's last.
 ScoredBlock = Literal["feature", "last"]
 
@@ -71,6 +73,16 @@ class Pruner(Protocol):
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K of the N tokens of every crop."""
         ...
+
+
+def require(holds: bool, rule: str) -> None:
+    """Check a parameter when a pruner is made.
+
+    Raises:
+        UnsupportedPrunerError: `rule`, if it does not hold.
+    """
+    if not holds:
+        raise UnsupportedPrunerError(rule)
 
 
 def gather_tokens(features: Tensor, indices: Tensor) -> Tensor:

@@ -127,14 +127,33 @@ def effective_rank(features: Tensor, coefficients: RankCoefficients | None = Non
     Returns:
         (B,), in [1, min(N - 1, D)]; exactly 1 where all tokens are equal.
     """
-    features = features.float()
-    features = features.float()
+    return rank_and_gram(features, coefficients)[0]
+
+
+def rank_and_gram(features: Tensor, coefficients: RankCoefficients | None = None) -> tuple[Tensor, Tensor]:
+    """Effective rank, and the dot products of the tokens as they are, which the centred ones give almost for free.
+
+    With c = x - m, x_i . x_j = c_i . c_j + c_i . m + c_j . m + m . m; so where N <= D one large product serves both.
+
+    Args:
+        features: As for `effective_rank`.
+        coefficients: As for `effective_rank`.
+
+    Returns:
+        The effective rank (B,) and the un-centred Gram matrix (B, N, N), float32.
+    """
     features = features.float()
     count, width = features.shape[1:]
-    gram = centred_gram(features)
-    centred_energy = _diagonal(gram).sum(1)
-    spread = (centred_energy > EQUAL_TOKENS * features.square().sum((1, 2))).to(gram.dtype)
-    return gram_effective_rank(gram * spread[:, None, None], min(count - 1, width), coefficients)
+    mean = features.mean(1, keepdim=True)
+    centred = features - mean
+    if count <= width:
+        inner = centred @ centred.mT
+        shift = centred @ mean.mT  # (B, N, 1)
+        gram = inner + (shift + mean.square().sum((1, 2), keepdim=True)) + shift.mT
+    else:
+        inner, gram = centred.mT @ centred, features @ features.mT
+    spread = (_diagonal(inner).sum(1) > EQUAL_TOKENS * features.square().sum((1, 2))).to(gram.dtype)
+    return gram_effective_rank(inner * spread[:, None, None], min(count - 1, width), coefficients), gram
 
 
 def exact_effective_rank(features: Tensor) -> Tensor:

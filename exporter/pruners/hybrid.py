@@ -12,7 +12,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.pruners.base import Kept, Rows, ScoredBlock, VisionTokens, chosen_indices, keep_all, rank_by
+from leanvlm.exporter.pruners.base import (
+    Kept,
+    Rows,
+    ScoredBlock,
+    VisionTokens,
+    chosen_indices,
+    keep_all,
+    rank_by,
+    require,
+)
 from leanvlm.exporter.pruners.divprune import CHOSEN, FAR, pair_distance, spread
 from leanvlm.exporter.pruners.gates import RankCoefficients, effective_rank
 from leanvlm.exporter.pruners.share import diversity_share
@@ -43,6 +52,12 @@ class HybridPruner:
     least: float = 0.25
     most: float = 0.75
     erank_ref: float = 90.0
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.share <= 1.0, f"hybrid: share={self.share} is not in 0..1")
+        require(0.0 <= self.least <= self.most <= 1.0, "hybrid: least and most are shares, 0 <= least <= most <= 1")
+        require(self.erank_ref > 0.0, f"hybrid: erank_ref={self.erank_ref} is not positive")
+
     coefficients: RankCoefficients | None = None
 
     def __call__(self, tokens: VisionTokens) -> Kept:
@@ -60,7 +75,7 @@ class HybridPruner:
         share = diversity_share(erank, self.erank_ref, self.least, self.most)
         diverse_tokens = (share[:, None] * self.keep + 0.5).floor().clamp(max=self.keep - 1)  # (B, 1)
         near = _nearest(distance, rank < self.keep - diverse_tokens)
-        steps = self._diverse(max(self.least, self.most))
+        steps = max(self._diverse(self.most), 1)
         done = torch.arange(steps, device=rank.device)[None, :] >= diverse_tokens
         floors = torch.tensor_split(torch.where(done, FAR, CHOSEN)[:, None, :], steps, dim=2)
         near = spread(Rows(distance), near, steps, floors)

@@ -12,7 +12,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, chosen_indices, gather_tokens, keep_all, rank_by
+from leanvlm.exporter.pruners.base import (
+    Kept,
+    ScoredBlock,
+    VisionTokens,
+    chosen_indices,
+    gather_tokens,
+    keep_all,
+    rank_by,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,9 @@ class PruMergePruner:
 
     keep: int = 64
     neighbours: int = 32
+
+    def __post_init__(self) -> None:
+        require(self.neighbours >= 1, f"prumerge: neighbours={self.neighbours} is not at least 1")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K centres, in raster order, and merge their neighbours into them."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, keep_all
+from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, keep_all, require
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class RandomPruner:
 
     keep: int = 64
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"random: seed={self.seed} is negative")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""

@@ -11,7 +11,16 @@ from typing import ClassVar
 
 import torch
 
-from leanvlm.exporter.pruners.base import Kept, Rows, ScoredBlock, VisionTokens, chosen_indices, cosine, keep_all
+from leanvlm.exporter.pruners.base import (
+    Kept,
+    Rows,
+    ScoredBlock,
+    VisionTokens,
+    chosen_indices,
+    cosine,
+    keep_all,
+    require,
+)
 
 # Coverage over this is a kept token's own.
 KEPT = 1.5
@@ -35,6 +44,9 @@ class ScopePruner:
 
     keep: int = 64
     alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.alpha >= 0.0, f"scope: alpha={self.alpha} is negative")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""

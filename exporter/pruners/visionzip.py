@@ -12,7 +12,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, first_by, gather_tokens, keep_all, rank_by
+from leanvlm.exporter.pruners.base import (
+    Kept,
+    ScoredBlock,
+    VisionTokens,
+    first_by,
+    gather_tokens,
+    keep_all,
+    rank_by,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,9 @@ class VisionZipPruner:
 
     keep: int = 64
     contextual: float = 10 / 64
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.contextual <= 1.0, f"visionzip: contextual={self.contextual} is not in 0..1")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K centres, in raster order, and merge the other tokens into the contextual ones."""
