@@ -6,7 +6,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 LIBRARY := calibration demo exporter runtime
-CHECKED := $(LIBRARY) tests
+CHECKED := $(LIBRARY) bench tests
 
 IMAGE := demo/samples/complex-9003.png
 QUESTION := What is below the green ring?

@@ -156,7 +156,7 @@ def _captured(path: Path) -> tuple[Any, Any, Any]:
 
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN come with PyTorch there.
-    provider = ("CUDAExecutionProvider", {"enable_cuda_graph": "1", "use_tf32": "0"})
+    provider = ("CUDAExecutionProvider", {"enable_cuda_graph": "1"})
     settings = ort.SessionOptions()
     settings.add_free_dimension_override_by_name("B", 1)
     session = ort.InferenceSession(path, settings, providers=[provider])

@@ -116,8 +116,8 @@ def _conditions(path: Path, data: dict[str, Any], cells: Cells) -> str:
     return (
         f"Model `{model['id']}` (weights {model['sha256'][:12]}…, reference rank {model['erank_ref']}), evaluated in torch, "
         f"fp32, on {counts}: held out from training, the same for every method. An answer is right when greedy decoding "
-        "gives exactly the expected text. Numbers in parentheses are 95 % intervals: Wilson's for shares; for differences, a "
-        "bootstrap over scenes with both methods on the same scenes.\n\n"
+        "gives exactly the expected text. Numbers in parentheses are 95 % intervals: Wilson's for shares, which takes "
+        "questions as independent; for differences, a bootstrap over scenes with both methods on the same scenes.\n\n"
         f"Raw counts: [results/{path.name}](results/{path.name}). Commit {run['commit']}, {run['date']}; {run['machine']}; "
         f"Python {run['python']}, {tools}; {run['seconds']} s. Command:\n\n    {run['command']}\n"
     )

@@ -35,17 +35,24 @@ class Interval:
 
     def percent(self) -> str:
         """In percentage points."""
-        return f"{100 * self.value:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        value, low, high = (_signed(100 * number, 1) for number in (self.value, self.low, self.high))
+        return f"{value} ({low} to {high})"
 
     def plain(self) -> str:
         """In its own unit."""
-        return f"{self.value:+.2f}, {self.low:+.2f} to {self.high:+.2f}"
+        return f"{_signed(self.value, 2)}, {_signed(self.low, 2)} to {_signed(self.high, 2)}"
 
     def verdict(self) -> str:
         """What the interval says of the claim that the difference is above 0."""
         if self.low > 0:
             return "holds"
         return "the opposite holds" if self.high < 0 else "not decided"
+
+
+def _signed(value: float, digits: int) -> str:
+    """Write a number with its sign; what rounds to 0 has none."""
+    rounded = round(value, digits)
+    return f"{rounded:+.{digits}f}" if rounded else f"{0:.{digits}f}"
 
 
 @functools.cache

@@ -77,7 +77,8 @@ def study(options: StudyOptions, path: Path = STUDY) -> None:
     rounds = len(pruners_of(checkpoint, options.methods, options.budgets))
     columns = (TextColumn("{task.description:<16}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = stderr_console()
-    start = perf_counter()
+    # Before the run: the checkout may move on meanwhile.
+    conditions, start = _conditions(), perf_counter()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("start", total=rounds * exam.scenes * len(exam.kinds))
         found = run_study(
@@ -87,12 +88,11 @@ def study(options: StudyOptions, path: Path = STUDY) -> None:
             options.budgets,
             lambda text, count: progress.update(task, advance=count, description=text),
         )
-    conditions = {**_conditions(), "command": options.command, "seconds": round(perf_counter() - start)}
     data = {
         "schema": 1,
         "kind": "study",
         "model": {"id": checkpoint.name, "sha256": checkpoint.source().sha256, "erank_ref": checkpoint.erank_ref},
-        "conditions": conditions,
+        "conditions": {**conditions, "command": options.command, "seconds": round(perf_counter() - start)},
         "complexity": {kind: _rounded(values) for kind, values in found.complexity.items()},
     }
     write_lines(path, data, [result.to_dict() for result in found.results])

@@ -200,7 +200,8 @@ def feature_set(rng: np.random.Generator, kind: str, count: int, width: int) -> 
         "power": size ** -rng.uniform(0.5, 1.5),
         "exponential": np.exp(-size / rng.uniform(5, 80)),
     }[kind]
-    features = rng.normal(size=(count, width)) * scale + rng.uniform(0, 1) * scale * rng.normal(size=width)
+    # A common mean brings the cosines into the range of the thresholds.
+    features = rng.normal(size=(count, width)) * scale + rng.uniform(0.5, 3.0) * scale * rng.normal(size=width)
     return features.astype(np.float32)
 
 
@@ -219,8 +220,7 @@ def compare_selections(sets: int, seed: int, sizes: tuple[int, ...], widths: tup
     while done < sets:
         kind = ("iid", "power", "exponential", "duplicates")[done % 4]
         count, width = int(rng.choice(sizes)), int(rng.choice(widths))
-        keep = (1, 32, 64, 128, 192, count)[done % 6]
-        keep = min(keep, count)
+        keep = min(int(rng.choice((1, 32, 64, 128, 192, count))), count)
         features = feature_set(rng, kind, count, width)
         attention = rng.permutation(rng.dirichlet(np.full(count, 0.3))).astype(np.float32)
         ratio = exact_ratio(features)

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, first_by, keep_all, precedes
 from leanvlm.exporter.pruners.gates import RankCoefficients, attention_entropy, rank_and_gram
@@ -129,14 +130,16 @@ def select_by_gram(
     norms = gram.flatten(1)[:, :: count + 1].clamp(min=0).sqrt() + 1e-8
     # 1 - cosine < threshold, with the norms moved to the other side.
     near = gram > norms[:, :, None] * (norms * (1.0 - threshold))[:, None, :]
-    # silences[b, i, j]: token j, if alive, silences token i, which comes later.
-    silences = (near & before).float()
-    alive = previous = torch.ones_like(rank)[:, :, None]
+    # One row a token: -1 for each token that, if alive, silences it, and 1 for a last one that always lives; so one product
+    # and a relu are one sweep.
+    silenced = torch.where(near & before, -1.0, 0.0)
+    chain = pad(pad(silenced, (0, 0, 0, 1)), (0, 1), value=1.0)  # (B, N + 1, N + 1)
+    alive = previous = torch.ones_like(chain[:, :, :1])
     for _ in range(sweeps):
         previous = alive
-        alive = (1.0 - silences @ alive).relu()
+        alive = (chain @ alive).relu()
     converged = (alive == previous).all(dim=1)[:, 0]
-    alive = alive[:, :, 0]
+    alive = alive[:, :count, 0]
     # The living by rank, then the others by rank: early stop and back-fill at once.
     indices = first_by(rank - alive * count, keep)
     num_selected = alive.sum(dim=1).clamp(max=keep).to(torch.int64)

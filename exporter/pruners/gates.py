@@ -76,30 +76,39 @@ def _diagonal(matrix: Tensor) -> Tensor:
 
 
 def _log_traces(gram: Tensor, lifts: tuple[float, ...]) -> Tensor:
-    """Natural logarithms (B, n + 2) of tr P_0 ... tr P_n and ||P_n||_F^2 for a Gram matrix of trace 1."""
+    """Natural logarithms (B, n + 2) of tr P_0 ... tr P_n and ||P_n||_F^2 for a Gram matrix of trace 1.
+
+    The chain runs on R_k = P_k / scale_k with scale_k = lifts[1] ... lifts[k], for which a lift is one scaled product and one
+    difference: R_k = R_(k-1) - scale_(k-1) / lifts[k] R_(k-1)^2.
+    """
     square = gram @ gram
     # ||G^2||_F^(1/2) = (sum of eigenvalues^4)^(1/4) lies at most N^(1/4) above the largest eigenvalue.
-    step = lifts[0] * square.square().sum((1, 2), keepdim=True).clamp(min=1e-24).pow(-0.25)
-    lifted = step * (lifts[1] * gram - step * square)
-    diagonals = [step[:, :, 0] * _diagonal(gram), _diagonal(lifted)]
+    step = lifts[0] * square.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12).rsqrt()
+    first = step * gram
+    lifted = first - (step * step / lifts[1]) * square
+    diagonals, scales = [_diagonal(first), _diagonal(lifted)], [1.0, lifts[1]]
     for lift in lifts[2:]:
-        lifted = lift * lifted - lifted @ lifted
+        lifted = lifted - (lifted @ lifted) * (scales[-1] / lift)
         diagonals.append(_diagonal(lifted))
-    traces = torch.stack(diagonals, 1).sum(2)
-    energy = lifted.square().sum((1, 2)).unsqueeze(1)
+        scales.append(scales[-1] * lift)
+    traces = torch.stack(diagonals, 1).sum(2) * lifted.new_tensor(scales)
+    energy = lifted.square().sum((1, 2)).unsqueeze(1) * scales[-1] ** 2
     return torch.cat([traces, energy], 1).clamp(min=LEAST_TRACE).log()
 
 
-def gram_effective_rank(gram: Tensor, limit: int, coefficients: RankCoefficients | None = None) -> Tensor:
+def gram_effective_rank(
+    gram: Tensor, limit: int, coefficients: RankCoefficients | None = None, floor: Tensor | float = 0.0
+) -> Tensor:
     """Effective rank from a centred Gram matrix; see `effective_rank`.
 
     Args:
         gram: (B, M, M), float32, from `centred_gram`.
         limit: Largest possible rank, min(N - 1, D).
         coefficients: `RANK_COEFFICIENTS` when absent.
+        floor: Trace, up to which the tokens count as equal: (B,) or one number.
 
     Returns:
-        (B,), in [1, limit]; 1 where the matrix is zero.
+        (B,), in [1, limit]; 1 where the trace is not above `floor`.
     """
     fit = coefficients or RANK_COEFFICIENTS
     total = _diagonal(gram).sum(1)
@@ -112,7 +121,7 @@ def gram_effective_rank(gram: Tensor, limit: int, coefficients: RankCoefficients
     pairs = (terms.unsqueeze(2) * terms.unsqueeze(1)).flatten(1)
     cubic = pairs @ features.new_tensor(cubic_table(fit.weights, len(fit.centre)))
     rank = (cubic * terms).sum(1).clamp(0.0, math.log(limit)).exp()
-    return torch.where(total > 0, rank, torch.ones_like(rank))
+    return torch.where(total > floor, rank, torch.ones_like(rank))
 
 
 def effective_rank(features: Tensor, coefficients: RankCoefficients | None = None) -> Tensor:
@@ -146,14 +155,15 @@ def rank_and_gram(features: Tensor, coefficients: RankCoefficients | None = None
     count, width = features.shape[1:]
     mean = features.mean(1, keepdim=True)
     centred = features - mean
+    offset = mean.square().sum((1, 2))  # (B,), m . m
     if count <= width:
         inner = centred @ centred.mT
         shift = centred @ mean.mT  # (B, N, 1)
-        gram = inner + (shift + mean.square().sum((1, 2), keepdim=True)) + shift.mT
+        gram = inner + (shift + offset[:, None, None]) + shift.mT
     else:
         inner, gram = centred.mT @ centred, features @ features.mT
-    spread = (_diagonal(inner).sum(1) > EQUAL_TOKENS * features.square().sum((1, 2))).to(gram.dtype)
-    return gram_effective_rank(inner * spread[:, None, None], min(count - 1, width), coefficients), gram
+    energy = _diagonal(inner).sum(1) + count * offset
+    return gram_effective_rank(inner, min(count - 1, width), coefficients, EQUAL_TOKENS * energy), gram
 
 
 def exact_effective_rank(features: Tensor) -> Tensor:
