@@ -25,7 +25,8 @@ from leanvlm.calibration.vision import VisionSide
 from leanvlm.exporter.gate_file import GateFile
 from leanvlm.exporter.pruners.agile import select_tokens
 from leanvlm.exporter.pruners.base import VisionTokens
-from leanvlm.exporter.pruners.gates import RankCoefficients, attention_entropy, effective_rank, exact_effective_rank
+from leanvlm.exporter.pruners.gates import attention_entropy, effective_rank, exact_effective_rank
+from leanvlm.exporter.pruners.rank_coefficients import RankCoefficients
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.preprocess import load_image
 

@@ -13,7 +13,8 @@ from itertools import combinations_with_replacement
 import numpy as np
 from numpy.typing import NDArray
 
-from leanvlm.exporter.pruners.gates import FEATURE_LIMIT, LEAST_TRACE, RankCoefficients
+from leanvlm.exporter.pruners.gates import FEATURE_LIMIT, LEAST_TRACE
+from leanvlm.exporter.pruners.rank_coefficients import RankCoefficients
 
 Array = NDArray[np.float64]
 

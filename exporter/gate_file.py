@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from leanvlm.exporter.pruners.gates import RankCoefficients
+from leanvlm.exporter.pruners.rank_coefficients import RankCoefficients
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import SourceSpec, file_sha256
 

@@ -22,7 +22,8 @@ from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.gate_file import GateFile, read_gate_file
 from leanvlm.exporter.pipeline import plan
 from leanvlm.exporter.pruners import AgilePruner
-from leanvlm.exporter.pruners.gates import RANK_COEFFICIENTS, effective_rank
+from leanvlm.exporter.pruners.gates import effective_rank
+from leanvlm.exporter.pruners.rank_coefficients import RANK_COEFFICIENTS
 from leanvlm.runtime import load
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.inspection import describe

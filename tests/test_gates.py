@@ -11,13 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from leanvlm.calibration.rank_fit import LIFTS, fit_rank, predict_rank, rank_features, spectrum
-from leanvlm.exporter.pruners.gates import (
-    RANK_COEFFICIENTS,
-    RankCoefficients,
-    attention_entropy,
-    effective_rank,
-    exact_effective_rank,
-)
+from leanvlm.exporter.pruners.gates import attention_entropy, effective_rank, exact_effective_rank
+from leanvlm.exporter.pruners.rank_coefficients import RANK_COEFFICIENTS, RankCoefficients
 from leanvlm.exporter.trace import trace
 
 Draw = Callable[[np.random.Generator, int, int], NDArray[np.float64]]

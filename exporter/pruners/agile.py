@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, first_by, keep_all, precedes
-from leanvlm.exporter.pruners.gates import RankCoefficients, attention_entropy, rank_and_gram
+from leanvlm.exporter.pruners.gates import attention_entropy, rank_and_gram
+from leanvlm.exporter.pruners.rank_coefficients import RankCoefficients
 from leanvlm.runtime.errors import UnsupportedPrunerError
 
 
@@ -34,7 +35,8 @@ class AgilePruner:
         entropy_ref: Mean attention entropy in nats; 4.7 is between the paper's simple (4.5) and complex (4.9) images.
         step: Distance that each rank adds to the threshold.
         max_distance: Largest threshold, as cosine distance in 0..2.
-        sweeps: Iterations of the fixed point; more than any case needs costs time, fewer are reported as not converged.
+        sweeps: Iterations of the fixed point; 360 scenes of the built-in model needed at most 17, random sets 9. Too few are
+            reported as not converged.
         coefficients: Constants of the rank estimator fitted to the model; None takes those of `gates`.
     """
 
@@ -46,7 +48,7 @@ class AgilePruner:
     entropy_ref: float = 4.7
     step: float = 0.01
     max_distance: float = 0.25
-    sweeps: int = 24
+    sweeps: int = 20
     coefficients: RankCoefficients | None = None
 
     def __post_init__(self) -> None:
@@ -93,7 +95,7 @@ def select_tokens(
     keep: int,
     step: float = 0.01,
     max_distance: float = 0.25,
-    sweeps: int = 24,
+    sweeps: int = 20,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Select `keep` tokens by the rule of AgilePruner, exactly, with static shapes and no loop over tokens.
 
@@ -127,7 +129,7 @@ def select_by_gram(
     rank = before.float().sum(dim=2)  # (B, N), 0 for the most attended
     threshold = ((rank + 1.0) * (ratio.float()[:, None] * step)).clamp(max=max_distance)  # (B, N)
     # The norms are the roots of the diagonal: no normalised copy of the tokens is made.
-    norms = gram.flatten(1)[:, :: count + 1].clamp(min=0).sqrt() + 1e-8
+    norms = gram.flatten(1)[:, :: count + 1].clamp(min=1e-16).sqrt()
     # 1 - cosine < threshold, with the norms moved to the other side.
     near = gram > norms[:, :, None] * (norms * (1.0 - threshold))[:, None, :]
     # One row a token: -1 for each token that, if alive, silences it, and 1 for a last one that always lives; so one product

@@ -23,7 +23,8 @@ from leanvlm.exporter.pruners.base import (
     require,
 )
 from leanvlm.exporter.pruners.divprune import CHOSEN, FAR, pair_distance, spread
-from leanvlm.exporter.pruners.gates import RankCoefficients, effective_rank
+from leanvlm.exporter.pruners.gates import effective_rank
+from leanvlm.exporter.pruners.rank_coefficients import RankCoefficients
 from leanvlm.exporter.pruners.share import diversity_share
 
 
@@ -52,13 +53,12 @@ class HybridPruner:
     least: float = 0.25
     most: float = 0.75
     erank_ref: float = 90.0
+    coefficients: RankCoefficients | None = None
 
     def __post_init__(self) -> None:
         require(0.0 <= self.share <= 1.0, f"hybrid: share={self.share} is not in 0..1")
         require(0.0 <= self.least <= self.most <= 1.0, "hybrid: least and most are shares, 0 <= least <= most <= 1")
         require(self.erank_ref > 0.0, f"hybrid: erank_ref={self.erank_ref} is not positive")
-
-    coefficients: RankCoefficients | None = None
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""

@@ -27,7 +27,8 @@ from leanvlm.exporter.pruners.base import (
     rank_by,
     require,
 )
-from leanvlm.exporter.pruners.gates import RankCoefficients, effective_rank
+from leanvlm.exporter.pruners.gates import effective_rank
+from leanvlm.exporter.pruners.rank_coefficients import RankCoefficients
 from leanvlm.exporter.pruners.share import diversity_share
 
 
@@ -59,14 +60,13 @@ class VisPruner:
     most: float = 0.75
     erank_ref: float = 90.0
     drop: int = 8
+    coefficients: RankCoefficients | None = None
 
     def __post_init__(self) -> None:
         require(0.0 <= self.ratio <= 1.0, f"vispruner: ratio={self.ratio} is not in 0..1")
         require(0.0 <= self.least <= self.most <= 1.0, "vispruner: least and most are shares, 0 <= least <= most <= 1")
         require(self.erank_ref > 0.0, f"vispruner: erank_ref={self.erank_ref} is not positive")
         require(self.drop >= 1, f"vispruner: drop={self.drop} is not at least 1")
-
-    coefficients: RankCoefficients | None = None
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""

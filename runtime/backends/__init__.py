@@ -65,9 +65,7 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(
-    folder: Path, manifest: Manifest, *, device: str | None, threads: int | None, prepack: bool = True
-) -> Backend:
+def open_backend(folder: Path, manifest: Manifest, *, device: str | None, threads: int | None, prepack: bool = True) -> Backend:
     """Open the backend of a bundle's target.
 
     Args:
