@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from leanvlm.exporter import ExportConfig, export
+from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.runtime import Session, load
 
 PROMPTS = ("What is on the table?", "Count the red cups, please.", "Año 2026: describe 画像 in one line.")
@@ -131,7 +132,9 @@ def _pruned_embeddings(model: Any, inputs: Any) -> torch.Tensor:
         out = core.vision_tower(inputs["pixel_values"], output_hidden_states=True, output_attentions=True)
         features = core.multi_modal_projector(out.hidden_states[-2][:, 1:])
         attention = out.attentions[-2].mean(dim=1)[:, 0, 1:]
-        kept = reference.agile(attention[0].double().numpy(), features[0].double().numpy(), keep=BUDGET)
+        points, scores = features[0].double().numpy(), attention[0].double().numpy()
+        ratio = float(exact_effective_rank(features)) / 90.0
+        kept, _ = reference.agile(reference.Crop(points, points, points[:, None], scores, scores), BUDGET, ratio)
         ids = inputs["input_ids"][0]
         embeddings = core.get_input_embeddings()(ids)
         places = (ids == model.config.image_token_id).nonzero()[:, 0]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import leanvlm.calibration
 import leanvlm.demo
 import leanvlm.exporter
 import leanvlm.runtime
@@ -19,8 +20,9 @@ ALLOWED = {
     "runtime": {"runtime"},
     "demo": {"demo"},
     "exporter": {"demo", "exporter", "runtime"},
+    "calibration": {"calibration", "demo", "exporter", "runtime"},
 }
-MODULES = {"runtime": leanvlm.runtime, "demo": leanvlm.demo, "exporter": leanvlm.exporter}
+MODULES = {"runtime": leanvlm.runtime, "demo": leanvlm.demo, "exporter": leanvlm.exporter, "calibration": leanvlm.calibration}
 
 SHOW_HELP = """
 from leanvlm.runtime.cli import main

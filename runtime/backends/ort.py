@@ -121,8 +121,8 @@ class OrtBackend:
     def _check_device(self) -> None:
         if PROVIDERS[self.device][0] not in self.ort.get_available_providers():
             raise BackendError(
-                f"this ONNX Runtime does not offer {self.device}: install 'leanvlm[{EXTRAS[self.device]}]' on a machine that has "
-                f"it, or pass --device cpu"
+                f"this ONNX Runtime does not offer {self.device}: install 'leanvlm[{EXTRAS[self.device]}]' "
+                f"on a machine that has it, or pass --device cpu"
             )
         if self.device != self.manifest.target:
             message = f"a bundle for {self.manifest.target} runs on {self.device}: expect it to be slow"
