@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.statistics import Interval, chair_difference, mean_difference, right_difference
@@ -70,7 +71,31 @@ def study_picture(path: Path, data: dict[str, Any]) -> None:
     plot_results(path, [Result.from_dict(row) for row in data["results"]])
 
 
-SECTIONS: dict[str, Callable[[Path, dict[str, Any]], str]] = {"study": study_section}
+def prune_section(path: Path, data: dict[str, Any]) -> str:
+    """Return the chapter of a prune-stage measurement: medians, and the cost as a share or as a difference."""
+    medians = {name: median(values) for name, values in data["samples_ms"].items()}
+    count = len(next(iter(data["samples_ms"].values())))
+    where = f"{data['device']}, ONNX Runtime {data['versions']['onnxruntime']}, {count} samples"
+    rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in medians.items())
+    if "prune" in medians:
+        share = medians["prune"] / sum(medians.values())
+        verdict = f"`agile` at K = {data['budget']} takes {share:.1%} of the vision graph's node time."
+    else:
+        cost = medians["agile"] - medians["attention"]
+        verdict = (
+            f"`agile` at K = {data['budget']}, gate included, takes {cost:.3f} ms more than a plain top-k in a CUDA graph."
+        )
+    return f"""## Prune stage on {data["device"]}
+
+{verdict} {where}; `{data["command"]}`, commit `{str(data["commit"])[:7]}`, [{path.name}](results/{path.name}).
+
+| part or graph | median ms |
+|---|--:|
+{rows}
+"""
+
+
+SECTIONS: dict[str, Callable[[Path, dict[str, Any]], str]] = {"study": study_section, "prune": prune_section}
 PICTURES: dict[str, Callable[[Path, dict[str, Any]], None]] = {"study": study_picture}
 
 
