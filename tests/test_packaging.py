@@ -25,7 +25,7 @@ NAMESPACE = "optimum.commands.register"
 
 # Patterns that do not match their own spelling here.
 HOME = re.compile(rb"(?<![\w.~])/(home|root|work|Users)/\w")
-REGISTRY = re.compile(rb"https?://[^\s'\"]*(pypi|pythonhosted|/simple\b|/whl\b)|(index-url|find-links)[ =]+\S*/\w")
+REGISTRY = re.compile(rb"https?://[^\s'\"]*(pypi|python\w*hosted|/simple\b|/whl\b)|(index-url|find-links)[ =]+\S*/\w")
 
 needs_checkout = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the git checkout")
 

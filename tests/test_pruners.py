@@ -116,6 +116,7 @@ def test_parameters_mean_what_they_say(spec: str, params: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     "spec",
     [
+        "agile:erank_ref=0", "agile:sweeps=0", "agile:step=-1",
         "hybrid:share=1.5", "hybrid:least=0.8,most=0.2", "hybrid:erank_ref=0", "prumerge:neighbours=0", "random:seed=-1",
         "scope:alpha=-1", "visionzip:contextual=2", "vispruner:ratio=-0.1", "vispruner:drop=0", "vispruner:most=2",
     ],

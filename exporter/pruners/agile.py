@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, first_by, keep_all, precedes
+from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, first_by, keep_all, precedes, require
 from leanvlm.exporter.pruners.gates import attention_entropy, rank_and_gram
 from leanvlm.exporter.pruners.rank_coefficients import RankCoefficients
-from leanvlm.runtime.errors import UnsupportedPrunerError
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,9 @@ class AgilePruner:
 
     def __post_init__(self) -> None:
         for name in ("keep", "erank_ref", "entropy_ref", "sweeps"):
-            if not getattr(self, name) > 0:
-                raise UnsupportedPrunerError(f"agile: {name}={getattr(self, name)} must be above 0")
-        if not (self.step >= 0 and 0 <= self.max_distance <= 2):
-            raise UnsupportedPrunerError("agile: step must be at least 0 and max_distance in 0..2")
+            require(getattr(self, name) > 0, f"agile: {name}={getattr(self, name)} is not positive")
+        require(self.step >= 0.0, f"agile: step={self.step} is below 0")
+        require(0.0 <= self.max_distance <= 2.0, f"agile: max_distance={self.max_distance} is not in 0..2")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens; the diagnostics say the gate's ratio, how many survived before the back-fill, and convergence."""
