@@ -82,6 +82,7 @@ def test_errors_by_hand() -> None:
     assert errors(np.array([5.0, 5.0]), np.array([5.0, 5.0]))["r2"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_refit_is_better_on_scenes_that_it_has_not_seen() -> None:
     checkpoint = open_checkpoint(ExportConfig("demo"))
     side, scenes = VisionSide(checkpoint, load_model(checkpoint)), TrainingScenes(32)

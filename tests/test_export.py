@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from leanvlm.exporter import ExportConfig, export, tolerances, verify
+from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.passes import stage_names
-from leanvlm.exporter.pruners import PRUNERS, parse
+from leanvlm.exporter.pruners import PRUNERS, NoPruner, parse
+from leanvlm.exporter.reference import Reference
 from leanvlm.runtime import load
 from leanvlm.runtime.embeddings import TokenTable
 from leanvlm.runtime.errors import UnsupportedPrunerError, VerificationError
@@ -140,23 +142,25 @@ def test_tied_embeddings_export(tmp_path: Path) -> None:
     assert all(t["wrong"] == 0 for t in manifest.verification["tokens"].values())
 
 
-@pytest.mark.parametrize("stage", ["features", "kept_overlap", "converged", "finite", "logits", "wrong"])
-def test_a_failed_verification_leaves_no_bundle(
-    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+@pytest.mark.parametrize("stage", ["features", "kept_overlap", "converged", "ascending", "finite", "logits", "wrong"])
+def test_each_figure_is_enough_to_refuse_a_bundle(
+    tiny_llava: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """Each figure of the verification is enough to refuse a bundle; the comparison itself is real."""
-    bad = {"features": 1.0, "kept_overlap": 0.1, "converged": False, "finite": False, "logits": 1.0, "wrong": 2}
+    """The comparison itself is real; one of its figures is spoiled."""
+    bad = {"features": 1.0, "kept_overlap": 0.1, "logits": 1.0, "wrong": 2}
     for name in ("_compare_vision", "_compare_chain"):
         original = getattr(verify, name)
 
         def spoiled(*args: Any, _original: Any = original) -> Mapping[str, Any]:
             measured = _original(*args)
-            return {**measured, stage: bad[stage]} if stage in measured else measured
+            return {**measured, stage: bad.get(stage, False)} if stage in measured else measured
 
         monkeypatch.setattr(verify, name, spoiled)
-    with pytest.raises(VerificationError):
-        export(ExportConfig(str(tiny_llava), (16,), tmp_path / "out"))
-    assert not list(tmp_path.iterdir())
+    checkpoint = open_checkpoint(ExportConfig(str(tiny_llava)))
+    reference = Reference(checkpoint, load_model(checkpoint).float())
+    pruners = {16: parse("agile", keep=16), tiny.TOKENS: NoPruner(tiny.TOKENS)}
+    with load(bundle) as session, pytest.raises(VerificationError):
+        verify.verify(session, reference, pruners)
 
 
 def test_verification_sees_a_wrong_weight(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
