@@ -136,19 +136,14 @@ def chosen_indices(chosen: Tensor, keep: int) -> Tensor:
     return first_by(place - count * chosen.float(), keep)
 
 
-def gram_and_norms(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the dot products (B, N, N) and the norms (B, N) of `tokens` (B, N, D), in fp32; no norm is below 1e-8.
+def cosine(tokens: Tensor) -> Tensor:
+    """Return the cosine of every pair of `tokens` (B, N, D), un-centred, in fp32: (B, N, N).
 
     The norms are the roots of the diagonal, so that the tokens are read once and no normalised copy is made.
     """
     tokens = tokens.float()
     gram = tokens @ tokens.transpose(1, 2)
-    return gram, gram.flatten(1)[:, :: tokens.shape[1] + 1].sqrt() + 1e-8
-
-
-def cosine(tokens: Tensor) -> Tensor:
-    """Return the cosine of every pair of `tokens` (B, N, D), un-centred, in fp32: (B, N, N)."""
-    gram, norms = gram_and_norms(tokens)
+    norms = gram.flatten(1)[:, :: tokens.shape[1] + 1].sqrt() + 1e-8
     return gram / (norms[:, :, None] * norms[:, None, :])
 
 
