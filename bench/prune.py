@@ -98,7 +98,7 @@ def measure_prune(options: PruneOptions) -> Path:
             example = torch.zeros(2, 3, SIDE, SIDE, dtype=dtype)
             opset = OPSET[options.device]
             model = trace(graph.to(dtype), {"pixel_values": example}, output_names=outputs, opset=opset)
-            for rewrite in PASSES.values():
+            for rewrite in PASSES[options.device].values():
                 rewrite(model)
             paths[name] = Path(folder) / f"{name}.onnx"
             ir.save(model, paths[name], external_data=f"{name}.data")

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.latency_report import latency_pictures, latency_section
 from bench.statistics import Interval, chair_difference, mean_difference, right_difference
 from leanvlm.calibration.scores import Result, Scores
 from leanvlm.calibration.tables import plot_results
@@ -30,7 +31,7 @@ Cells = dict[tuple[str, str, int], Scores]
 
 
 def write_report() -> None:
-    """Write RESULTS.md, and a picture beside each JSON file that has one."""
+    """Write RESULTS.md, and the pictures beside each JSON file that has some."""
     for path, data in _files():
         if data["kind"] in PICTURES:
             PICTURES[data["kind"]](path.with_suffix(".png"), data)
@@ -95,8 +96,12 @@ def prune_section(path: Path, data: dict[str, Any]) -> str:
 """
 
 
-SECTIONS: dict[str, Callable[[Path, dict[str, Any]], str]] = {"study": study_section, "prune": prune_section}
-PICTURES: dict[str, Callable[[Path, dict[str, Any]], None]] = {"study": study_picture}
+SECTIONS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
+    "study": study_section,
+    "prune": prune_section,
+    "latency": latency_section,
+}
+PICTURES: dict[str, Callable[[Path, dict[str, Any]], None]] = {"study": study_picture, "latency": latency_pictures}
 
 
 def _cells(data: dict[str, Any]) -> Cells:

@@ -6,16 +6,19 @@ before, the temporary folder is removed and an older bundle stays.
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from safetensors.torch import save
@@ -30,11 +33,13 @@ from leanvlm.exporter.passes import PASSES
 from leanvlm.exporter.passes.shared_weights import save_sharing
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, Pruner, parse
 from leanvlm.exporter.reference import Reference
+from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
 from leanvlm.exporter.tokenizer import write_tokenizer
 from leanvlm.exporter.trace import OPSET, trace
 from leanvlm.exporter.verify import verify
+from leanvlm.runtime.backends.ort import PROVIDERS
 from leanvlm.runtime.embeddings import TENSOR
-from leanvlm.runtime.errors import InputError
+from leanvlm.runtime.errors import InputError, LeanVLMWarning
 from leanvlm.runtime.manifest import (
     MANIFEST,
     DecoderSpec,
@@ -46,9 +51,14 @@ from leanvlm.runtime.manifest import (
     file_sha256,
     write_manifest,
 )
-from leanvlm.runtime.session import load
+from leanvlm.runtime.optional import require
+from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.session import Session, load
 
 MIN_ONNXRUNTIME = "1.23"
+VISION_DTYPE = {"cpu": torch.float32, "cuda": torch.float16}
+# Levels, so that a quarter of the bytes goes up and the GPU normalises them.
+LAYOUT: dict[str, Literal["float32", "uint8"]] = {"cpu": "float32", "cuda": "uint8"}
 EMBED_TOKENS = "embed_tokens.safetensors"
 VISION_DATA = "vision.data"
 COPIED = (
@@ -85,6 +95,11 @@ class Plan:
     gate: dict[str, Any] | None = None
 
     @property
+    def image(self) -> ImageSpec:
+        """The checkpoint's image processor, in the layout that the target's vision graph takes."""
+        return replace(self.checkpoint.image_spec, layout=LAYOUT[self.config.target])
+
+    @property
     def steps(self) -> int:
         """How many steps `export` will report."""
         return len(self.checkpoint.weight_files) + 2 * len(self.pruners) + 6
@@ -102,8 +117,8 @@ def plan(config: ExportConfig) -> Plan:
         LeanVLMError: Anything that the export would fail on later and that can be known now.
     """
     check_output(config)
-    if config.target != "cpu":
-        raise InputError(f"target {config.target!r} cannot be exported yet; this version exports cpu")
+    if config.target not in PASSES:
+        raise InputError(f"target {config.target!r} cannot be exported yet; this version exports {' and '.join(PASSES)}")
     checkpoint = open_checkpoint(config)
     count = checkpoint.spec.tokens_per_crop
     for budget in config.budgets:
@@ -205,27 +220,37 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     manifest = _manifest(request, vision, folder)
     write_manifest(folder, manifest)
     # Unpacked weights are the files' own pages, so that the check needs no second copy of the model.
-    with load(folder, prepack=False) as session:
+    with _open(folder, config.target) as session:
         measured = verify(session, Reference(checkpoint, model), request.pruners, on_step)
     manifest = replace(manifest, verification=measured)
     write_manifest(folder, manifest)
     return manifest
 
 
+def _open(folder: Path, target: str) -> Session:
+    """Open a bundle for its verification, on its own device if this machine has it, else on the processor."""
+    runtime = require("onnxruntime", "gpu-export" if target == "cuda" else "export")
+    here = PROVIDERS[target] in runtime.get_available_providers()
+    with warnings.catch_warnings():
+        # Verifying on the processor is slow; the manifest says where it was done.
+        warnings.simplefilter("ignore", LeanVLMWarning)
+        return load(folder, device=target if here else "cpu", prepack=False)
+
+
 def _write_vision(request: Plan, model: nn.Module, folder: Path, on_step: Step) -> dict[int, GraphSpec]:
     """Trace one vision graph per budget and save them over one weights file."""
-    spec, family = request.checkpoint.spec, request.checkpoint.family
-    projector = family.projector(model).to(torch.float32)
-    example = torch.zeros(2, 3, *spec.image_size)
+    spec, family, target = request.checkpoint.spec, request.checkpoint.family, request.config.target
+    dtype, image = VISION_DTYPE[target], request.image
+    projector = _in_dtype(family.projector(model), dtype)
+    example = torch.zeros(2, 3, *spec.image_size, dtype=torch.uint8 if image.layout == "uint8" else dtype)
     models: dict[str, ir.Model] = {}
     specs: dict[int, GraphSpec] = {}
     for budget, pruner in request.pruners.items():
         on_step(f"trace vision {budget}")
-        tower = family.tower(model, pruner.scored_block).to(torch.float32)
-        graph = VisionGraph(tower, projector, pruner, spec.grid).eval()
-        opset = OPSET[request.config.target]
-        traced = trace(graph, {"pixel_values": example}, output_names=OUTPUTS, opset=opset)
-        for rewrite in PASSES.values():
+        tower = family.tower(model, pruner.scored_block, image if image.layout == "uint8" else None)
+        graph = VisionGraph(_in_dtype(tower, dtype), projector, pruner, spec.grid).eval()
+        traced = trace(graph, {"pixel_values": example}, output_names=OUTPUTS, opset=OPSET[target])
+        for rewrite in PASSES[target].values():
             rewrite(traced)
         name = f"vision_{budget}.onnx"
         models[name] = traced
@@ -233,6 +258,12 @@ def _write_vision(request: Plan, model: nn.Module, folder: Path, on_step: Step) 
     on_step("write vision")
     save_sharing(models, folder, VISION_DATA)
     return specs
+
+
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a module in a dtype: itself in fp32, as the verification wants it, or a copy in another."""
+    module.to(torch.float32)
+    return module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
 
 
 def _write_table(checkpoint: Checkpoint, model: nn.Module, folder: Path) -> None:
@@ -264,6 +295,8 @@ def _manifest(request: Plan, vision: dict[int, GraphSpec], folder: Path) -> Mani
     name = next(key for key, cls in PRUNERS.items() if isinstance(first, cls))
     for leftover in ("genai_config.json",):
         (folder / leftover).unlink(missing_ok=True)
+    decoder = _decoder_spec(checkpoint, folder)
+    splice = _write_splice(decoder, folder) if config.target == "cuda" else None
     files = {f.name: FileSpec(f.stat().st_size, file_sha256(f)) for f in sorted(folder.iterdir()) if f.name != MANIFEST}
     return Manifest(
         source=checkpoint.source(),
@@ -275,9 +308,10 @@ def _manifest(request: Plan, vision: dict[int, GraphSpec], folder: Path) -> Mani
         target=config.target,
         precision=config.resolved_precision,
         vision=vision,
-        decoder=_decoder_spec(checkpoint, folder),
+        decoder=decoder,
+        splice=splice,
         embed_tokens=EMBED_TOKENS,
-        image=checkpoint.image_spec,
+        image=request.image,
         image_token_id=checkpoint.spec.image_token_id,
         positions=config.positions,
         min_onnxruntime=MIN_ONNXRUNTIME,
@@ -301,6 +335,13 @@ def _decoder_spec(checkpoint: Checkpoint, folder: Path) -> DecoderSpec:
         context_length=text.max_position_embeddings,
         kv_dtype=kv_dtype.numpy().name,
     )
+
+
+def _write_splice(decoder: DecoderSpec, folder: Path) -> GraphSpec:
+    """Write the graph that puts prompts together."""
+    dtype = ir.DataType.from_numpy(np.dtype(decoder.kv_dtype))
+    graph = write_splice_graph(folder, decoder.hidden_size, dtype)
+    return GraphSpec(SPLICE, _tensors(graph.inputs), _tensors(graph.outputs))
 
 
 def _tensors(values: Any) -> tuple[TensorSpec, ...]:
@@ -338,7 +379,7 @@ def _estimate(config: ExportConfig, checkpoint: Checkpoint, budgets: list[int]) 
     # Rounded weights carry one scale per block of 32; norms stay as they are.
     per_weight = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}[config.resolved_precision]
     sizes = {f"vision_{budget}.onnx": 250_000 for budget in budgets}
-    sizes[VISION_DATA] = 4 * (count(family.tower(model)) + count(family.projector(model)))
+    sizes[VISION_DATA] = VISION_DTYPE[config.target].itemsize * (count(family.tower(model)) + count(family.projector(model)))
     sizes["decoder.onnx.data"] = int(weights * per_weight)
     sizes[EMBED_TOKENS] = table * (2 if checkpoint.config.dtype == torch.float16 else 4)
     return sizes

@@ -53,11 +53,14 @@ def verify(
     precision = session.manifest.precision
     images = probe_images()
     pixels = preprocess(images, session.manifest.image)
-    tokens = {where: reference.vision(pixels, where) for where in {p.scored_block for p in pruners.values()}}
-    results: dict[str, Any] = {"images": len(images), "vision": {}, "tokens": {}}
+    # The checkpoint normalises in its own processor's steps, whatever the bundle folds.
+    normal = preprocess(images, replace(session.manifest.image, layout="float32"))
+    tokens = {where: reference.vision(normal, where) for where in {p.scored_block for p in pruners.values()}}
+    results: dict[str, Any] = {"images": len(images), "device": session.backend.device, "vision": {}, "tokens": {}}
     for budget, pruner in pruners.items():
         on_step(f"verify vision {budget}")
-        outputs = session.vision(budget).run({"pixel_values": pixels})
+        outputs = fetched(session.vision(budget).run({"pixel_values": pixels}))
+        _check_placement(budget, session.backend.misplaced(budget, pixels))
         unpruned = tokens[pruner.scored_block]
         with torch.no_grad():
             expected = pruner(unpruned)
@@ -73,6 +76,24 @@ def verify(
         results["tokens"][str(budget)] = measured
         _check_chain(budget, measured, precision)
     return results
+
+
+def fetched(outputs: Mapping[str, Any]) -> dict[str, Array]:
+    """Return a vision graph's outputs as arrays, its features in fp32."""
+    features = outputs["image_features"]
+    rows = np.stack([np.asarray(features[row], dtype=np.float32) for row in range(len(outputs["keep_indices"]))])
+    return {**outputs, "image_features": rows}
+
+
+def _check_placement(budget: int, misplaced: Sequence[str]) -> None:
+    """Refuse a graph that the device runs only in part.
+
+    Raises:
+        VerificationError: Nodes that fell to another provider, by name.
+    """
+    if misplaced:
+        shown = ", ".join(misplaced[:5]) + (f" and {len(misplaced) - 5} more" if len(misplaced) > 5 else "")
+        raise VerificationError(f"budget {budget}: {len(misplaced)} nodes do not run on the device: {shown}")
 
 
 def probe_images() -> list[Image.Image]:
@@ -158,8 +179,9 @@ def _compare_chain(
     prompt = session.splice(ids, [encoded])
     expected = _judged(reference, session, ids, encoded, features, answer.token_ids)
     decoder = session.decoder()
-    decoder.start(len(prompt.positions))
-    first = decoder.step(prompt.embeddings, prompt.positions)
+    decoder.start(len(prompt))
+    decoder.load(prompt)
+    first = decoder.prefill().logits()
     best = expected.argmax(axis=1)
     near = tolerances.TOKEN_MARGIN.get(session.manifest.precision, np.inf) * np.abs(expected).max()
     gaps = expected.max(axis=1) - expected[np.arange(NEW_TOKENS), list(answer.token_ids)]
@@ -184,7 +206,7 @@ def _judged(
     image = encoded if features is None else replace(encoded, embeddings=features[encoded.pruning.indices])
     segments = [reference.embed(segment) for segment in split_on_image(ids, session.manifest.image_token_id)]
     prompt = splice(segments, [image], session.manifest.positions)
-    sequence = np.concatenate([prompt.embeddings, reference.embed(answer[:-1])])
+    sequence = np.concatenate([prompt.embeddings(), reference.embed(answer[:-1])])
     places = np.concatenate([prompt.positions, prompt.next_position + np.arange(len(answer) - 1)])
     return reference.logits(sequence, places, len(answer))
 

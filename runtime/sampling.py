@@ -57,14 +57,28 @@ def sample(logits: npt.NDArray[Any], *, temperature: float, top_p: float, rng: n
     Raises:
         BackendError: The logits hold NaN or +inf, or nothing above -inf.
     """
-    peak = logits.max()  # NaN if any logit is NaN.
-    if not np.isfinite(peak):
-        raise BackendError(f"the decoder returned logits that cannot be sampled: their maximum is {peak}")
+    best = highest(logits)
     if temperature == 0:
-        return int(logits.argmax())
+        return best
     order, cumulative = nucleus(logits, temperature, top_p)
     # rng.random() is at most 1 - 2**-53, so the product stays below the last sum; "right" passes over zero shares.
     return int(order[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
+
+
+def highest(logits: npt.NDArray[Any]) -> int:
+    """Return the id of the highest of scores (V,), of equal ones the lowest.
+
+    Raises:
+        BackendError: The logits hold NaN or +inf, or nothing above -inf.
+    """
+    check_peak(float(logits.max()))  # NaN if any logit is NaN.
+    return int(logits.argmax())
+
+
+def check_peak(peak: float) -> None:
+    """Raise BackendError if the highest score is not finite: then the decoder's arithmetic broke down."""
+    if not math.isfinite(peak):
+        raise BackendError(f"the decoder returned logits that cannot be sampled: their maximum is {peak}")
 
 
 def nucleus(

@@ -1,7 +1,7 @@
 """A bundle in use: images and a prompt in, text out.
 
-One answer goes through preprocess, vision graph (vision, project, prune), splice, prefill, sample and decode. Image embeddings
-are spliced between the text's here, in NumPy, so the graphs know nothing of prompts.
+One answer goes through preprocess, vision graph (vision, project, prune), splice, prefill, sample and decode. Where each
+embedding of a prompt goes is decided here, so the graphs know nothing of prompts.
 """
 
 from __future__ import annotations
@@ -217,9 +217,10 @@ class Session:
             self._decoder = self.backend.decoder()
         return self._decoder
 
-    def _features(self, outputs: Mapping[str, npt.NDArray[Any]], row: int) -> ImageFeatures:
-        embeddings = outputs["image_features"][row].astype(np.float32, copy=False)
-        if not np.isfinite(embeddings).all():
+    def _features(self, outputs: Mapping[str, Any], row: int) -> ImageFeatures:
+        embeddings = outputs["image_features"][row]
+        # One value that is not finite spoils the rank, so features that stay on the device need not be fetched to be checked.
+        if not np.isfinite(outputs["effective_rank"][row]):
             raise BackendError("the vision graph returned values that are not finite")
         pruning = Pruning(
             kept=embeddings.shape[0],
@@ -234,7 +235,7 @@ class Session:
         return ImageFeatures(embeddings, pruning)
 
     def splice(self, ids: Sequence[int], features: Sequence[ImageFeatures]) -> Prompt:
-        """Put image embeddings in the places of the image tokens."""
+        """Plan a prompt: image embeddings in the places of the image tokens."""
         segments = [self.table.rows(segment) for segment in split_on_image(ids, self.manifest.image_token_id)]
         return splice(segments, features, self.manifest.positions)
 
@@ -277,20 +278,25 @@ class Session:
             text.append(rest)
             yield rest
         pruning = tuple(image.pruning for image in features)
-        finish.append(Answer("".join(text), tuple(ids), len(prompt.positions), reason, timings, pruning))
+        finish.append(Answer("".join(text), tuple(ids), len(prompt), reason, timings, pruning))
 
     def _tokens(self, prompt: Prompt, options: GenerateOptions, timings: Timings, start: float) -> Iterator[int]:
         """Yield up to `max_new_tokens` token ids: prefill, then one decode step a token."""
         decoder, sampling = self.decoder(), options.sampling
         rng = sampling.generator()
         begin = perf_counter()
-        length = len(prompt.positions) + options.max_new_tokens
-        decoder.start(_round_up(length, self.manifest.decoder.context_length))
-        logits = decoder.step(prompt.embeddings, prompt.positions)
-        timings.prefill = 1e3 * (perf_counter() - begin)
+        decoder.start(_round_up(len(prompt) + options.max_new_tokens, self.manifest.decoder.context_length))
+        decoder.load(prompt)
+        middle = perf_counter()
+        scores = decoder.prefill()
+        timings.splice += 1e3 * (middle - begin)
+        timings.prefill = 1e3 * (perf_counter() - middle)
         for count in range(options.max_new_tokens):
             begin = perf_counter()
-            token = sample(logits, temperature=sampling.temperature, top_p=sampling.top_p, rng=rng)
+            if sampling.temperature == 0:
+                token = scores.greedy()
+            else:
+                token = sample(scores.logits(), temperature=sampling.temperature, top_p=sampling.top_p, rng=rng)
             end = perf_counter()
             timings.sample.append(1e3 * (end - begin))
             if count == 0:
@@ -298,8 +304,7 @@ class Session:
             yield token
             if count + 1 < options.max_new_tokens:
                 begin = perf_counter()
-                place = np.array([prompt.next_position + count], dtype=np.int64)
-                logits = decoder.step(self.table.rows([token]), place)
+                scores = decoder.step(self.table.rows([token])[0], prompt.next_position + count)
                 timings.decode.append(1e3 * (perf_counter() - begin))
 
 

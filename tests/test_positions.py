@@ -44,7 +44,7 @@ def test_positions_of_two_images_and_text() -> None:
     compact = splice(text, images, "compact")
     assert compact.positions.tolist() == list(range(8))
     assert compact.next_position == 8
-    np.testing.assert_array_equal(original.embeddings, compact.embeddings)
+    np.testing.assert_array_equal(original.embeddings(), compact.embeddings())
 
 
 @pytest.mark.parametrize("prompt", ["What is on the table?", "Count the red cups, please."])
@@ -57,8 +57,8 @@ def test_greedy_tokens_equal_transformers_with_the_same_ids(bundle: Path, tiny_l
         ids = session.prompt_ids([user_message(prompt, 1)], 1)
         spliced = session.splice(ids, session.encode_images([image], BUDGET))
     assert (np.diff(spliced.positions) > 1).any(), "nothing was pruned, so nothing is tested"
-    assert list(answer.token_ids) == _greedy(model, spliced.embeddings, spliced.positions, spliced.next_position)
-    compact = _greedy(model, spliced.embeddings, np.arange(len(spliced.positions)), len(spliced.positions))
+    assert list(answer.token_ids) == _greedy(model, spliced.embeddings(), spliced.positions, spliced.next_position)
+    compact = _greedy(model, spliced.embeddings(), np.arange(len(spliced.positions)), len(spliced.positions))
     assert list(answer.token_ids) != compact, "positions made no difference, so the test cannot tell them apart"
 
 

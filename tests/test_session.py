@@ -11,6 +11,7 @@ from PIL import Image
 
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.errors import BackendError, ContextOverflowError, InputError
+from leanvlm.runtime.splice import splice
 
 QUESTION = "Describe the image."
 
@@ -105,7 +106,8 @@ def test_decoder_refuses_more_than_its_cache(session: Session) -> None:
     decoder = session.backend.decoder()
     decoder.start(4)
     with pytest.raises(BackendError, match="5 positions do not fit a cache of 4"):
-        decoder.step(session.table.rows([1, 2, 3, 4, 5]), np.arange(5))
+        decoder.load(splice([session.table.rows([1, 2, 3, 4, 5])], [], "compact"))
+        decoder.prefill()
 
 
 def test_budgets_open_when_first_used(demo_bundle: Path, sample_image: Path) -> None:

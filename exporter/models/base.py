@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from leanvlm.exporter.pruners.base import ScoredBlock
+from leanvlm.runtime.preprocess import ImageSpec
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,11 @@ class Family(Protocol):
         """Give real values to the buffers that no checkpoint stores."""
         ...
 
-    def tower(self, model: nn.Module, scored: ScoredBlock = "feature") -> nn.Module:
-        """Return a module: pixel values (B, 3, H, W) -> the last four tensors of `VisionTokens`, scored as told."""
+    def tower(self, model: nn.Module, scored: ScoredBlock = "feature", image: ImageSpec | None = None) -> nn.Module:
+        """Return a module: pixel values (B, 3, H, W) -> the last four tensors of `VisionTokens`, scored as told.
+
+        With `image` it takes uint8 levels and does the arithmetic of that processor itself.
+        """
         ...
 
     def projector(self, model: nn.Module) -> nn.Module:

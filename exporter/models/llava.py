@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from leanvlm.exporter.models.base import FamilySpec
+from leanvlm.exporter.models.patches import LevelPatches
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.runtime.errors import UnsupportedModelError
+from leanvlm.runtime.preprocess import ImageSpec
 
 DECODERS = ("llama",)
 
@@ -23,10 +25,12 @@ class ClipTower(nn.Module):
     """The first blocks of a CLIP vision model: the hidden states `feature_layer`, with the scores of block `scored`.
 
     Shapes: pixel_values (B, 3, H, W) -> hidden (B, N, Dv), keys (B, N, H, d), attention and unsplit attention (B, N) in fp32.
+    With `image`, the pixels are uint8 levels and the processor's normalisation is folded in.
     """
 
-    def __init__(self, clip: nn.Module, feature_layer: int, scored: int) -> None:
+    def __init__(self, clip: nn.Module, feature_layer: int, scored: int, image: ImageSpec | None = None) -> None:
         super().__init__()
+        self.patches = None if image is None else LevelPatches(clip.embeddings.patch_embedding, image)  # type: ignore[union-attr]
         self.feature_layer, self.scored = feature_layer, scored
         self.embeddings: Any = clip.embeddings
         self.pre_norm: Any = clip.pre_layrnorm
@@ -43,7 +47,10 @@ class ClipTower(nn.Module):
         return states[self.feature_layer][:, 1:], keys[:, 1:], attention[:, 1:], unsplit[:, 1:]
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
-        patches = self.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, N, Dv)
+        if self.patches is None:
+            patches = self.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, N, Dv)
+        else:
+            patches = self.patches(pixel_values)
         first = self.embeddings.class_embedding.expand(patches.shape[0], 1, -1)
         position: Tensor = self.embeddings.position_embedding.weight
         return torch.cat([first, patches], dim=1) + position
@@ -127,11 +134,11 @@ class LlavaFamily:
         language = core.model.language_model
         language.rotary_emb = type(language.rotary_emb)(language.config)
 
-    def tower(self, model: nn.Module, scored: ScoredBlock = "feature") -> nn.Module:
-        """Return the CLIP tower up to the feature layer, or to the scored block behind it."""
+    def tower(self, model: nn.Module, scored: ScoredBlock = "feature", image: ImageSpec | None = None) -> nn.Module:
+        """Return the CLIP tower up to the feature layer, or to the scored block behind it; for levels if `image` is given."""
         config: Any = model.config
         spec = self.spec(config)
-        return ClipTower(self._clip(model), spec.feature_layer, spec.scored_block(scored))
+        return ClipTower(self._clip(model), spec.feature_layer, spec.scored_block(scored), image)
 
     def projector(self, model: nn.Module) -> nn.Module:
         """Return the two-layer MLP."""

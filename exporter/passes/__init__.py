@@ -1,4 +1,4 @@
-"""Graph passes: one rewrite per file, applied in this order to each traced vision graph."""
+"""Graph passes: one rewrite per file, applied to vision graphs and decoders in the order of their target's list."""
 
 from __future__ import annotations
 
@@ -6,12 +6,31 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from leanvlm.exporter.passes.attention import fuse_attention
+from leanvlm.exporter.passes.bias_column import fold_bias_columns
+from leanvlm.exporter.passes.greedy_token import add_greedy_token
+from leanvlm.exporter.passes.last_position import add_last_position
+from leanvlm.exporter.passes.quick_gelu import fuse_quick_gelu
+from leanvlm.exporter.passes.skip_layer_norm import fuse_skip_layer_norm
 from leanvlm.exporter.passes.stage_names import name_by_stage
 from leanvlm.exporter.passes.strip_metadata import strip_metadata
 
-__all__ = ["PASSES"]
+__all__ = ["DECODER_PASSES", "PASSES"]
 
-PASSES: dict[str, Callable[[ir.Model], int]] = {
-    "stage_names": name_by_stage,
-    "strip_metadata": strip_metadata,
+Pass = Callable[[ir.Model], int]
+PLAIN: dict[str, Pass] = {"stage_names": name_by_stage, "strip_metadata": strip_metadata}
+PASSES: dict[str, dict[str, Pass]] = {
+    "cpu": PLAIN,
+    # The fused operators are ONNX Runtime's own; on the processor its optimiser does as well by itself.
+    "cuda": {
+        **PLAIN,
+        "quick_gelu": fuse_quick_gelu,
+        "attention": fuse_attention,
+        "skip_layer_norm": fuse_skip_layer_norm,
+        "bias_column": fold_bias_columns,
+    },
+}
+DECODER_PASSES: dict[str, dict[str, Pass]] = {
+    "cpu": {},
+    "cuda": {"last_position": add_last_position, "greedy_token": add_greedy_token},
 }

@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from leanvlm.runtime.errors import BackendError
 from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.splice import Prompt
 
-__all__ = ["BACKENDS", "Backend", "Decoder", "Graph", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Decoder", "Graph", "Scores", "open_backend"]
 
 BACKENDS: dict[str, str] = {
     "cpu": "leanvlm.runtime.backends.ort:OrtBackend",
-    "cuda": "leanvlm.runtime.backends.ort:OrtBackend",
+    "cuda": "leanvlm.runtime.backends.cuda:CudaBackend",
 }
 
 Array = npt.NDArray[Any]
@@ -26,8 +27,23 @@ Array = npt.NDArray[Any]
 class Graph(Protocol):
     """One vision graph, ready to run."""
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the graph; inputs and outputs go by the names in the manifest."""
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
+        """Run the graph; inputs and outputs go by the names in the manifest.
+
+        All outputs are arrays but `image_features`, which may stay on the device: an array, or `Rows` by index.
+        """
+        ...
+
+
+class Scores(Protocol):
+    """What the decoder thinks of the next token."""
+
+    def greedy(self) -> int:
+        """Return the most probable token; raise BackendError if no score is finite."""
+        ...
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Return the scores of all tokens (V,)."""
         ...
 
 
@@ -38,8 +54,16 @@ class Decoder(Protocol):
         """Begin a new sequence of at most `capacity` positions."""
         ...
 
-    def step(self, embeddings: npt.NDArray[np.float32], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Append embeddings (S, D) at positions (S,) to the sequence and return the logits (V,) of the last one."""
+    def load(self, prompt: Prompt) -> None:
+        """Put a prompt's embeddings where `prefill` reads them (the stage splice)."""
+        ...
+
+    def prefill(self) -> Scores:
+        """Read the loaded prompt; the scores are those of its last place. They hold until the next call."""
+        ...
+
+    def step(self, embedding: npt.NDArray[np.float32], position: int) -> Scores:
+        """Append one token's embedding (D,) at a position and return the scores of the next. They hold until the next call."""
         ...
 
 
@@ -57,7 +81,11 @@ class Backend(Protocol):
         ...
 
     def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
-        """Return the share of vision, project and prune in a vision graph's time, measured node by node."""
+        """Return the share of vision, project and prune in a vision graph's time."""
+        ...
+
+    def misplaced(self, budget: int, pixel_values: Array) -> list[str]:
+        """Return the nodes, shape arithmetic aside, that do not run on the device: of a vision graph and of the decoder."""
         ...
 
     def versions(self) -> dict[str, str]:

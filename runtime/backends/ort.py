@@ -1,4 +1,4 @@
-"""ONNX Runtime: vision graphs and the decoder, on the CPU or on CUDA.
+"""ONNX Runtime on the processor: vision graphs and the decoder; and what its backend for GPUs shares with it.
 
 The decoder's cache is allocated once a sequence, and bound as input (past) and output (present) at the same address, so a
 step appends to it in place.
@@ -10,8 +10,9 @@ import json
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,14 @@ import numpy.typing as npt
 from leanvlm.runtime.errors import BackendError, GraphError, LeanVLMWarning
 from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest
 from leanvlm.runtime.optional import require
+from leanvlm.runtime.sampling import highest
+from leanvlm.runtime.splice import Prompt
+
+if TYPE_CHECKING:
+    from leanvlm.runtime.backends import Decoder, Graph
 
 Array = npt.NDArray[Any]
-PROVIDERS = {
-    "cpu": ["CPUExecutionProvider"],
-    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
-}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 GRAPH_STAGES = ("vision", "project", "prune")
 EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
 
@@ -51,12 +54,12 @@ class OrtBackend:
         self._check_version()
         self._check_device()
 
-    def graph(self, budget: int) -> OrtGraph:
+    def graph(self, budget: int) -> Graph:
         """Open the vision graph of a budget (image tokens per crop)."""
         spec = self.manifest.vision[budget]
         return OrtGraph(self.session(spec), spec)
 
-    def decoder(self) -> OrtDecoder:
+    def decoder(self) -> Decoder:
         """Open the decoder."""
         spec = self.manifest.decoder
         return OrtDecoder(self.ort, self.session(spec.graph), spec)
@@ -66,29 +69,38 @@ class OrtBackend:
 
         A fused node may have lost its name; it counts for the stage of the node before it.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            session = self.session(self.manifest.vision[budget], profile_prefix=str(Path(folder) / "nodes"))
-            for _ in range(runs):
-                session.run(None, {"pixel_values": pixel_values})
-            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         spent, stage = dict.fromkeys(GRAPH_STAGES, 0.0), GRAPH_STAGES[0]
-        nodes = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
-        for event in sorted(nodes, key=lambda e: e["ts"]):
+        for event in self.node_events(self.manifest.vision[budget], {"pixel_values": pixel_values}, runs):
             first = event["name"].lstrip("/").split("/")[0]
             stage = first if first in spent else stage
             spent[stage] += event["dur"]
         return {name: time / max(sum(spent.values()), 1e-9) for name, time in spent.items()}
 
+    def misplaced(self, budget: int, pixel_values: Array) -> list[str]:
+        """Return nothing: on the processor every node is where it belongs."""
+        return []
+
+    def node_events(self, spec: GraphSpec, inputs: Mapping[str, Array], runs: int = 1) -> list[dict[str, Any]]:
+        """Run a graph in a profiled session of its own and return the profiler's entry of each node, in the order of time."""
+        with tempfile.TemporaryDirectory() as folder:
+            session = self.session(spec, profile_prefix=str(Path(folder) / "nodes"))
+            for _ in range(runs):
+                session.run(None, dict(inputs))
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        nodes = [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+        return sorted(nodes, key=lambda event: float(event["ts"]))
+
     def versions(self) -> dict[str, str]:
         """Return the version of ONNX Runtime."""
         return {"onnxruntime": str(self.ort.__version__)}
 
-    def session(self, spec: GraphSpec, profile_prefix: str | None = None) -> Any:
+    def session(self, spec: GraphSpec, *, profile_prefix: str | None = None, replayed: bool = True) -> Any:
         """Open a graph file as an InferenceSession, checked against its spec.
 
         Args:
             spec: The graph.
             profile_prefix: Path prefix of a node profile to write, or None.
+            replayed: Capture the graph's runs and replay them, on a device that can; a profiled one is not captured.
 
         Raises:
             GraphError: ONNX Runtime refuses the file, or its inputs and outputs differ from the manifest's.
@@ -104,14 +116,20 @@ class OrtBackend:
             options.enable_profiling = True
             options.profile_file_prefix = profile_prefix
         try:
-            session = self.ort.InferenceSession(self.folder / spec.file, options, providers=PROVIDERS[self.device])
+            session = self.ort.InferenceSession(
+                self.folder / spec.file, options, providers=self.providers(replayed and profile_prefix is None)
+            )
         except Exception as error:  # ONNX Runtime's errors share no base of their own.
-            raise GraphError(f"{spec.file} cannot be opened: {_first_line(error)}") from error
+            raise GraphError(f"{spec.file} cannot be opened: {first_line(error)}") from error
         found = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
         absent = [tensor.name for tensor in (*spec.inputs, *spec.outputs) if tensor.name not in found]
         if absent:
             raise GraphError(f"{spec.file} has no {absent[0]}, which the manifest declares: export the bundle again")
         return session
+
+    def providers(self, replayed: bool) -> list[Any]:
+        """Return the execution providers of a session, the preferred one first."""
+        return [PROVIDERS["cpu"]]
 
     def _check_version(self) -> None:
         found, least = str(self.ort.__version__), self.manifest.min_onnxruntime
@@ -119,14 +137,16 @@ class OrtBackend:
             raise BackendError(f"this bundle needs ONNX Runtime {least} or newer; {found} is installed")
 
     def _check_device(self) -> None:
-        if PROVIDERS[self.device][0] not in self.ort.get_available_providers():
+        if PROVIDERS[self.device] not in self.ort.get_available_providers():
             raise BackendError(
                 f"this ONNX Runtime does not offer {self.device}: install 'leanvlm[{EXTRAS[self.device]}]' "
                 f"on a machine that has it, or pass --device cpu"
             )
         if self.device != self.manifest.target:
+            if self.manifest.target == "cpu":
+                raise BackendError(f"a bundle for cpu does not run on {self.device}; export it with --target {self.device}")
             message = f"a bundle for {self.manifest.target} runs on {self.device}: expect it to be slow"
-            warnings.warn(message, LeanVLMWarning, stacklevel=4)
+            warnings.warn(message, LeanVLMWarning, stacklevel=5)
 
 
 class OrtGraph:
@@ -141,8 +161,23 @@ class OrtGraph:
         try:
             values = self._session.run(self._outputs, dict(inputs))
         except Exception as error:  # As above.
-            raise BackendError(f"the vision graph failed: {_first_line(error)}") from error
+            raise BackendError(f"the vision graph failed: {first_line(error)}") from error
         return dict(zip(self._outputs, values, strict=True))
+
+
+@dataclass(frozen=True)
+class OrtScores:
+    """The logits (V,) of one position, in the processor's memory."""
+
+    values: npt.NDArray[np.float32]
+
+    def greedy(self) -> int:
+        """Return the most probable token; raises BackendError if no score is finite."""
+        return highest(self.values)
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Return them."""
+        return self.values
 
 
 class OrtDecoder:
@@ -156,6 +191,8 @@ class OrtDecoder:
         self._positioned = any(tensor.name == "position_ids" for tensor in spec.graph.inputs)
         self._binding: Any = None
         self._capacity = 0
+        self._prompt: Prompt | None = None
+        self._embeddings: npt.NDArray[np.float32] = np.empty((0, spec.hidden_size), np.float32)
         self.length = 0
 
     def start(self, capacity: int) -> None:
@@ -173,8 +210,21 @@ class OrtDecoder:
         binding.bind_output("logits", "cpu")
         self._binding, self._capacity = binding, capacity
 
-    def step(self, embeddings: npt.NDArray[np.float32], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Append embeddings (S, D) at positions (S,) and return the last one's logits (V,).
+    def load(self, prompt: Prompt) -> None:
+        """Put a prompt together."""
+        self._prompt, self._embeddings = prompt, prompt.embeddings()
+
+    def prefill(self) -> OrtScores:
+        """Read the loaded prompt."""
+        assert self._prompt is not None, "load comes before prefill"
+        return self._append(self._embeddings, self._prompt.positions)
+
+    def step(self, embedding: npt.NDArray[np.float32], position: int) -> OrtScores:
+        """Append one embedding (D,) at a position."""
+        return self._append(embedding[None], np.array([position], dtype=np.int64))
+
+    def _append(self, embeddings: npt.NDArray[np.float32], positions: npt.NDArray[np.int64]) -> OrtScores:
+        """Append embeddings (S, D) at positions (S,) and return the last one's scores.
 
         A decoder of a bundle with compact positions counts by itself and is not given them.
 
@@ -182,8 +232,7 @@ class OrtDecoder:
             BackendError: The cache is full, or ONNX Runtime failed.
         """
         total = self.length + embeddings.shape[0]
-        if total > self._capacity:
-            raise BackendError(f"{total} positions do not fit a cache of {self._capacity}")
+        check_room(total, self._capacity)
         self._binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeddings[None], dtype=self._dtype))
         if self._positioned:
             self._binding.bind_cpu_input("position_ids", positions[None])
@@ -191,16 +240,22 @@ class OrtDecoder:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # As above.
-            raise BackendError(f"the decoder failed: {_first_line(error)}") from error
+            raise BackendError(f"the decoder failed: {first_line(error)}") from error
         self.length = total
-        logits: npt.NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()[0, -1].astype(np.float32, copy=False)
-        return logits
+        return OrtScores(self._binding.get_outputs()[-1].numpy()[0, -1].astype(np.float32, copy=False))
+
+
+def check_room(positions: int, capacity: int) -> None:
+    """Raise BackendError if a sequence of so many positions does not fit a cache."""
+    if positions > capacity:
+        raise BackendError(f"{positions} positions do not fit a cache of {capacity}")
 
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in text.split(".")[:3])
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what ONNX Runtime says."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__

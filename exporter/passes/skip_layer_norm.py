@@ -1,0 +1,47 @@
+"""Residual sum, the bias before it and layer normalisation as one node.
+
+    skip ──────────────┐                                       x, skip, bias ─ SkipLayerNormalization ─ y
+    x ─ Add (bias) ─ Add ─ LayerNormalization ─ y                                                     └ sum
+                      └ sum
+
+The position embeddings, a constant sum before the first norm, are taken in the same way.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from leanvlm.exporter.passes.pattern import array, constant, contrib_node, finish, is_constant, producer, replace_value
+
+
+def fuse_skip_layer_norm(model: ir.Model) -> int:
+    """Fuse every normalised sum of a graph in place; return how many were fused."""
+    return finish(model, sum(_fuse(model.graph, node) for node in list(model.graph)))
+
+
+def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
+    total = producer(node.inputs[0], "Add") if node.op_type == "LayerNormalization" else None
+    if total is None or len(node.inputs) < 3 or node.attributes.get_int("axis", -1) != -1:
+        return False
+    skip, x = total.inputs
+    if is_constant(x, rank=2) and x is not None:  # Position embeddings (S, D), the same for every image.
+        skip, x = constant(graph, f"{x.name}_row", array(x)[None]), skip
+    elif is_constant(skip) or is_constant(x):
+        return False
+    # Each sum that is not over two tensors of one shape is a bias, and no residual.
+    biased = producer(x, "Add")
+    bias = None
+    if biased is not None and is_constant(biased.inputs[1], rank=1) and x is not None and len(list(x.uses())) == 1:
+        x, bias = biased.inputs
+    inputs = [x, skip, node.inputs[1], node.inputs[2], *([bias] if bias is not None else [])]
+    fused = contrib_node(
+        "SkipLayerNormalization", inputs, {"epsilon": node.attributes.get_float("epsilon", 1e-5)}, node.name or "", outputs=4
+    )
+    fused.outputs[1].name = fused.outputs[2].name = ""  # Mean and variance are for training.
+    graph.insert_before(total, fused)
+    replace_value(node.outputs[0], fused.outputs[0])
+    if any(use.node is not node for use in total.outputs[0].uses()):
+        replace_value(total.outputs[0], fused.outputs[3])
+    else:
+        fused.outputs[3].name = ""
+    return True

@@ -1,0 +1,470 @@
+"""ONNX Runtime on an NVIDIA GPU, close to the hardware: tensors stay on the device, and graphs are replayed.
+
+Every input, output and cache is allocated once and bound to one address, so that ONNX Runtime can capture a run as a CUDA graph
+and replay it: one capture for each batch size of a vision graph, one for each length of prompt, one for the decode step.
+Only token ids, their embeddings and a mask cross the bus while an answer is made.
+
+A prompt is read at the next length of a ladder (`bucket`), so that few graphs serve all prompts. The padding is at its
+end, behind everything: attention is causal, so it changes nothing before it; the logits are those of the last real place,
+and the first generated token overwrites the first place of padding in the cache.
+
+The same code runs a bundle for cuda on the processor when that is asked for, without graphs and without padding.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from leanvlm.runtime.backends.ort import GRAPH_STAGES, PROVIDERS, OrtBackend, check_room, first_line
+from leanvlm.runtime.errors import BackendError, GraphError
+from leanvlm.runtime.gpu import free_memory, misfit
+from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest, TensorSpec
+from leanvlm.runtime.sampling import check_peak
+from leanvlm.runtime.splice import Prompt
+
+Array = npt.NDArray[Any]
+# Prompts up to FINE places are padded to a multiple of 8, which tensor cores like; longer ones to a multiple of COARSE.
+FINE, COARSE = 256, 64
+# A cache for a short question and answer, to judge whether a model fits before it is loaded.
+USUAL_POSITIONS = 512
+# A node on the processor that makes no more integers than this computes a shape.
+SHAPE_ELEMENTS = 64
+INTEGERS = ("int64", "int32", "bool")
+
+
+def bucket(length: int) -> int:
+    """Return the padded length at which a prompt of `length` places is read."""
+    step = 8 if length <= FINE else COARSE
+    return -(-length // step) * step
+
+
+class CudaBackend(OrtBackend):
+    """Opens a bundle for cuda.
+
+    Raises:
+        BackendError: As `OrtBackend`; or the GPU's free memory is too small for the model.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, device: str | None, threads: int | None, prepack: bool = True
+    ) -> None:
+        super().__init__(folder, manifest, device=device, threads=threads, prepack=prepack)
+        if self.device == "cuda":
+            self._check_memory()
+
+    def graph(self, budget: int) -> CudaGraph:
+        """Open the vision graph of a budget (image tokens per crop)."""
+        spec = self.manifest.vision[budget]
+        return CudaGraph(self.memory(), self.session(spec), spec)
+
+    def decoder(self) -> CudaDecoder:
+        """Open the decoder and the graph that puts prompts together."""
+        spec, splice = self.manifest.decoder, self.manifest.splice
+        if splice is None:
+            raise GraphError("this bundle has no splice graph: export it again")
+        return CudaDecoder(self.memory(), self.session(spec.graph), self.session(splice, replayed=False), spec)
+
+    def memory(self) -> DeviceMemory:
+        """Return the place where tensors live."""
+        return DeviceMemory(self.ort, self.device)
+
+    def providers(self, replayed: bool) -> list[Any]:
+        """Return the execution providers, with CUDA graphs or without."""
+        if self.device == "cpu":
+            return super().providers(replayed)
+        options = {
+            # The arena would otherwise double at every extension.
+            "arena_extend_strategy": "kSameAsRequested",
+            "enable_cuda_graph": "1" if replayed else "0",
+        }
+        return [(PROVIDERS["cuda"], options), PROVIDERS["cpu"]]
+
+    def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
+        """Return the share of each stage in a vision graph's time.
+
+        The host's clock says nothing of single kernels on a GPU. But a graph can be run as far as one output needs: the
+        unpruned graph as far as its features is vision and project, as far as the class token's attention is vision
+        but for the scored block's end. The rest of the whole is prune.
+        """
+        if self.device == "cpu":
+            return super().vision_shares(budget, pixel_values, runs)
+        whole = self.graph(budget).median_ms(pixel_values, runs)
+        unpruned = self.graph(self.manifest.tokens_per_crop)
+        features = min(unpruned.median_ms(pixel_values, runs, only="image_features"), whole)
+        vision = min(unpruned.median_ms(pixel_values, runs, only="attention"), features)
+        return dict(zip(GRAPH_STAGES, (vision / whole, (features - vision) / whole, 1 - features / whole), strict=True))
+
+    def misplaced(self, budget: int, pixel_values: Array) -> list[str]:
+        """Return the nodes of a vision graph and of the decoder that ONNX Runtime put on the processor, shape arithmetic aside."""
+        if self.device == "cpu":
+            return []
+        spec = self.manifest.decoder
+        events = self.node_events(self.manifest.vision[budget], {"pixel_values": pixel_values})
+        events += self.node_events(spec.graph, _decoder_probe(spec))
+        return misplaced_nodes(events, PROVIDERS[self.device])
+
+    def _check_memory(self) -> None:
+        found = free_memory()
+        if found is None:
+            return
+        spec, files = self.manifest.decoder, self.manifest.files
+        weights = sum(size.bytes for name, size in files.items() if name.endswith(".data"))
+        cache = USUAL_POSITIONS * 2 * spec.layers * spec.kv_heads * spec.head_dim * np.dtype(spec.kv_dtype).itemsize
+        message = misfit(weights, cache, found[0], self.manifest.precision)
+        if message:
+            raise BackendError(message)
+
+
+class DeviceMemory:
+    """Allocates tensors on one device."""
+
+    def __init__(self, ort: Any, device: str) -> None:
+        self._ort = ort
+        self.device = device
+
+    @property
+    def captures(self) -> bool:
+        """Whether runs are captured as graphs and replayed."""
+        return self.device == "cuda"
+
+    def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Any:
+        """Return an uninitialised tensor."""
+        try:
+            return self._ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype).type, self.device, 0)
+        except Exception as error:  # ONNX Runtime's errors share no base of their own.
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            raise BackendError(f"no memory on the GPU for {size / 1e6:.0f} MB: {first_line(error)}") from error
+
+    def run_options(self, graph_id: int) -> Any:
+        """Return options that capture a run under an id and replay it from then on."""
+        options = self._ort.RunOptions()
+        if self.captures:
+            options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        return options
+
+
+class DeviceFeatures:
+    """The embeddings of B images of one run, (B, K, D); an index gives one image's rows.
+
+    They lie where the graph wrote them, until its next run would overwrite them: then they are kept in the processor's memory.
+    """
+
+    def __init__(self, tensor: Any, shape: tuple[int, int, int]) -> None:
+        self.tensor: Any = tensor
+        self.shape = shape
+        self._kept: Array | None = None
+
+    def __getitem__(self, row: int) -> DeviceRows:
+        return DeviceRows(self, row)
+
+    def numpy(self) -> Array:
+        """Fetch them."""
+        if self._kept is not None:
+            return self._kept
+        fetched: Array = self.tensor.numpy()
+        return fetched
+
+    def keep(self) -> None:
+        """Move them out of the graph's way."""
+        self._kept, self.tensor = self.numpy(), None
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """One image's embeddings, (K, D): row `index` of its run's."""
+
+    features: DeviceFeatures
+    index: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, D)."""
+        return self.features.shape[1:]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        rows: Array = self.features.numpy()[self.index].astype(dtype or np.float32)
+        return rows
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Tensors bound to one captured graph: names to device tensors, the binding and the run's options."""
+
+    tensors: Mapping[str, Any]
+    binding: Any
+    options: Any
+
+
+class CudaGraph:
+    """One vision graph; each batch size has its own tensors and its own captured graph."""
+
+    def __init__(self, memory: DeviceMemory, session: Any, spec: GraphSpec) -> None:
+        self._memory = memory
+        self._session = session
+        self._spec = spec
+        self._slots: dict[int, Slot] = {}
+        self._given: dict[int, weakref.ref[DeviceFeatures]] = {}
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
+        """Run the graph; the features stay on the device. Raises BackendError if ONNX Runtime does."""
+        pixels = inputs["pixel_values"]
+        batch = len(pixels)
+        slot = self._slot(batch)
+        before = self._given.get(batch)
+        if before is not None and (held := before()) is not None:
+            held.keep()
+        slot.tensors["pixel_values"].update_inplace(np.ascontiguousarray(pixels))
+        _run(self._session, slot, "the vision graph")
+        outputs = {t.name: slot.tensors[t.name].numpy() for t in self._spec.outputs if t.name != "image_features"}
+        rows, kept, width = _shape(next(t for t in self._spec.outputs if t.name == "image_features"), batch)
+        features = DeviceFeatures(slot.tensors["image_features"], (rows, kept, width))
+        self._given[batch] = weakref.ref(features)
+        return {**outputs, "image_features": features}
+
+    def replay(self, batch: int) -> None:
+        """Run once more on the pixels of the last run of this batch size: for measuring."""
+        _run(self._session, self._slot(batch), "the vision graph")
+
+    def median_ms(self, pixel_values: Array, runs: int, only: str | None = None) -> float:
+        """Return the median time of a run, in ms; `only` stops where one output is made."""
+        from statistics import median
+        from time import perf_counter
+
+        slot = self._slot(len(pixel_values), only)
+        slot.tensors["pixel_values"].update_inplace(np.ascontiguousarray(pixel_values))
+        times = []
+        for run in range(-3, runs):
+            begin = perf_counter()
+            _run(self._session, slot, "the vision graph")
+            if run >= 0:
+                times.append(1e3 * (perf_counter() - begin))
+        return median(times)
+
+    def _slot(self, batch: int, only: str | None = None) -> Slot:
+        outputs = [t for t in self._spec.outputs if only in (None, t.name)]
+        # The whole graph's ids are the batch sizes; partial runs count down from the largest id.
+        place = 1 if only is None else 1 + [t.name for t in self._spec.outputs].index(only) + 1
+        key = batch * (len(self._spec.outputs) + 2) + place
+        if key not in self._slots:
+            binding, tensors = self._session.io_binding(), {}
+            for tensor in self._spec.inputs:
+                tensors[tensor.name] = self._memory.empty(_shape(tensor, batch), tensor.dtype)
+                binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
+            for tensor in outputs:
+                tensors[tensor.name] = self._memory.empty(_shape(tensor, batch), tensor.dtype)
+                binding.bind_ortvalue_output(tensor.name, tensors[tensor.name])
+            options = self._memory.run_options(key)
+            options.only_execute_path_to_fetches = only is not None
+            self._slots[key] = Slot(tensors, binding, options)
+        return self._slots[key]
+
+
+class CudaScores:
+    """The scores of one run of the decoder, on the device until they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        self._tensors = tensors
+
+    def greedy(self) -> int:
+        """Return the token that the graph itself found best; the logits stay where they are."""
+        check_peak(float(self._tensors["top_logit"].numpy().reshape(())))
+        return int(self._tensors["next_token"].numpy().reshape(()))
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Fetch the logits (V,)."""
+        fetched: npt.NDArray[np.float32] = self._tensors["logits"].numpy().reshape(-1).astype(np.float32)
+        return fetched
+
+
+class CudaDecoder:
+    """The decoder with one preallocated cache; prompts of one padded length share a captured graph, and so do all steps."""
+
+    def __init__(self, memory: DeviceMemory, session: Any, splice: Any, spec: DecoderSpec) -> None:
+        self._memory = memory
+        self._session = session
+        self._splice = splice
+        self._spec = spec
+        self._dtype = np.dtype(spec.kv_dtype)
+        self._positioned = any(tensor.name == "position_ids" for tensor in spec.graph.inputs)
+        self._capacity = 0
+        self._caches: dict[str, Any] = {}
+        self._slots: dict[int, Slot] = {}
+        self._graphs = 0
+        self._mask: npt.NDArray[np.int64] = np.zeros((1, 0), np.int64)
+        self._prompt: Prompt | None = None
+        self.length = 0
+
+    def start(self, capacity: int) -> None:
+        """Begin a new sequence; the cache of the last one is reused where it is large enough."""
+        self.length = 0
+        if capacity <= self._capacity:
+            return
+        # Captured graphs hold addresses, so a new cache starts them anew; the old tensors go first.
+        self._slots.clear()
+        self._caches.clear()
+        spec, shape = self._spec, (1, self._spec.kv_heads, capacity, self._spec.head_dim)
+        for layer in range(spec.layers):
+            for part in ("key", "value"):
+                self._caches[f"{layer}.{part}"] = self._memory.empty(shape, self._dtype)
+        self._mask = np.zeros((1, capacity), np.int64)
+        self._capacity = capacity
+
+    def load(self, prompt: Prompt) -> None:
+        """Put a prompt together on the device: the text's rows go up, the images' are there."""
+        check_room(len(prompt), self._capacity)
+        self._prompt = prompt
+        slot = self._slot(self._padded(len(prompt)))
+        text = prompt.text.astype(self._dtype)
+        shared = _shared_features(prompt)
+        if shared is None:
+            # No image, or images of several runs, as in a chat: the processor puts them together.
+            rows = np.concatenate([text, *(np.asarray(i.embeddings, self._dtype) for i in prompt.images)])
+            self._upload(slot, rows, prompt)
+            return
+        binding = self._splice.io_binding()
+        binding.bind_cpu_input("text", text)
+        count, width = shared.shape[0] * shared.shape[1], shared.shape[2]
+        binding.bind_input("images", self._memory.device, 0, self._dtype, (count, width), shared.tensor.data_ptr())
+        places = np.zeros(self._padded(len(prompt)), np.int64)
+        places[: len(prompt)] = prompt.places
+        binding.bind_cpu_input("places", places)
+        binding.bind_ortvalue_output("inputs_embeds", slot.tensors["inputs_embeds"])
+        try:
+            self._splice.run_with_iobinding(binding)
+        except Exception as error:  # As above.
+            raise BackendError(f"the splice graph failed: {first_line(error)}") from error
+
+    def prefill(self) -> CudaScores:
+        """Read the loaded prompt, padded to its bucket."""
+        assert self._prompt is not None, "load comes before prefill"
+        length, padded = len(self._prompt), self._padded(len(self._prompt))
+        slot = self._slot(padded)
+        self._mask[0] = np.arange(self._capacity) < padded
+        slot.tensors["last_position"].update_inplace(np.array([length - 1], np.int64))
+        positions = np.zeros(padded, np.int64)
+        positions[:length] = self._prompt.positions
+        scores = self._run(slot, positions)
+        self.length = length
+        return scores
+
+    def step(self, embedding: npt.NDArray[np.float32], position: int) -> CudaScores:
+        """Append one embedding (D,) at a position."""
+        check_room(self.length + 1, self._capacity)
+        slot = self._slot(1)
+        self.length += 1
+        self._mask[0] = np.arange(self._capacity) < self.length
+        slot.tensors["inputs_embeds"].update_inplace(embedding.astype(self._dtype)[None, None])
+        return self._run(slot, np.array([position], np.int64))
+
+    def replay(self) -> None:
+        """Run the last step's graph again as it stands: for measuring."""
+        _run(self._session, self._slot(1), "the decoder")
+
+    def _run(self, slot: Slot, positions: npt.NDArray[np.int64]) -> CudaScores:
+        slot.tensors["attention_mask"].update_inplace(self._mask)
+        if self._positioned:
+            slot.tensors["position_ids"].update_inplace(positions[None])
+        _run(self._session, slot, "the decoder")
+        return CudaScores(slot.tensors)
+
+    def _padded(self, length: int) -> int:
+        return min(bucket(length), self._capacity) if self._memory.captures else length
+
+    def _upload(self, slot: Slot, rows: Array, prompt: Prompt) -> None:
+        whole = np.zeros((1, self._padded(len(prompt)), rows.shape[1]), self._dtype)
+        whole[0, : len(prompt)] = rows[prompt.places]
+        slot.tensors["inputs_embeds"].update_inplace(whole)
+
+    def _slot(self, length: int) -> Slot:
+        """Return the tensors for inputs of one length: 1 is the decode step, every other a prompt's."""
+        if length not in self._slots:
+            spec, sizes = self._spec, {"sequence": length, "capacity": self._capacity}
+            tensors = {name: self._memory.empty(shape, dtype) for name, shape, dtype in _decoder_tensors(spec, **sizes)}
+            tensors["last_position"].update_inplace(np.array([length - 1], np.int64))
+            binding = self._session.io_binding()
+            for tensor in spec.graph.inputs:
+                if tensor.name in tensors:
+                    binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
+            for name, cache in self._caches.items():
+                binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
+                binding.bind_ortvalue_output(f"present.{name}", cache)
+            for name in ("logits", "next_token", "top_logit"):
+                binding.bind_ortvalue_output(name, tensors[name])
+            # Never an id again: ONNX Runtime keeps what it captured for one.
+            self._graphs += 1
+            self._slots[length] = Slot(tensors, binding, self._memory.run_options(self._graphs))
+        return self._slots[length]
+
+
+def misplaced_nodes(events: Sequence[Mapping[str, Any]], provider: str) -> list[str]:
+    """Return the nodes of a profile that another provider ran, as `name (op on provider)`, each once.
+
+    Shape arithmetic belongs on the processor: nodes that make a few integers.
+    """
+    found = {}
+    for event in events:
+        args = event["args"]
+        where = args.get("provider", provider)
+        if where == provider or (where == PROVIDERS["cpu"] and _makes_shapes(args)):
+            continue
+        name = event["name"].removesuffix("_kernel_time")
+        found[name] = f"{name} ({args.get('op_name')} on {where.removesuffix('ExecutionProvider')})"
+    return list(found.values())
+
+
+def _makes_shapes(args: Mapping[str, Any]) -> bool:
+    outputs = [item for output in args.get("output_type_shape", []) for item in output.items()]
+    return all(dtype in INTEGERS and int(np.prod(shape)) <= SHAPE_ELEMENTS for dtype, shape in outputs)
+
+
+def _shared_features(prompt: Prompt) -> DeviceFeatures | None:
+    """Return the run that made all images of a prompt, in order and nothing else, if it is still on the device."""
+    rows = [image.embeddings for image in prompt.images]
+    if not rows or not all(isinstance(row, DeviceRows) for row in rows):
+        return None
+    features = rows[0].features  # type: ignore[attr-defined]
+    whole = [(row.features is features, row.index) for row in rows]  # type: ignore[attr-defined]
+    there = features.tensor is not None and whole == [(True, index) for index in range(features.shape[0])]
+    return features if there else None
+
+
+def _shape(tensor: TensorSpec, batch: int) -> list[int]:
+    return [batch if isinstance(size, str) else size for size in tensor.shape]
+
+
+def _decoder_tensors(spec: DecoderSpec, *, sequence: int, capacity: int) -> list[tuple[str, tuple[int, ...], str]]:
+    """Return name, shape and dtype of the decoder's tensors, the caches aside, for inputs of one length."""
+    return [
+        ("inputs_embeds", (1, sequence, spec.hidden_size), spec.kv_dtype),
+        ("attention_mask", (1, capacity), "int64"),
+        ("position_ids", (1, sequence), "int64"),
+        ("last_position", (1,), "int64"),
+        ("logits", (1, 1, spec.vocab_size), spec.kv_dtype),
+        ("next_token", (1, 1, 1), "int64"),
+        ("top_logit", (1, 1, 1), spec.kv_dtype),
+    ]
+
+
+def _decoder_probe(spec: DecoderSpec, length: int = 8) -> dict[str, Array]:
+    """Return inputs with which every node of a decoder runs once."""
+    caches = (1, spec.kv_heads, length, spec.head_dim)
+    known = {name: np.zeros(shape, dtype) for name, shape, dtype in _decoder_tensors(spec, sequence=length, capacity=length)}
+    known["attention_mask"] = np.ones((1, length), np.int64)
+    return {
+        tensor.name: known[tensor.name] if tensor.name in known else np.zeros(caches, spec.kv_dtype)
+        for tensor in spec.graph.inputs
+    }
+
+
+def _run(session: Any, slot: Slot, what: str) -> None:
+    try:
+        session.run_with_iobinding(slot.binding, slot.options)
+    except Exception as error:  # As above.
+        raise BackendError(f"{what} failed: {first_line(error)}") from error
