@@ -1,9 +1,12 @@
-"""`python -m bench study|prune` measure; `python -m bench report` writes RESULTS.md and its pictures from what was measured."""
+"""`python -m bench study|prune|latency` measure; `python -m bench report` writes RESULTS.md and its pictures from that."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from bench.checkpoint import SMALL, Sizes, make_checkpoint
+from bench.latency import LatencyOptions, measure_latency
 from bench.prune import PruneOptions, measure_prune
 from bench.report import write_report
 from bench.study import BUDGETS, CAPTIONS, SCENES, StudyOptions, default_methods, study
@@ -25,6 +28,21 @@ def main() -> None:
     prune.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     prune.add_argument("--budget", type=int, default=64, help="image tokens kept")
     prune.add_argument("--runs", type=int, default=20, help="counted runs")
+    random = commands.add_parser("checkpoint", help="write a random checkpoint of LLaVA-1.5-7B's shapes")
+    random.add_argument("--output", type=Path, required=True, help="folder to write")
+    random.add_argument("--small", action="store_true", help="two layers and narrow, to try the commands")
+    genai = commands.add_parser("genai-decoder", help="build a checkpoint's decoder for onnxruntime-genai's own loop")
+    genai.add_argument("--checkpoint", type=Path, required=True)
+    genai.add_argument("--output", type=Path, required=True, help="folder to write")
+    latency = commands.add_parser("latency", help="time every stage on a GPU beside transformers and PyTorch")
+    latency.add_argument("--checkpoint", type=Path, required=True, help="what the bundles were exported from")
+    latency.add_argument("--fp16", type=Path, required=True, help="its bundle for cuda in fp16")
+    latency.add_argument("--int4", type=Path, help="its bundle for cuda in int4")
+    latency.add_argument("--genai", type=Path, help="what genai-decoder wrote")
+    latency.add_argument("--runs", type=int, default=30, help="counted runs")
+    latency.add_argument("--no-static", action="store_true", help="leave transformers' compiled path out")
+    latency.add_argument("--device", choices=("cpu",), help="only to try the command")
+    latency.add_argument("--output", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     with one_line_errors():
         if args.command == "study":
@@ -32,7 +50,19 @@ def main() -> None:
             study(StudyOptions(args.scenes, args.captions, methods, parse_budgets(args.budgets)))
         if args.command == "prune":
             measure_prune(PruneOptions(args.device, args.budget, args.runs))
-        write_report()
+        if args.command == "checkpoint":
+            print(make_checkpoint(args.output, SMALL if args.small else Sizes()))
+        if args.command == "genai-decoder":
+            from bench.genai import build
+
+            print(build(args.checkpoint, args.output, "fp16", "cuda"))
+        if args.command == "latency":
+            bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
+            static, genai, device = not args.no_static, args.genai, args.device
+            asked = LatencyOptions(args.checkpoint, bundles, args.output, args.runs, static=static, genai=genai, device=device)
+            print(measure_latency(asked))
+        if args.command in ("report", "study", "prune"):
+            write_report()
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def build_decoder(
     check_decoder(text)
     architecture, class_name = BUILDERS[text.model_type]
     source = scratch / "decoder"
-    _write_text_checkpoint(checkpoint, architecture, source)
+    write_text_checkpoint(checkpoint, architecture, source)
     options = [f"{key}={value}" for key, value in OPTIONS[target].items()]
     log = io.StringIO()
     with _captured(log):
@@ -103,7 +103,7 @@ def build_decoder(
         extra["fuse_mlp_gate_up"] = target == "cuda" and precision == "fp16"
         io_dtype = builder.set_io_dtype(precision, target, extra)
         onnx_dtype = builder.set_onnx_dtype(precision, extra)
-        model_class = _in_memory(getattr(builder, class_name), decoder, positions)
+        model_class = in_memory(getattr(builder, class_name), decoder, positions)
         model = model_class(details["hf_config"], io_dtype, onnx_dtype, target, cache, extra)
         model.make_model(str(source))
         model.save_model(str(folder))
@@ -119,7 +119,7 @@ def build_decoder(
     return path
 
 
-def _in_memory(base: type, decoder: nn.Module, positions: str) -> type:
+def in_memory(base: type, decoder: nn.Module, positions: str) -> type:
     """Return a builder class that reads its weights from `decoder` instead of a folder.
 
     Rotation fused into the attention op ignores position ids on the CPU, so original positions take it out, and with it the
@@ -140,7 +140,7 @@ def _in_memory(base: type, decoder: nn.Module, positions: str) -> type:
     return WithPositions if positions == "original" else InMemory
 
 
-def _write_text_checkpoint(checkpoint: Checkpoint, architecture: str, folder: Path) -> None:
+def write_text_checkpoint(checkpoint: Checkpoint, architecture: str, folder: Path) -> None:
     """Write what the builder reads from disk: the text configuration and the tokenizer, no weights."""
     folder.mkdir(parents=True)
     config = checkpoint.config.text_config.to_dict() | {"architectures": [architecture]}

@@ -20,6 +20,7 @@ from leanvlm.exporter import tolerances
 from leanvlm.exporter.pruners.base import Pruner
 from leanvlm.exporter.reference import Reference, cosine, relative_difference
 from leanvlm.runtime.errors import VerificationError
+from leanvlm.runtime.manifest import GraphSpec
 from leanvlm.runtime.preprocess import preprocess
 from leanvlm.runtime.session import Session, user_message
 from leanvlm.runtime.splice import ImageFeatures, splice
@@ -67,7 +68,7 @@ def verify(
         merged = None if expected.hidden is None else reference.project(expected.hidden).numpy()
         measured = _compare_vision(outputs, unpruned.features.numpy(), expected.indices.numpy(), merged)
         results["vision"][str(budget)] = measured
-        _check_vision(budget, measured, precision)
+        _check_vision(budget, measured, _vision_precision(session.manifest.vision[budget]))
     on_step("verify decoder")
     whole = next(iter(tokens.values())).features[0].numpy()
     for budget in pruners:
@@ -135,6 +136,12 @@ def _compare_vision(
         "ascending": bool((np.diff(found, axis=1) > 0).all()) if kept > 1 else True,
         "num_selected": [int(n) for n in outputs["num_selected"]],
     }
+
+
+def _vision_precision(graph: GraphSpec) -> str:
+    """Return the precision of a vision graph; a decoder with rounded weights has an ordinary one beside it."""
+    dtype = next(tensor.dtype for tensor in graph.outputs if tensor.name == "image_features")
+    return {"float16": "fp16", "float32": "fp32"}[dtype]
 
 
 def _check_vision(budget: int, measured: Mapping[str, Any], precision: str) -> None:

@@ -4,6 +4,7 @@ The arithmetic follows the Pillow backend of `transformers.CLIPImageProcessor`: 
 centre crop with black beyond the border, scale, normalise.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import __version__ as PILLOW
 
 from leanvlm.runtime.errors import InputError, ManifestError, UnsupportedModelError
 
@@ -24,6 +26,9 @@ PixelValues = npt.NDArray[np.float32] | npt.NDArray[np.uint8]
 
 MAX_PIXELS = 64_000_000
 """The largest image that is decoded, and the largest that resizing may make: 192 MB as RGB."""
+
+KNOWN_PILLOW = (13, 0)
+"""The newest release of Pillow whose order of passes `_height_first` states; on a later one images are resized whole."""
 
 PROCESSORS = (
     "CLIPImageProcessor",
@@ -156,7 +161,8 @@ def load_image(source: ImageSource) -> Image.Image:
             levels (H, W, 3) uint8.
 
     Returns:
-        The image in mode RGB; transparent pixels are blended with white.
+        The image in mode RGB; transparent pixels are blended with white. An opaque Pillow image in RGB is returned
+        itself, not a copy.
 
     Raises:
         InputError: The file does not exist or is no image, it cannot be decoded, or it has no pixels or more than
@@ -177,7 +183,8 @@ def load_image(source: ImageSource) -> Image.Image:
     file = BytesIO(source) if isinstance(source, bytes) else _existing_file(source, name)
     with _one_line_errors(name), Image.open(file) as image:
         _check_size(image.width, image.height, name)
-        return _to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)  # Nobody else holds it, so it needs no copy.
+        return _to_rgb(image)
 
 
 def preprocess(images: Sequence[ImageSource], spec: ImageSpec) -> PixelValues:
@@ -188,19 +195,22 @@ def preprocess(images: Sequence[ImageSource], spec: ImageSpec) -> PixelValues:
         spec: The checkpoint's image processor.
 
     Returns:
-        Pixel values (B, 3, H, W) with (H, W) = `spec.size`: float32 normalised, or uint8 levels, as `spec.layout` says.
+        Contiguous pixel values (B, 3, H, W) with (H, W) = `spec.size`: float32 normalised, or uint8 levels, as
+        `spec.layout` says.
 
     Raises:
         InputError: There is no image, or one cannot be used.
     """
     if not images:
         raise InputError("there is no image to preprocess; give at least one")
-    levels = np.stack([_levels(load_image(image), spec) for image in images]).transpose(0, 3, 1, 2)  # (B, 3, H, W)
+    levels = np.empty((len(images), 3, *spec.size), np.uint8)
+    for row, image in zip(levels, images, strict=True):
+        row[:] = _levels(load_image(image), spec).transpose(2, 0, 1)
     if spec.layout == "uint8":
-        return np.ascontiguousarray(levels)
+        return levels
     mean = np.asarray(spec.image_mean, np.float32).reshape(3, 1, 1)
     std = np.asarray(spec.image_std, np.float32).reshape(3, 1, 1)
-    values: npt.NDArray[np.float32] = np.multiply(levels, spec.rescale_factor, dtype=np.float32, order="C")
+    values: npt.NDArray[np.float32] = np.multiply(levels, spec.rescale_factor, dtype=np.float32)
     values -= mean
     values /= std
     return values
@@ -208,20 +218,61 @@ def preprocess(images: Sequence[ImageSource], spec: ImageSpec) -> PixelValues:
 
 def _levels(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
     """Resize and crop an RGB image to levels (H, W, 3)."""
+    height, width = image.height, image.width
     if spec.resize is not None:
-        height, width = _resized(image.height, image.width, spec.resize)
+        height, width = _resized(height, width, spec.resize)
         if height * width > MAX_PIXELS:
             raise InputError(
                 f"an image of {image.width} x {image.height} is too narrow: resizing it for the model "
                 f"would make {width} x {height} pixels"
             )
-        image = image.resize((width, height), resample=Image.Resampling(spec.resample))
-    if spec.crop is not None:
-        height, width = spec.crop
-        # Floor division of a negative difference puts the odd pixel of padding first, as the processor does.
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-    return np.asarray(image)
+    rows, columns = spec.size
+    # Floor division of a negative difference puts the odd pixel of padding first, as the processor does.
+    left, top = (width - columns) // 2, (height - rows) // 2
+    right, bottom = left + columns, top + rows
+    if spec.resize is not None:
+        image = _resize(image, (width, height), (right, bottom), Image.Resampling(spec.resample))
+    return np.asarray(image.crop((left, top, right, bottom)))
+
+
+def _resize(image: Image.Image, size: tuple[int, int], needed: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """Resize an image, leaving out pixels behind the needed ones where that changes nothing in those.
+
+    For output pixel i of an axis Pillow derives the filter from i, the source's length, the box's start and the scale: the
+    box's length over the number of output pixels. A box that starts at 0, ends on a whole pixel and has the ratio of the
+    whole gives the same scale to the last bit, and the filter reaches across its end. Pixels before the needed ones are
+    not left out: the box's start is added to every position, and the sum is rounded.
+
+    Args:
+        image: The source.
+        size: The whole result's (width, height), in pixels.
+        needed: How many (columns, rows) are used, from the upper left; may be more than there are.
+        resample: The filter.
+
+    Returns:
+        The upper left part of the whole result, with all of `needed` that there is.
+    """
+    part = _whole_steps(image.width, size[0], needed[0]), _whole_steps(image.height, size[1], needed[1])
+    known = tuple(int(number) for number in PILLOW.split(".")[:2]) <= KNOWN_PILLOW
+    if not known or _height_first(image.size, part) != _height_first(image.size, size):
+        return image.resize(size, resample)
+    end = part[0] * image.width // size[0], part[1] * image.height // size[1]
+    return image.resize(part, resample, box=(0, 0, *end))
+
+
+def _whole_steps(length: int, resized: int, needed: int) -> int:
+    """The least number of output pixels, at least `needed`, that ends where a pixel of the source does."""
+    # Pillow skips an axis that keeps its length, but not with a box. It holds a box as float32, exact up to 2^24.
+    if needed >= resized or length == resized or length > 2**24:
+        return resized
+    step = resized // math.gcd(length, resized)
+    return -(-needed // step) * step
+
+
+def _height_first(source: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether Pillow 13.0 resizes the height before the width; earlier releases never do. It rounds in between."""
+    lost = [before - after for before, after in zip(source, size, strict=True)]
+    return lost[1] > max(0, 2 * lost[0])
 
 
 def _resized(height: int, width: int, resize: int | tuple[int, int]) -> tuple[int, int]:
@@ -233,7 +284,8 @@ def _resized(height: int, width: int, resize: int | tuple[int, int]) -> tuple[in
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
+        image.load()  # Some formats know their mode only then.
+        return image if image.mode == "RGB" else image.convert("RGB")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 

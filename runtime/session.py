@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from leanvlm.runtime.answer import Answer, Pruning, Timings

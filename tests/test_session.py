@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -105,8 +104,8 @@ def test_cache_larger_than_its_prompt_changes_nothing(session: Session, sample_i
 def test_decoder_refuses_more_than_its_cache(session: Session) -> None:
     decoder = session.backend.decoder()
     decoder.start(4)
+    decoder.load(splice([session.table.rows([1, 2, 3, 4, 5])], [], "compact"))
     with pytest.raises(BackendError, match="5 positions do not fit a cache of 4"):
-        decoder.load(splice([session.table.rows([1, 2, 3, 4, 5])], [], "compact"))
         decoder.prefill()
 
 

@@ -13,6 +13,8 @@ The same code runs a bundle for cuda on the processor when that is asked for, wi
 
 from __future__ import annotations
 
+import contextlib
+import io
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +60,7 @@ class CudaBackend(OrtBackend):
         super().__init__(folder, manifest, device=device, threads=threads, prepack=prepack)
         if self.device == "cuda":
             self._check_memory()
+            preload_libraries(self.ort)
 
     def graph(self, budget: int) -> CudaGraph:
         """Open the vision graph of a budget (image tokens per crop)."""
@@ -70,6 +73,13 @@ class CudaBackend(OrtBackend):
         if splice is None:
             raise GraphError("this bundle has no splice graph: export it again")
         return CudaDecoder(self.memory(), self.session(spec.graph), self.session(splice, replayed=False), spec)
+
+    def session(self, spec: GraphSpec, *, profile_prefix: str | None = None, replayed: bool = True) -> Any:
+        """Open a graph file; raises BackendError where ONNX Runtime would quietly go on without the GPU."""
+        session = super().session(spec, profile_prefix=profile_prefix, replayed=replayed)
+        if PROVIDERS[self.device] not in session.get_providers():
+            raise BackendError("ONNX Runtime cannot use the GPU; `leanvlm doctor` says what is missing (or pass --device cpu)")
+        return session
 
     def memory(self) -> DeviceMemory:
         """Return the place where tensors live."""
@@ -102,7 +112,7 @@ class CudaBackend(OrtBackend):
         return dict(zip(GRAPH_STAGES, (vision / whole, (features - vision) / whole, 1 - features / whole), strict=True))
 
     def misplaced(self, budget: int, pixel_values: Array) -> list[str]:
-        """Return the nodes of a vision graph and of the decoder that ONNX Runtime put on the processor, shape arithmetic aside."""
+        """Return the nodes of a vision graph and the decoder that run on the processor, shape arithmetic aside."""
         if self.device == "cpu":
             return []
         spec = self.manifest.decoder
@@ -120,6 +130,13 @@ class CudaBackend(OrtBackend):
         message = misfit(weights, cache, found[0], self.manifest.precision)
         if message:
             raise BackendError(message)
+
+
+def preload_libraries(ort: Any) -> None:
+    """Let ONNX Runtime find CUDA and cuDNN in Python packages; it prints what it does not find, which its sessions will say."""
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()
 
 
 class DeviceMemory:
@@ -173,7 +190,7 @@ class DeviceFeatures:
 
     def keep(self) -> None:
         """Move them out of the graph's way."""
-        self._kept, self.tensor = self.numpy(), None
+        self._kept, self.tensor = self.numpy().copy(), None
 
 
 @dataclass(frozen=True)
@@ -222,7 +239,8 @@ class CudaGraph:
             held.keep()
         slot.tensors["pixel_values"].update_inplace(np.ascontiguousarray(pixels))
         _run(self._session, slot, "the vision graph")
-        outputs = {t.name: slot.tensors[t.name].numpy() for t in self._spec.outputs if t.name != "image_features"}
+        # On the processor numpy() shows the tensor itself, which the next run overwrites.
+        outputs = {t.name: slot.tensors[t.name].numpy().copy() for t in self._spec.outputs if t.name != "image_features"}
         rows, kept, width = _shape(next(t for t in self._spec.outputs if t.name == "image_features"), batch)
         features = DeviceFeatures(slot.tensors["image_features"], (rows, kept, width))
         self._given[batch] = weakref.ref(features)
@@ -426,13 +444,13 @@ def _makes_shapes(args: Mapping[str, Any]) -> bool:
 
 def _shared_features(prompt: Prompt) -> DeviceFeatures | None:
     """Return the run that made all images of a prompt, in order and nothing else, if it is still on the device."""
-    rows = [image.embeddings for image in prompt.images]
-    if not rows or not all(isinstance(row, DeviceRows) for row in rows):
+    rows = [image.embeddings for image in prompt.images if isinstance(image.embeddings, DeviceRows)]
+    if not rows or len(rows) < len(prompt.images):
         return None
-    features = rows[0].features  # type: ignore[attr-defined]
-    whole = [(row.features is features, row.index) for row in rows]  # type: ignore[attr-defined]
-    there = features.tensor is not None and whole == [(True, index) for index in range(features.shape[0])]
-    return features if there else None
+    features = rows[0].features
+    one_run = all(row.features is features for row in rows)
+    in_order = [row.index for row in rows] == list(range(features.shape[0]))
+    return features if one_run and in_order and features.tensor is not None else None
 
 
 def _shape(tensor: TensorSpec, batch: int) -> list[int]:

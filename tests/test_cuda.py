@@ -1,0 +1,151 @@
+"""Bundles for cuda: on a GPU where there is one, else the same code on the processor, without captured graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from leanvlm.demo import MODEL_DIR, SAMPLES_DIR
+from leanvlm.runtime import Session, load
+from leanvlm.runtime.backends import cuda
+from leanvlm.runtime.errors import LeanVLMWarning
+from leanvlm.runtime.preprocess import preprocess
+from leanvlm.runtime.session import user_message
+
+BUDGET, NEW_TOKENS = 64, 32
+PROMPT = "Describe the image."
+HAS_GPU = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore:a bundle for cuda runs on cpu")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from leanvlm.exporter import ExportConfig, export
+
+    output = tmp_path_factory.mktemp("cuda") / "demo-cuda"
+    export(ExportConfig("demo", (BUDGET,), output, target="cuda"))
+    return output
+
+
+@pytest.fixture(scope="module")
+def session(bundle: Path) -> Iterator[Session]:
+    with load(bundle, device=DEVICE) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    return [Image.open(SAMPLES_DIR / name).convert("RGB") for name in ("complex-9003.png", "simple-9001.png")]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+
+
+def _answer(session: Session, images: Any, prompt: str = PROMPT, **options: Any) -> list[int]:
+    answer = session.generate(prompt, images, max_new_tokens=NEW_TOKENS, ignore_end=True, **options)
+    return list(answer.token_ids)
+
+
+@torch.no_grad()
+def _greedy(model: Any, embeddings: Any, tokens: int) -> list[int]:
+    """Decode with transformers, without a cache: one pass over the whole sequence for every token."""
+    sequence, found = torch.from_numpy(embeddings)[None], []
+    for _ in range(tokens):
+        hidden = model.model.language_model(inputs_embeds=sequence, use_cache=False).last_hidden_state[:, -1]
+        found.append(int(model.lm_head(hidden).argmax()))
+        sequence = torch.cat([sequence, model.get_input_embeddings()(torch.tensor([[found[-1]]]))], dim=1)
+    return found
+
+
+@torch.no_grad()
+def _features(session: Session, model: Any, image: Image.Image) -> Any:
+    """Return transformers' own features of an image, all of them."""
+    spec = session.manifest.image
+    levels = preprocess([image], spec).astype(np.float32)
+    mean, std = (np.array(v, np.float32).reshape(3, 1, 1) for v in (spec.image_mean, spec.image_std))
+    pixels = torch.from_numpy((levels * np.float32(spec.rescale_factor) - mean) / std)
+    hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    return model.model.multi_modal_projector(hidden)[0].numpy()
+
+
+@pytest.mark.parametrize("budget", [BUDGET, 576])
+def test_greedy_tokens_equal_transformers_with_the_same_pruned_features(
+    session: Session, model: Any, images: list[Image.Image], budget: int
+) -> None:
+    for prompt in (PROMPT, "How many shapes are there?"):
+        for image in images:
+            encoded = session.encode_images([image], budget)[0]
+            ids = session.prompt_ids([user_message(prompt, 1)], 1)
+            plan = session.splice(ids, [encoded])
+            rows = np.concatenate([plan.text, _features(session, model, image)[encoded.pruning.indices]])
+            wanted = _greedy(model, rows[plan.places], NEW_TOKENS)
+            assert _answer(session, [image], prompt, budget=budget) == wanted
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_captured_graphs_give_the_same_again_and_for_other_lengths(session: Session, images: list[Image.Image]) -> None:
+    """Prompts of many lengths share the cache and a few graphs; each is replayed, with others between."""
+    prompts = [PROMPT + " Now." * extra for extra in (0, 1, 2, 9, 30)]
+    first = [_answer(session, images[:1], prompt) for prompt in prompts]
+    assert [_answer(session, images[:1], prompt) for prompt in prompts] == first
+    with pytest.warns(LeanVLMWarning), load(session.folder, device="cpu") as slow:
+        assert [_answer(slow, images[:1], prompt) for prompt in prompts] == first
+
+
+def test_two_images_at_once_equal_one_by_one(session: Session, images: list[Image.Image]) -> None:
+    together = session.encode_images(images, BUDGET)
+    rows = [np.asarray(features.embeddings) for features in together]
+    indices = [features.pruning.indices for features in together]
+    for image, row, kept in zip(images, rows, indices, strict=True):
+        alone = session.encode_images([image], BUDGET)[0]
+        np.testing.assert_array_equal(alone.pruning.indices, kept)
+        np.testing.assert_allclose(np.asarray(alone.embeddings), row, atol=2e-2 * np.abs(row).max())
+
+
+def test_images_of_one_run_and_of_several_give_the_same_answer(session: Session, images: list[Image.Image]) -> None:
+    """The second run moves the first one's features away from where it writes its own."""
+    messages = [user_message("What differs?", 2)]
+    once = session.encode_images(images, BUDGET)
+    twice = [session.encode_images([image], BUDGET)[0] for image in images]
+    for one, other in zip(once, twice, strict=True):
+        np.testing.assert_array_equal(one.pruning.indices, other.pruning.indices)
+    options = cuda_options()
+    assert (
+        session.respond(messages, once, options).answer.token_ids == session.respond(messages, twice, options).answer.token_ids
+    )
+
+
+def cuda_options() -> Any:
+    from leanvlm.runtime.session import GenerateOptions
+
+    return GenerateOptions(max_new_tokens=8, ignore_end=True)
+
+
+def test_padding_a_prompt_changes_nothing(session: Session, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = [_answer(session, images[:count], budget=BUDGET) for count in (0, 1, 2)]
+    monkeypatch.setattr(cuda, "bucket", lambda length: length + 13)
+    monkeypatch.setattr(cuda.DeviceMemory, "captures", True)
+    with load(session.folder, device=DEVICE) as padded:
+        assert [_answer(padded, images[:count], budget=BUDGET) for count in (0, 1, 2)] == plain
+
+
+def test_buckets_cover_every_length() -> None:
+    lengths = range(1, 2000)
+    padded = [cuda.bucket(length) for length in lengths]
+    assert all(length <= found < length + 64 for length, found in zip(lengths, padded, strict=True))
+    assert all(found < length + 8 for length, found in zip(range(1, 257), padded, strict=False))
+    assert padded == sorted(padded)
+    assert len(set(padded)) <= 32 + 28
