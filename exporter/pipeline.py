@@ -30,7 +30,9 @@ from leanvlm.exporter.decoder import DECODER, build_decoder, check_decoder, head
 from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.graphs import OUTPUTS, VisionGraph
 from leanvlm.exporter.passes import PASSES
+from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import save_sharing
+from leanvlm.exporter.passes.stage_names import STAGES
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, Pruner, parse
 from leanvlm.exporter.reference import Reference
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
@@ -40,6 +42,7 @@ from leanvlm.exporter.verify import verify
 from leanvlm.runtime.backends.ort import PROVIDERS
 from leanvlm.runtime.embeddings import TENSOR
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
+from leanvlm.runtime.gpu import free_memory
 from leanvlm.runtime.manifest import (
     MANIFEST,
     DecoderSpec,
@@ -57,6 +60,8 @@ from leanvlm.runtime.session import Session, load
 
 MIN_ONNXRUNTIME = "1.23"
 VISION_DTYPE = {"cpu": torch.float32, "cuda": torch.float16}
+# Where the host's clock cannot time a stage.
+CUT_TARGETS = ("cuda",)
 # Levels, so that a quarter of the bytes goes up and the GPU normalises them.
 LAYOUT: dict[str, Literal["float32", "uint8"]] = {"cpu": "float32", "cuda": "uint8"}
 EMBED_TOKENS = "embed_tokens.safetensors"
@@ -198,7 +203,7 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     checkpoint, config = request.checkpoint, request.config
     on_step("read weights")
     model = load_model(checkpoint, lambda file: on_step(f"map {file.name}"))
-    vision = _write_vision(request, model, folder, on_step)
+    vision, stages = _write_vision(request, model, folder, on_step)
     gc.collect()
     on_step("build decoder")
     decoder = checkpoint.family.decoder(model)
@@ -217,11 +222,12 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     on_step("write token table")
     _write_table(checkpoint, model, folder)
     _copy_small_files(checkpoint, folder)
-    manifest = _manifest(request, vision, folder)
+    manifest = _manifest(request, vision, stages, folder)
     write_manifest(folder, manifest)
     # Unpacked weights are the files' own pages, so that the check needs no second copy of the model.
     with _open(folder, config.target) as session:
-        measured = verify(session, Reference(checkpoint, model), request.pruners, on_step)
+        reference = Reference(checkpoint, model, _reference_device(checkpoint, config.target))
+        measured = verify(session, reference, request.pruners, on_step)
     manifest = replace(manifest, verification=measured)
     write_manifest(folder, manifest)
     return manifest
@@ -237,8 +243,18 @@ def _open(folder: Path, target: str) -> Session:
         return load(folder, device=target if here else "cpu", prepack=False)
 
 
-def _write_vision(request: Plan, model: nn.Module, folder: Path, on_step: Step) -> dict[int, GraphSpec]:
-    """Trace one vision graph per budget and save them over one weights file."""
+def _reference_device(checkpoint: Checkpoint, target: str) -> str:
+    """Return where the checkpoint itself runs: on a GPU if it has room for it beside the bundle, of about the same size."""
+    if target != "cuda" or not torch.cuda.is_available():
+        return "cpu"
+    found = free_memory()
+    return "cuda" if found is not None and found[0] > 3 * checkpoint.weight_bytes else "cpu"
+
+
+def _write_vision(
+    request: Plan, model: nn.Module, folder: Path, on_step: Step
+) -> tuple[dict[int, GraphSpec], dict[str, GraphSpec]]:
+    """Trace one vision graph per budget and save them over one weights file, on a GPU with cuts to time their stages by."""
     spec, family, target = request.checkpoint.spec, request.checkpoint.family, request.config.target
     dtype, image = VISION_DTYPE[target], request.image
     projector = _in_dtype(family.projector(model), dtype)
@@ -255,9 +271,16 @@ def _write_vision(request: Plan, model: nn.Module, folder: Path, on_step: Step) 
         name = f"vision_{budget}.onnx"
         models[name] = traced
         specs[budget] = GraphSpec(name, _tensors(traced.graph.inputs), _tensors(traced.graph.outputs))
+    cuts = {}
+    if target in CUT_TARGETS:
+        default = f"vision_{next(iter(request.pruners))}.onnx"
+        for stage in STAGES[:-1]:
+            name = f"stage_{stage}.onnx"
+            models[name] = cut = cut_after(models[default], stage)
+            cuts[stage] = GraphSpec(name, _tensors(cut.graph.inputs), _tensors(cut.graph.outputs))
     on_step("write vision")
     save_sharing(models, folder, VISION_DATA)
-    return specs
+    return specs, cuts
 
 
 def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -286,7 +309,7 @@ def _copy_small_files(checkpoint: Checkpoint, folder: Path) -> None:
         (folder / "generation_config.json").write_text(json.dumps(data), encoding="utf-8")
 
 
-def _manifest(request: Plan, vision: dict[int, GraphSpec], folder: Path) -> Manifest:
+def _manifest(request: Plan, vision: dict[int, GraphSpec], stages: dict[str, GraphSpec], folder: Path) -> Manifest:
     checkpoint, config = request.checkpoint, request.config
     first = request.pruners[config.budgets[0]] if config.budgets[0] in request.pruners else NoPruner()
     # As JSON holds them, so that a manifest that is read back is equal.
@@ -308,6 +331,7 @@ def _manifest(request: Plan, vision: dict[int, GraphSpec], folder: Path) -> Mani
         target=config.target,
         precision=config.resolved_precision,
         vision=vision,
+        stages=stages,
         decoder=decoder,
         splice=splice,
         embed_tokens=EMBED_TOKENS,

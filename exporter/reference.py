@@ -26,11 +26,13 @@ class Reference:
     Attributes:
         checkpoint: Where the model came from.
         model: The transformers model; its tower and projector in fp32.
+        device: Where it runs; what goes in and comes out is in the processor's memory.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module, device: str = "cpu") -> None:
         self.checkpoint = checkpoint
-        self.model: Any = model
+        self.model: Any = model.to(device)
+        self.device = device
 
     @torch.no_grad()
     def vision(self, pixel_values: Array, scored: ScoredBlock = "feature") -> VisionTokens:
@@ -45,26 +47,26 @@ class Reference:
             _output(attn.q_proj) as query,
             _output(attn.k_proj) as keys,
         ):
-            out = core.vision_tower(
-                torch.from_numpy(pixel_values), output_hidden_states=True, output_attentions=True, return_dict=True
-            )
+            pixels = torch.from_numpy(pixel_values).to(self.device)
+            out = core.vision_tower(pixels, output_hidden_states=True, output_attentions=True, return_dict=True)
         hidden = out.hidden_states[spec.feature_layer][:, 1:]
         attention = out.attentions[block].float().mean(dim=1)[:, 0, 1:]
         whole = torch.einsum("bd,bnd->bn", query[0][:, 0], keys[0]) / keys[0].shape[2] ** 0.5
         split = keys[0][:, 1:].reshape(*hidden.shape[:2], attn.num_heads, -1)
-        return VisionTokens(self.project(hidden), hidden, split, attention, whole.softmax(dim=1)[:, 1:], spec.grid)
+        unsplit = whole.softmax(dim=1)[:, 1:]
+        return VisionTokens(self.project(hidden), hidden.cpu(), split.cpu(), attention.cpu(), unsplit.cpu(), spec.grid)
 
     @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:
         """Return the features (B, N, D) of hidden states (B, N, Dv) of the tower."""
-        features: Tensor = self.model.model.multi_modal_projector(hidden)
-        return features
+        features: Tensor = self.model.model.multi_modal_projector(hidden.to(self.device))
+        return features.cpu()
 
     @torch.no_grad()
     def embed(self, ids: Sequence[int]) -> Array:
         """Return the token table's rows (len(ids), D) in fp32."""
         table = self.checkpoint.family.embed_tokens(self.model)
-        rows: Array = table[torch.tensor(list(ids), dtype=torch.long)].float().numpy()
+        rows: Array = table[torch.tensor(list(ids), dtype=torch.long, device=self.device)].float().cpu().numpy()
         return rows
 
     @torch.no_grad()
@@ -73,14 +75,14 @@ class Reference:
         decoder: Any = self.checkpoint.family.decoder(self.model)
         with computed_in_float32(decoder):
             out = decoder(
-                inputs_embeds=torch.from_numpy(embeddings)[None],
-                position_ids=torch.from_numpy(positions)[None],
+                inputs_embeds=torch.from_numpy(embeddings)[None].to(self.device),
+                position_ids=torch.from_numpy(positions)[None].to(self.device),
                 # Without a mask transformers reads gaps in the positions as the borders of packed sequences.
-                attention_mask=torch.ones(1, len(positions), dtype=torch.long),
+                attention_mask=torch.ones(1, len(positions), dtype=torch.long, device=self.device),
                 use_cache=False,
                 logits_to_keep=last,
             )
-        result: Array = out.logits[0].float().numpy()
+        result: Array = out.logits[0].float().cpu().numpy()
         return result
 
 

@@ -105,6 +105,7 @@ class Manifest:
         tokens_per_crop: N, the image tokens of one crop before pruning.
         grid: Rows and columns of the patch grid; rows * columns = N.
         vision: Budget to vision graph.
+        stages: Stage to the vision graph that ends with it, where those of the whole are timed so.
         splice: The graph that puts a prompt together on a GPU; None where the processor does.
         embed_tokens: File of the token table, one tensor named `embed_tokens.weight`, (vocab_size, D).
         image: How an image becomes pixel values.
@@ -131,6 +132,7 @@ class Manifest:
     versions: Mapping[str, str]
     files: Mapping[str, FileSpec]
     splice: GraphSpec | None = None
+    stages: Mapping[str, GraphSpec] = field(default_factory=dict)
     verification: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -186,6 +188,7 @@ class Manifest:
                 min_onnxruntime=str(data["min_onnxruntime"]),
                 versions=dict(data["versions"]),
                 files={str(name): _record(FileSpec, spec) for name, spec in data["files"].items()},
+                stages={str(stage): _graph(graph) for stage, graph in data.get("stages", {}).items()},
                 splice=None if data.get("splice") is None else _graph(data["splice"]),
                 verification=dict(data.get("verification", {})),
             )
@@ -201,7 +204,7 @@ class Manifest:
             raise ManifestError(f"{MANIFEST}: a grid of {list(self.grid)} has not {self.tokens_per_crop} tokens")
         if set(self.budgets) != set(self.vision) or self.tokens_per_crop not in self.vision:
             raise ManifestError(f"{MANIFEST}: budgets {list(self.budgets)} and vision graphs do not match")
-        used = [*self.vision.values(), self.decoder.graph, *([self.splice] if self.splice else [])]
+        used = [*self.vision.values(), *self.stages.values(), self.decoder.graph, *([self.splice] if self.splice else [])]
         graphs = [*(graph.file for graph in used), self.embed_tokens]
         unlisted = [file for file in graphs if file not in self.files]
         if unlisted:

@@ -28,7 +28,7 @@ MAX_PIXELS = 64_000_000
 """The largest image that is decoded, and the largest that resizing may make: 192 MB as RGB."""
 
 KNOWN_PILLOW = (13, 0)
-"""The newest release of Pillow whose order of passes `_height_first` states; on a later one images are resized whole."""
+"""The newest Pillow whose rule `_height_first` is known to state; a later one always resizes the whole image."""
 
 PROCESSORS = (
     "CLIPImageProcessor",
@@ -236,21 +236,21 @@ def _levels(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
 
 
 def _resize(image: Image.Image, size: tuple[int, int], needed: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """Resize an image, leaving out pixels behind the needed ones where that changes nothing in those.
+    """Resize an image, leaving out what lies right of and below the needed part if that changes no level in it.
 
-    For output pixel i of an axis Pillow derives the filter from i, the source's length, the box's start and the scale: the
-    box's length over the number of output pixels. A box that starts at 0, ends on a whole pixel and has the ratio of the
-    whole gives the same scale to the last bit, and the filter reaches across its end. Pixels before the needed ones are
-    not left out: the box's start is added to every position, and the sum is rounded.
+    Pillow computes the weights of output pixel i from i, the source's length, the start of the box and the scale, which is
+    the box's length over the number of output pixels. A box from 0 to a whole pixel in the ratio of the whole image has the
+    same scale to the last bit, and the filter reaches across its end. The left and the top are never left out: the start
+    of the box is added to every position, and the sum is rounded.
 
     Args:
         image: The source.
-        size: The whole result's (width, height), in pixels.
+        size: (width, height) of the whole image resized.
         needed: How many (columns, rows) are used, from the upper left; may be more than there are.
         resample: The filter.
 
     Returns:
-        The upper left part of the whole result, with all of `needed` that there is.
+        The upper left part of the whole image resized, at least as much of it as is needed.
     """
     part = _whole_steps(image.width, size[0], needed[0]), _whole_steps(image.height, size[1], needed[1])
     known = tuple(int(number) for number in PILLOW.split(".")[:2]) <= KNOWN_PILLOW
@@ -261,8 +261,8 @@ def _resize(image: Image.Image, size: tuple[int, int], needed: tuple[int, int], 
 
 
 def _whole_steps(length: int, resized: int, needed: int) -> int:
-    """The least number of output pixels, at least `needed`, that ends where a pixel of the source does."""
-    # Pillow skips an axis that keeps its length, but not with a box. It holds a box as float32, exact up to 2^24.
+    """Return the least number of output pixels, `needed` or more, that ends where a pixel of the source does."""
+    # Pillow skips an axis that keeps its length, but not with a box; and a box is float32, which is exact up to 2^24.
     if needed >= resized or length == resized or length > 2**24:
         return resized
     step = resized // math.gcd(length, resized)
@@ -270,7 +270,7 @@ def _whole_steps(length: int, resized: int, needed: int) -> int:
 
 
 def _height_first(source: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether Pillow 13.0 resizes the height before the width; earlier releases never do. It rounds in between."""
+    """Whether Pillow 13.0 resizes the height before the width, as earlier releases never do; in between it rounds."""
     lost = [before - after for before, after in zip(source, size, strict=True)]
     return lost[1] > max(0, 2 * lost[0])
 

@@ -84,6 +84,7 @@ def _features(session: Session, model: Any, image: Image.Image) -> Any:
 def test_greedy_tokens_equal_transformers_with_the_same_pruned_features(
     session: Session, model: Any, images: list[Image.Image], budget: int
 ) -> None:
+    longest = 0
     for prompt in (PROMPT, "How many shapes are there?"):
         for image in images:
             encoded = session.encode_images([image], budget)[0]
@@ -91,7 +92,13 @@ def test_greedy_tokens_equal_transformers_with_the_same_pruned_features(
             plan = session.splice(ids, [encoded])
             rows = np.concatenate([plan.text, _features(session, model, image)[encoded.pruning.indices]])
             wanted = _greedy(model, rows[plan.places], NEW_TOKENS)
-            assert _answer(session, [image], prompt, budget=budget) == wanted
+            found = _answer(session, [image], prompt, budget=budget)
+            # Behind the end of an answer a model is asked for nothing that it learned, and nearly equal logits are common.
+            ends = [count for count, token in enumerate(wanted) if token in session.end_ids]
+            compared = ends[0] + 1 if ends else NEW_TOKENS
+            assert found[:compared] == wanted[:compared]
+            longest = max(longest, compared)
+    assert longest == NEW_TOKENS
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")

@@ -4,13 +4,14 @@ import io
 import json
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import skimage
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessorPil
@@ -18,16 +19,50 @@ from transformers.image_utils import load_image as transformers_load_image
 
 from leanvlm.demo import MODEL_DIR
 from leanvlm.runtime.errors import InputError, ManifestError, UnsupportedModelError
-from leanvlm.runtime.preprocess import MAX_PIXELS, ImageSpec, load_image, preprocess
+from leanvlm.runtime.preprocess import MAX_PIXELS, ImageSpec, _resize, load_image, preprocess
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 CONFIG: dict[str, Any] = json.loads((MODEL_DIR / "preprocessor_config.json").read_text())
 SPEC = ImageSpec.from_processor_config(CONFIG)
+LEVELS = replace(SPEC, layout="uint8")
 TOLERANCE = 1e-5  # Of a normalised value, so 1/1500 of a level: the arithmetic is the same up to its order.
 
 
 def reference(image: Image.Image, config: dict[str, Any] = CONFIG) -> np.ndarray:
     return CLIPImageProcessorPil(**config)(images=image, return_tensors="np")["pixel_values"]
+
+
+def slow_reference(images: list[Image.Image], spec: ImageSpec) -> np.ndarray:
+    """The levels (B, 3, H, W) uint8 without any shortcut: resize the whole image, crop, copy."""
+    rows = []
+    for image in images:
+        if isinstance(spec.resize, int):
+            longer = int(spec.resize * max(image.size) / min(image.size))
+            width, height = (spec.resize, longer) if image.width < image.height else (longer, spec.resize)
+            image = image.resize((width, height), Image.Resampling(spec.resample))
+        elif spec.resize is not None:
+            image = image.resize(spec.resize[::-1], Image.Resampling(spec.resample))
+        left, top = (image.width - spec.size[1]) // 2, (image.height - spec.size[0]) // 2
+        rows.append(np.asarray(image.crop((left, top, left + spec.size[1], top + spec.size[0]))))
+    return np.ascontiguousarray(np.stack(rows).transpose(0, 3, 1, 2))
+
+
+def noise(width: int, height: int) -> Image.Image:
+    """An image without two equal neighbours, so that a change of one weight or of the rounding shows somewhere."""
+    return Image.fromarray(np.random.default_rng(width * height).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def assert_bit_identical(images: list[Image.Image], spec: ImageSpec) -> None:
+    expected = slow_reference(images, spec)
+    levels = preprocess(images, replace(spec, layout="uint8"))
+    assert levels.dtype == np.uint8
+    assert levels.flags.c_contiguous
+    np.testing.assert_array_equal(levels, expected)
+    mean, std = (np.reshape(values, (3, 1, 1)).astype(np.float32) for values in (spec.image_mean, spec.image_std))
+    values = preprocess(images, replace(spec, layout="float32"))
+    assert values.dtype == np.float32
+    assert values.flags.c_contiguous
+    np.testing.assert_array_equal(values, (expected.astype(np.float32) * np.float32(spec.rescale_factor) - mean) / std)
 
 
 def photograph(name: str = "chelsea.png") -> Image.Image:
@@ -100,6 +135,76 @@ def test_configurations_equal_the_processor(changes: dict[str, Any]) -> None:
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=TOLERANCE)
 
 
+# Sizes where a part may be left out, where none may (no whole pixel to end on; the other axis would be resized first), where
+# the size stays, and where the image grows, from a single row or column too.
+@pytest.mark.parametrize(
+    "size",
+    [
+        *[(1280, 960), (960, 1280), (600, 400), (400, 600), (1920, 1080), (1080, 1920), (640, 427), (427, 640)],
+        *[(1344, 600), (253, 715), (715, 253), (336, 900), (900, 336), (336, 336), (337, 335), (600, 20), (20, 400)],
+        *[(64, 48), (48, 64), (33, 7), (7, 33), (3, 2), (1, 2), (2, 1), (1, 1)],
+    ],
+)
+def test_the_whole_image_resized_gives_the_same_bits(size: tuple[int, int]) -> None:
+    image = noise(*size)
+    for resample in Image.Resampling:
+        assert_bit_identical([image], replace(SPEC, resample=int(resample)))
+        assert_bit_identical([image], replace(SPEC, resize=120, crop=(31, 50), resample=int(resample)))
+
+
+@pytest.mark.parametrize("size", [(96, 60), (72, 80)])  # One axis keeps its length, and the other does not.
+def test_an_axis_that_keeps_its_length_gives_the_same_bits(size: tuple[int, int]) -> None:
+    for resample in Image.Resampling:
+        assert_bit_identical([noise(*size)], replace(SPEC, resize=(60, 72), crop=(20, 30), resample=int(resample)))
+
+
+@settings(deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 16)).map(lambda n: (n[0] * n[2], n[1] * n[2])),
+    resize=st.integers(1, 150) | st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    crop=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    resample=st.sampled_from(list(Image.Resampling)),
+)
+def test_any_size_gives_the_same_bits(size: tuple[int, int], resize: Any, crop: tuple[int, int], resample: int) -> None:
+    assert_bit_identical([noise(*size)], replace(SPEC, resize=resize, crop=crop, resample=int(resample)))
+
+
+@pytest.mark.parametrize("name", ["chelsea.png", "coffee.png", "hubble_deep_field.jpg", "rocket.jpg"])
+def test_photographs_give_the_same_bits(name: str) -> None:
+    image = photograph(name)
+    photographs = [image, image.resize((1280, 960)), image.resize((600, 800))]
+    assert_bit_identical(photographs, SPEC)
+    for each in photographs:
+        for form in ("JPEG", "PNG"):
+            data = encoded(each, form)
+            with Image.open(io.BytesIO(data)) as opened:
+                np.testing.assert_array_equal(preprocess([data], LEVELS), slow_reference([opened.convert("RGB")], SPEC))
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "needed", "expected"),
+    [
+        ((1280, 960), (448, 336), (392, 336), (392, 336)),  # 392 columns end at 1120 of 1280.
+        ((960, 1280), (336, 448), (336, 392), (336, 392)),
+        ((6000, 4000), (504, 336), (420, 336), (420, 336)),
+        ((6000, 4000), (504, 336), (421, 336), (441, 336)),  # In steps of 21 columns, 250 of the source.
+        ((1920, 1080), (597, 336), (466, 336), (597, 336)),  # A step is 199 columns.
+        ((336, 900), (336, 900), (300, 336), (336, 900)),
+        ((253, 715), (336, 949), (214, 519), (336, 949)),  # 584 rows would let Pillow 13 begin with the height.
+    ],
+)
+def test_what_need_not_be_resized(
+    source: tuple[int, int], size: tuple[int, int], needed: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert _resize(Image.new("RGB", source), size, needed, Image.Resampling.BICUBIC).size == expected
+
+
+def test_a_pillow_of_unknown_order_resizes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leanvlm.runtime.preprocess.KNOWN_PILLOW", (1, 0))
+    image = _resize(Image.new("RGB", (1280, 960)), (448, 336), (392, 336), Image.Resampling.BICUBIC)
+    assert image.size == (448, 336)
+
+
 def test_rows_of_a_batch_are_independent() -> None:
     images = [photograph(name) for name in ("coffee.png", "text.png", "logo.png")]
     batch = preprocess(images, SPEC)
@@ -122,6 +227,16 @@ def test_every_kind_of_source_is_the_same_image(tmp_path: Path) -> None:
     path.write_bytes(data)
     for source in (path, str(path), data, image, np.asarray(image)):
         np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(image))
+
+
+def test_an_rgb_image_is_not_copied(tmp_path: Path) -> None:
+    image = photograph()
+    assert load_image(image) is image
+    path = tmp_path / "image.png"
+    path.write_bytes(encoded(image, "PNG"))
+    with Image.open(path) as opened:  # Not decoded yet.
+        loaded = load_image(opened)
+    np.testing.assert_array_equal(np.asarray(loaded), np.asarray(image))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -13,17 +13,17 @@ The same code runs a bundle for cuda on the processor when that is asked for, wi
 
 from __future__ import annotations
 
-import contextlib
-import io
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from leanvlm.runtime.backends.device import DeviceFeatures, DeviceMemory, DeviceRows, Slot, preload_libraries, run_slot
 from leanvlm.runtime.backends.ort import GRAPH_STAGES, PROVIDERS, OrtBackend, check_room, first_line
 from leanvlm.runtime.errors import BackendError, GraphError
 from leanvlm.runtime.gpu import free_memory, misfit
@@ -32,6 +32,7 @@ from leanvlm.runtime.sampling import check_peak
 from leanvlm.runtime.splice import Prompt
 
 Array = npt.NDArray[Any]
+FEATURES = "image_features"
 # Prompts up to FINE places are padded to a multiple of 8, which tensor cores like; longer ones to a multiple of COARSE.
 FINE, COARSE = 256, 64
 # A cache for a short question and answer, to judge whether a model fits before it is loaded.
@@ -97,19 +98,22 @@ class CudaBackend(OrtBackend):
         return [(PROVIDERS["cuda"], options), PROVIDERS["cpu"]]
 
     def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
-        """Return the share of each stage in a vision graph's time.
-
-        The host's clock says nothing of single kernels on a GPU. But a graph can be run as far as one output needs: the
-        unpruned graph as far as its features is vision and project, as far as the class token's attention is vision
-        but for the scored block's end. The rest of the whole is prune.
-        """
+        """Return the share of each stage in a vision graph's time: what it takes longer than the graph that ends before it."""
         if self.device == "cpu":
             return super().vision_shares(budget, pixel_values, runs)
-        whole = self.graph(budget).median_ms(pixel_values, runs)
-        unpruned = self.graph(self.manifest.tokens_per_crop)
-        features = min(unpruned.median_ms(pixel_values, runs, only="image_features"), whole)
-        vision = min(unpruned.median_ms(pixel_values, runs, only="attention"), features)
-        return dict(zip(GRAPH_STAGES, (vision / whole, (features - vision) / whole, 1 - features / whole), strict=True))
+        cuts = [self.manifest.stages[stage] for stage in GRAPH_STAGES[:-1]]
+        ends = [self._median_ms(spec, pixel_values, runs) for spec in (*cuts, self.manifest.vision[budget])]
+        spent = [max(end - start, 0.0) for start, end in zip([0.0, *ends], ends, strict=False)]
+        return {stage: time / sum(spent) for stage, time in zip(GRAPH_STAGES, spent, strict=True)}
+
+    def _median_ms(self, spec: GraphSpec, pixel_values: Array, runs: int) -> float:
+        graph, times = CudaGraph(self.memory(), self.session(spec), spec), []
+        graph.run({"pixel_values": pixel_values})
+        for _ in range(4 * runs):
+            begin = perf_counter()
+            graph.replay(len(pixel_values))
+            times.append(1e3 * (perf_counter() - begin))
+        return median(times)
 
     def misplaced(self, budget: int, pixel_values: Array) -> list[str]:
         """Return the nodes of a vision graph and the decoder that run on the processor, shape arithmetic aside."""
@@ -132,93 +136,6 @@ class CudaBackend(OrtBackend):
             raise BackendError(message)
 
 
-def preload_libraries(ort: Any) -> None:
-    """Let ONNX Runtime find CUDA and cuDNN in Python packages; it prints what it does not find, which its sessions will say."""
-    if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            ort.preload_dlls()
-
-
-class DeviceMemory:
-    """Allocates tensors on one device."""
-
-    def __init__(self, ort: Any, device: str) -> None:
-        self._ort = ort
-        self.device = device
-
-    @property
-    def captures(self) -> bool:
-        """Whether runs are captured as graphs and replayed."""
-        return self.device == "cuda"
-
-    def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Any:
-        """Return an uninitialised tensor."""
-        try:
-            return self._ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype).type, self.device, 0)
-        except Exception as error:  # ONNX Runtime's errors share no base of their own.
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            raise BackendError(f"no memory on the GPU for {size / 1e6:.0f} MB: {first_line(error)}") from error
-
-    def run_options(self, graph_id: int) -> Any:
-        """Return options that capture a run under an id and replay it from then on."""
-        options = self._ort.RunOptions()
-        if self.captures:
-            options.add_run_config_entry("gpu_graph_id", str(graph_id))
-        return options
-
-
-class DeviceFeatures:
-    """The embeddings of B images of one run, (B, K, D); an index gives one image's rows.
-
-    They lie where the graph wrote them, until its next run would overwrite them: then they are kept in the processor's memory.
-    """
-
-    def __init__(self, tensor: Any, shape: tuple[int, int, int]) -> None:
-        self.tensor: Any = tensor
-        self.shape = shape
-        self._kept: Array | None = None
-
-    def __getitem__(self, row: int) -> DeviceRows:
-        return DeviceRows(self, row)
-
-    def numpy(self) -> Array:
-        """Fetch them."""
-        if self._kept is not None:
-            return self._kept
-        fetched: Array = self.tensor.numpy()
-        return fetched
-
-    def keep(self) -> None:
-        """Move them out of the graph's way."""
-        self._kept, self.tensor = self.numpy().copy(), None
-
-
-@dataclass(frozen=True)
-class DeviceRows:
-    """One image's embeddings, (K, D): row `index` of its run's."""
-
-    features: DeviceFeatures
-    index: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(K, D)."""
-        return self.features.shape[1:]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        rows: Array = self.features.numpy()[self.index].astype(dtype or np.float32)
-        return rows
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Tensors bound to one captured graph: names to device tensors, the binding and the run's options."""
-
-    tensors: Mapping[str, Any]
-    binding: Any
-    options: Any
-
-
 class CudaGraph:
     """One vision graph; each batch size has its own tensors and its own captured graph."""
 
@@ -238,50 +155,34 @@ class CudaGraph:
         if before is not None and (held := before()) is not None:
             held.keep()
         slot.tensors["pixel_values"].update_inplace(np.ascontiguousarray(pixels))
-        _run(self._session, slot, "the vision graph")
-        # On the processor numpy() shows the tensor itself, which the next run overwrites.
-        outputs = {t.name: slot.tensors[t.name].numpy().copy() for t in self._spec.outputs if t.name != "image_features"}
-        rows, kept, width = _shape(next(t for t in self._spec.outputs if t.name == "image_features"), batch)
-        features = DeviceFeatures(slot.tensors["image_features"], (rows, kept, width))
-        self._given[batch] = weakref.ref(features)
-        return {**outputs, "image_features": features}
+        run_slot(self._session, slot, "the vision graph")
+        # The arrays are copies: on the processor numpy() shows the tensor itself, which the next run overwrites.
+        outputs: dict[str, Any] = {}
+        for tensor in self._spec.outputs:
+            value = slot.tensors[tensor.name]
+            if tensor.name == FEATURES:
+                rows, kept, width = _shape(tensor, batch)
+                outputs[FEATURES] = features = DeviceFeatures(value, (rows, kept, width))
+                self._given[batch] = weakref.ref(features)
+            else:
+                outputs[tensor.name] = value.numpy().copy()
+        return outputs
 
     def replay(self, batch: int) -> None:
         """Run once more on the pixels of the last run of this batch size: for measuring."""
-        _run(self._session, self._slot(batch), "the vision graph")
+        run_slot(self._session, self._slot(batch), "the vision graph")
 
-    def median_ms(self, pixel_values: Array, runs: int, only: str | None = None) -> float:
-        """Return the median time of a run, in ms; `only` stops where one output is made."""
-        from statistics import median
-        from time import perf_counter
-
-        slot = self._slot(len(pixel_values), only)
-        slot.tensors["pixel_values"].update_inplace(np.ascontiguousarray(pixel_values))
-        times = []
-        for run in range(-3, runs):
-            begin = perf_counter()
-            _run(self._session, slot, "the vision graph")
-            if run >= 0:
-                times.append(1e3 * (perf_counter() - begin))
-        return median(times)
-
-    def _slot(self, batch: int, only: str | None = None) -> Slot:
-        outputs = [t for t in self._spec.outputs if only in (None, t.name)]
-        # The whole graph's ids are the batch sizes; partial runs count down from the largest id.
-        place = 1 if only is None else 1 + [t.name for t in self._spec.outputs].index(only) + 1
-        key = batch * (len(self._spec.outputs) + 2) + place
-        if key not in self._slots:
+    def _slot(self, batch: int) -> Slot:
+        if batch not in self._slots:
             binding, tensors = self._session.io_binding(), {}
             for tensor in self._spec.inputs:
                 tensors[tensor.name] = self._memory.empty(_shape(tensor, batch), tensor.dtype)
                 binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
-            for tensor in outputs:
+            for tensor in self._spec.outputs:
                 tensors[tensor.name] = self._memory.empty(_shape(tensor, batch), tensor.dtype)
                 binding.bind_ortvalue_output(tensor.name, tensors[tensor.name])
-            options = self._memory.run_options(key)
-            options.only_execute_path_to_fetches = only is not None
-            self._slots[key] = Slot(tensors, binding, options)
-        return self._slots[key]
+            self._slots[batch] = Slot(tensors, binding, self._memory.run_options(batch))
+        return self._slots[batch]
 
 
 class CudaScores:
@@ -383,13 +284,13 @@ class CudaDecoder:
 
     def replay(self) -> None:
         """Run the last step's graph again as it stands: for measuring."""
-        _run(self._session, self._slot(1), "the decoder")
+        run_slot(self._session, self._slot(1), "the decoder")
 
     def _run(self, slot: Slot, positions: npt.NDArray[np.int64]) -> CudaScores:
         slot.tensors["attention_mask"].update_inplace(self._mask)
         if self._positioned:
             slot.tensors["position_ids"].update_inplace(positions[None])
-        _run(self._session, slot, "the decoder")
+        run_slot(self._session, slot, "the decoder")
         return CudaScores(slot.tensors)
 
     def _padded(self, length: int) -> int:
@@ -479,10 +380,3 @@ def _decoder_probe(spec: DecoderSpec, length: int = 8) -> dict[str, Array]:
         tensor.name: known[tensor.name] if tensor.name in known else np.zeros(caches, spec.kv_dtype)
         for tensor in spec.graph.inputs
     }
-
-
-def _run(session: Any, slot: Slot, what: str) -> None:
-    try:
-        session.run_with_iobinding(slot.binding, slot.options)
-    except Exception as error:  # As above.
-        raise BackendError(f"{what} failed: {first_line(error)}") from error
