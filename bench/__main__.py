@@ -34,6 +34,9 @@ def main() -> None:
     genai = commands.add_parser("genai-decoder", help="build a checkpoint's decoder for onnxruntime-genai's own loop")
     genai.add_argument("--checkpoint", type=Path, required=True)
     genai.add_argument("--output", type=Path, required=True, help="folder to write")
+    kernels = commands.add_parser("kernels", help="list the GPU's kernels of each stage of a bundle")
+    kernels.add_argument("bundle", type=Path)
+    kernels.add_argument("--budget", type=int, default=64, help="image tokens kept")
     latency = commands.add_parser("latency", help="time every stage on a GPU beside transformers and PyTorch")
     latency.add_argument("--checkpoint", type=Path, required=True, help="what the bundles were exported from")
     latency.add_argument("--fp16", type=Path, required=True, help="its bundle for cuda in fp16")
@@ -56,6 +59,10 @@ def main() -> None:
             from bench.genai import build
 
             print(build(args.checkpoint, args.output, "fp16", "cuda"))
+        if args.command == "kernels":
+            from bench.kernels import kernel_tables
+
+            print(kernel_tables(args.bundle, args.budget))
         if args.command == "latency":
             bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
             static, genai, device = not args.no_static, args.genai, args.device
