@@ -2,8 +2,8 @@
 
 Ours run as a user's would: two bundles that `leanvlm export` wrote of one checkpoint, opened with `leanvlm.runtime`. Budgets
 and precisions take turns, so that a drift of the machine touches all alike. The time to the first token ends with its id on the
-host. It begins with decoded pixels of the model's own size, so that the processor's resizing, which is bounded by itself, does
-not hide the rest (`ttft_64`); with decoded pixels of 1280 x 960 (`ttft_64_pixels`); or with JPEG bytes of that (`ttft_64_jpeg`).
+host. It begins with decoded pixels of the model's own size (`ttft_64`), so that the processor's resizing, which is bounded by
+itself, does not hide the rest; with decoded pixels of 1280 x 960 (`…_pixels`); or with JPEG bytes of them (`…_jpeg`).
 """
 
 from __future__ import annotations

@@ -21,9 +21,10 @@ KEPT_OVERLAP = {"fp32": 0.98, "fp16": 0.90}
 LOGITS = {"fp32": 1e-4, "fp16": 3e-2, "int8": None, "int4": None}
 
 # Least cosine between first-position logits and the reference. Rounded weights keep the direction, not the digits. Measured
-# on random weights, the hardest case: int8 0.999; int4 in blocks of 32 0.91 at a decoder width of 256 and 0.81 at 128. A
+# on random weights, the hardest case: int8 0.999; int4 in blocks of 32 0.91 at a decoder width of 256 and 0.81 at 128, with
+# three layers each; 0.655 with 32 layers of 4096, where every layer adds its rounding and no structure averages it out. A
 # wiring error leaves no direction at all (|cosine| under 0.2 there), which is what this catches.
-LOGITS_COSINE = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.99, "int4": 0.70}
+LOGITS_COSINE = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.99, "int4": 0.50}
 
 # Greedy tokens must be the reference's where the weights are not rounded, unless the two best logits of the reference are
 # nearer to each other than this share of max |logits|: then either is right.

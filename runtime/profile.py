@@ -1,8 +1,8 @@
 """`leanvlm profile`: every stage timed, for a budget and for the unpruned model, turn by turn in one run.
 
 Wall times: preprocess, the vision graph, splice, prefill, sample and decode. The vision graph is one call, so its time is
-divided among vision, project and prune by their shares in a separate pass with ONNX Runtime's node profiler; those three are
-marked. Peak memory is that of a fresh process that opens one budget only.
+divided among vision, project and prune by their shares in a separate pass: with ONNX Runtime's node profiler on the processor,
+with graphs that end before a stage on a GPU; those three are marked. Peak memory is that of a fresh process that opens one budget only.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from PIL import Image
 
 from leanvlm.runtime.answer import STAGES, Answer, Timings
 from leanvlm.runtime.errors import BackendError
+from leanvlm.runtime.gpu import gpus
 from leanvlm.runtime.preprocess import load_image, preprocess
 from leanvlm.runtime.session import Session, load
 
@@ -86,8 +87,12 @@ def measure(config: ProfileConfig, on_step: Callable[[str], None] = lambda step:
         return {**_conditions(config, session), "budgets": figures, "speedup": _speedup(figures, asked, whole)}
 
 
-def peak_memory(config: ProfileConfig, budget: int) -> int:
-    """Return the peak resident memory, in bytes, of a fresh process that answers once at one budget."""
+def peak_memory(config: ProfileConfig, budget: int) -> dict[str, int | None]:
+    """Return the peak memory of a fresh process that answers once at one budget, in bytes.
+
+    Returns:
+        `resident`, the processor's; and `device`, the GPU's with its context, None without one or where no one tells.
+    """
     arguments = {
         "bundle": str(config.bundle),
         "image": str(config.image) if config.image else None,
@@ -101,7 +106,8 @@ def peak_memory(config: ProfileConfig, budget: int) -> int:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BackendError(f"the memory measurement failed: {' '.join(done.stderr.split())[-300:]}")
-    return int(done.stdout.split()[-1])
+    peaks: dict[str, int | None] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
 
 
 def answer_once(session: Session, prompt: str, image: bytes, budget: int, max_new_tokens: int) -> Answer:
@@ -122,7 +128,7 @@ def read_image(path: Path | None) -> bytes:
     return buffer.getvalue()
 
 
-def _figures(answers: Sequence[Answer], shares: dict[str, float], peak: int) -> dict[str, Any]:
+def _figures(answers: Sequence[Answer], shares: dict[str, float], peak: dict[str, int | None]) -> dict[str, Any]:
     timings = [answer.timings for answer in answers]
     graph = [t.vision for t in timings]
     samples = {
@@ -147,7 +153,8 @@ def _figures(answers: Sequence[Answer], shares: dict[str, float], peak: int) -> 
         "time_to_first_token_p90_ms": float(np.quantile(first, 0.9)),
         "inter_token_latency_ms": float(np.median(between)),
         "output_tokens_per_s": float(1e3 * len(between) / sum(between)),
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": peak["resident"],
+        "peak_device_bytes": peak["device"],
         "image_tokens": {"total": pruning.total, "kept": pruning.kept},
         "prompt_tokens": answers[0].prompt_tokens,
     }
@@ -180,7 +187,7 @@ def _conditions(config: ProfileConfig, session: Session) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "bundle": str(config.bundle),
-        "device": f"{session.backend.device}: {_processor()}",
+        "device": f"{session.backend.device}: {_device(session.backend.device)}",
         "versions": versions,
         "threads": config.threads or os.cpu_count(),
         "runs": config.runs,
@@ -189,6 +196,12 @@ def _conditions(config: ProfileConfig, session: Session) -> dict[str, Any]:
         "pruner": session.manifest.pruner.name,
         "precision": session.manifest.precision,
     }
+
+
+def _device(device: str) -> str:
+    """Return the name of the GPU, with the processor that drives it, or of the processor alone."""
+    found = gpus() if device == "cuda" else []
+    return f"{found[0].name}, {_processor()}" if found else _processor()
 
 
 def _processor() -> str:

@@ -22,6 +22,7 @@ COLOURS = {
     "sample": "#CC79A7",
 }
 SHARED = ("vision", "project", "prune")
+SHARED_NOTE = "share of the vision graph's wall time, from a separate pass"
 
 
 def print_table(figures: dict[str, Any]) -> None:
@@ -41,8 +42,10 @@ def print_table(figures: dict[str, Any]) -> None:
         table.add_row(title, *(f"{v[key]:.2f}" for v in budgets.values()))
     table.add_row("tokens per second", *(f"{v['output_tokens_per_s']:.1f}" for v in budgets.values()))
     table.add_row("peak memory, MB", *(f"{v['peak_memory_bytes'] / 1e6:.0f}" for v in budgets.values()))
+    if any(v["peak_device_bytes"] for v in budgets.values()):
+        table.add_row("peak GPU memory, MB", *(_megabytes(v["peak_device_bytes"]) for v in budgets.values()))
     console.print(table)
-    print("* share of the vision graph's wall time, from a separate pass with the node profiler")
+    print(f"* {SHARED_NOTE}")
     print(f"{figures['device']}; {figures['threads']} threads; {_versions(figures)}")
     print(f"time to first token: {figures['speedup']:.2f} times sooner than unpruned")
 
@@ -66,7 +69,7 @@ td,th{{padding:.15rem 1rem;text-align:right}} td:first-child,th:first-child{{tex
 The first token comes <b>{figures["speedup"]:.2f} times</b> sooner than unpruned.</p>
 <h2>Time to first token of the median run, ms</h2>{bars}<p>{legend}</p>
 <h2>Stages, ms: p50 (p90)</h2><table><tr><th>stage</th>{heads}</tr>{rows}</table>
-<p>vision, project and prune are shares of the vision graph's wall time, from a separate pass with the node profiler.</p>
+<p>vision, project and prune: {SHARED_NOTE}.</p>
 </html>
 """,
         encoding="utf-8",
@@ -85,6 +88,10 @@ def _bar(values: dict[str, Any], longest: float) -> str:
 
 def _row(stage: str, values: list[dict[str, float]]) -> str:
     return f"<tr><td>{stage}</td>{''.join(f'<td>{_both(v)}</td>' for v in values)}</tr>"
+
+
+def _megabytes(count: int | None) -> str:
+    return "not known" if count is None else f"{count / 1e6:.0f}"
 
 
 def _both(value: dict[str, float]) -> str:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from leanvlm.runtime.answer import Pruning
 
-Embeddings = npt.NDArray[np.float32]
+Embeddings = npt.NDArray[np.floating[Any]]
 
 
 class Rows(Protocol):
@@ -61,11 +61,10 @@ class Prompt:
         """Return S, the places that the prompt takes."""
         return len(self.places)
 
-    def embeddings(self) -> Embeddings:
+    def embeddings(self, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
         """Return the prompt itself, (S, D), in the processor's memory."""
-        rows = [self.text, *(np.asarray(image.embeddings, dtype=np.float32) for image in self.images)]
-        whole: Embeddings = np.concatenate(rows)[self.places]
-        return whole
+        rows = [np.asarray(part, dtype) for part in (self.text, *(image.embeddings for image in self.images))]
+        return np.concatenate(rows)[self.places]
 
 
 def splice(segments: Sequence[Embeddings], images: Sequence[ImageFeatures], positions: str) -> Prompt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from PIL import Image
 from leanvlm.demo import MODEL_DIR, SAMPLES_DIR
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.backends import cuda
-from leanvlm.runtime.errors import LeanVLMWarning
+from leanvlm.runtime.errors import BackendError, LeanVLMWarning, VerificationError
+from leanvlm.runtime.manifest import FileSpec, read_manifest
 from leanvlm.runtime.preprocess import preprocess
-from leanvlm.runtime.session import user_message
+from leanvlm.runtime.session import GenerateOptions, user_message
+from leanvlm.runtime.splice import splice
 
 BUDGET, NEW_TOKENS = 64, 32
 PROMPT = "Describe the image."
@@ -129,16 +132,10 @@ def test_images_of_one_run_and_of_several_give_the_same_answer(session: Session,
     twice = [session.encode_images([image], BUDGET)[0] for image in images]
     for one, other in zip(once, twice, strict=True):
         np.testing.assert_array_equal(one.pruning.indices, other.pruning.indices)
-    options = cuda_options()
+    options = GenerateOptions(max_new_tokens=8, ignore_end=True)
     assert (
         session.respond(messages, once, options).answer.token_ids == session.respond(messages, twice, options).answer.token_ids
     )
-
-
-def cuda_options() -> Any:
-    from leanvlm.runtime.session import GenerateOptions
-
-    return GenerateOptions(max_new_tokens=8, ignore_end=True)
 
 
 def test_padding_a_prompt_changes_nothing(session: Session, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,3 +153,100 @@ def test_buckets_cover_every_length() -> None:
     assert all(found < length + 8 for length, found in zip(range(1, 257), padded, strict=False))
     assert padded == sorted(padded)
     assert len(set(padded)) <= 32 + 28
+
+
+def test_a_longer_sequence_starts_a_new_cache(session: Session, images: list[Image.Image]) -> None:
+    alone = _answer(session, images[:1])
+    session.generate(PROMPT, images[:1], max_new_tokens=1500)
+    assert _answer(session, images[:1]) == alone
+
+
+def test_sampling_reads_the_logits(session: Session, images: list[Image.Image]) -> None:
+    drawn = {tuple(_answer(session, images[:1], temperature=3.0, seed=seed)) for seed in (1, 1, 2, 3)}
+    assert 1 < len(drawn) <= 3
+    assert list(_answer(session, images[:1], temperature=1e-4, seed=5)) == _answer(session, images[:1])
+
+
+def test_decoder_refuses_more_than_its_cache(session: Session) -> None:
+    decoder = session.backend.decoder()
+    decoder.start(4)
+    with pytest.raises(BackendError, match="5 positions do not fit a cache of 4"):
+        decoder.load(splice([session.table.rows([1, 2, 3, 4, 5])], [], "compact"))
+
+
+def test_logits_that_are_no_numbers_are_an_error(session: Session) -> None:
+    decoder = session.backend.decoder()
+    decoder.start(8)
+    decoder.load(splice([np.full((3, session.table.width), np.nan, np.float16)], [], "compact"))
+    with pytest.raises(BackendError, match="cannot be sampled"):
+        decoder.prefill().greedy()
+
+
+def test_a_model_that_does_not_fit_says_what_would(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = dataclasses.replace(read_manifest(bundle), files={"decoder.onnx.data": FileSpec(14_100_000_000, "")})
+    backend = object.__new__(cuda.CudaBackend)
+    backend.manifest = manifest
+    monkeypatch.setattr(cuda, "free_memory", lambda: (8_000_000_000, 8_500_000_000))
+    with pytest.raises(BackendError, match=r"needs 14\.5 GB of GPU memory.*8\.0 GB are free.*int4") as refusal:
+        backend._check_memory()
+    assert "\n" not in str(refusal.value)
+    monkeypatch.setattr(cuda, "free_memory", lambda: (20_000_000_000, 24_000_000_000))
+    backend._check_memory()
+    monkeypatch.setattr(cuda, "free_memory", lambda: None)
+    backend._check_memory()
+
+
+def test_nodes_off_the_device_are_named(bundle: Path) -> None:
+    """A profile taken on the processor, judged as one of a GPU's: the work is misplaced, the arithmetic of shapes is not."""
+    with load(bundle, device="cpu") as session:
+        backend: Any = session.backend
+        pixels = np.zeros((1, 3, *session.manifest.image.size), np.uint8)
+        events = backend.node_events(session.manifest.vision[BUDGET], {"pixel_values": pixels})
+    found = cuda.misplaced_nodes(events, "CUDAExecutionProvider")
+    assert any(entry.endswith("(MatMul on CPU)") for entry in found)
+    assert any("/vision/blocks/0/self_attn" in entry for entry in found)
+    assert not any("(Shape on" in entry for entry in found)
+    assert cuda.misplaced_nodes(events, "CPUExecutionProvider") == []
+
+
+def test_a_misplaced_node_fails_the_verification() -> None:
+    from leanvlm.exporter import verify
+
+    with pytest.raises(VerificationError, match=r"budget 64: 6 nodes .*a \(Add on CPU\).* and 1 more"):
+        verify._check_placement(64, [f"{name} (Add on CPU)" for name in "abcdef"])
+    verify._check_placement(64, [])
+
+
+@pytest.mark.skipif(HAS_GPU, reason="this machine has a CUDA device")
+def test_without_a_gpu_a_bundle_runs_only_where_it_is_asked_to(bundle: Path, demo_bundle: Path) -> None:
+    with pytest.raises(BackendError, match="does not offer cuda"):
+        load(bundle)
+    with pytest.raises(BackendError, match="does not offer cuda"):
+        load(demo_bundle, device="cuda")
+    with pytest.warns(LeanVLMWarning, match="a bundle for cuda runs on cpu"):
+        load(bundle, device="cpu").close()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_rounded_decoders_export_for_cuda(tiny_llava: Path, tmp_path: Path, precision: str) -> None:
+    from leanvlm.exporter import ExportConfig, export
+
+    manifest = export(ExportConfig(str(tiny_llava), (16,), tmp_path / "out", target="cuda", precision=precision))
+    assert manifest.vision[16].inputs[0].dtype == "uint8"
+    assert manifest.vision[16].outputs[0].dtype == manifest.decoder.kv_dtype == "float16"
+    assert {tensor.name for tensor in manifest.decoder.graph.outputs} >= {"logits", "next_token", "top_logit"}
+    with load(tmp_path / "out", device=DEVICE) as session:
+        assert len(_answer(session, [np.zeros((50, 70, 3), np.uint8)])) == NEW_TOKENS
+
+
+def test_original_positions_equal_the_other_backend(tiny_llava: Path, tmp_path: Path) -> None:
+    """The graph for cuda in half precision against the processor's in fp32, with gaps between the kept tokens' places."""
+    from leanvlm.exporter import ExportConfig, export
+
+    answers = []
+    image = np.random.default_rng(1).integers(0, 256, (90, 120, 3)).astype(np.uint8)
+    for target in ("cpu", "cuda"):
+        export(ExportConfig(str(tiny_llava), (16,), tmp_path / target, target=target, positions="original"))
+        with load(tmp_path / target, device="cpu") as session:
+            answers.append(session.generate("Why?", [image], max_new_tokens=6, ignore_end=True).token_ids)
+    assert answers[0] == answers[1]

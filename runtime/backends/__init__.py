@@ -62,7 +62,7 @@ class Decoder(Protocol):
         """Read the loaded prompt; the scores are those of its last place. They hold until the next call."""
         ...
 
-    def step(self, embedding: npt.NDArray[np.float32], position: int) -> Scores:
+    def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> Scores:
         """Append one token's embedding (D,) at a position and return the scores of the next. They hold until the next call."""
         ...
 

@@ -231,7 +231,9 @@ class CudaDecoder:
         spec, shape = self._spec, (1, self._spec.kv_heads, capacity, self._spec.head_dim)
         for layer in range(spec.layers):
             for part in ("key", "value"):
-                self._caches[f"{layer}.{part}"] = self._memory.empty(shape, self._dtype)
+                # Whatever lies in fresh memory may be no number, which even a weight of zero lets through.
+                self._caches[f"{layer}.{part}"] = cache = self._memory.empty(shape, self._dtype)
+                cache.update_inplace(np.zeros(shape, self._dtype))
         self._mask = np.zeros((1, capacity), np.int64)
         self._capacity = capacity
 
@@ -240,12 +242,13 @@ class CudaDecoder:
         check_room(len(prompt), self._capacity)
         self._prompt = prompt
         slot = self._slot(self._padded(len(prompt)))
-        text = prompt.text.astype(self._dtype)
+        text = prompt.text.astype(self._dtype, copy=False)
         shared = _shared_features(prompt)
         if shared is None:
             # No image, or images of several runs, as in a chat: the processor puts them together.
-            rows = np.concatenate([text, *(np.asarray(i.embeddings, self._dtype) for i in prompt.images)])
-            self._upload(slot, rows, prompt)
+            whole = np.zeros((1, self._padded(len(prompt)), self._spec.hidden_size), self._dtype)
+            whole[0, : len(prompt)] = prompt.embeddings(self._dtype)
+            slot.tensors["inputs_embeds"].update_inplace(whole)
             return
         binding = self._splice.io_binding()
         binding.bind_cpu_input("text", text)
@@ -273,13 +276,13 @@ class CudaDecoder:
         self.length = length
         return scores
 
-    def step(self, embedding: npt.NDArray[np.float32], position: int) -> CudaScores:
+    def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> CudaScores:
         """Append one embedding (D,) at a position."""
         check_room(self.length + 1, self._capacity)
         slot = self._slot(1)
         self.length += 1
         self._mask[0] = np.arange(self._capacity) < self.length
-        slot.tensors["inputs_embeds"].update_inplace(embedding.astype(self._dtype)[None, None])
+        slot.tensors["inputs_embeds"].update_inplace(embedding.astype(self._dtype, copy=False)[None, None])
         return self._run(slot, np.array([position], np.int64))
 
     def replay(self) -> None:
@@ -295,11 +298,6 @@ class CudaDecoder:
 
     def _padded(self, length: int) -> int:
         return min(bucket(length), self._capacity) if self._memory.captures else length
-
-    def _upload(self, slot: Slot, rows: Array, prompt: Prompt) -> None:
-        whole = np.zeros((1, self._padded(len(prompt)), rows.shape[1]), self._dtype)
-        whole[0, : len(prompt)] = rows[prompt.places]
-        slot.tensors["inputs_embeds"].update_inplace(whole)
 
     def _slot(self, length: int) -> Slot:
         """Return the tensors for inputs of one length: 1 is the decode step, every other a prompt's."""

@@ -192,7 +192,7 @@ class OrtDecoder:
         self._binding: Any = None
         self._capacity = 0
         self._prompt: Prompt | None = None
-        self._embeddings: npt.NDArray[np.float32] = np.empty((0, spec.hidden_size), np.float32)
+        self._embeddings: npt.NDArray[np.floating[Any]] = np.empty((0, spec.hidden_size), np.float32)
         self.length = 0
 
     def start(self, capacity: int) -> None:
@@ -219,11 +219,11 @@ class OrtDecoder:
         assert self._prompt is not None, "load comes before prefill"
         return self._append(self._embeddings, self._prompt.positions)
 
-    def step(self, embedding: npt.NDArray[np.float32], position: int) -> OrtScores:
+    def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> OrtScores:
         """Append one embedding (D,) at a position."""
         return self._append(embedding[None], np.array([position], dtype=np.int64))
 
-    def _append(self, embeddings: npt.NDArray[np.float32], positions: npt.NDArray[np.int64]) -> OrtScores:
+    def _append(self, embeddings: npt.NDArray[np.floating[Any]], positions: npt.NDArray[np.int64]) -> OrtScores:
         """Append embeddings (S, D) at positions (S,) and return the last one's scores.
 
         A decoder of a bundle with compact positions counts by itself and is not given them.
