@@ -37,16 +37,18 @@ def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
     # More inputs are a mask or a cache.
     if node.op_type != "Attention" or node.domain not in ("", "ai.onnx") or len([v for v in node.inputs if v is not None]) != 3:
         return False
+    if node.attributes.get_int("is_causal", 0) or node.attributes.get_float("softcap", 0):
+        return False
     splits = [_split(value) for value in node.inputs]
     merged = _after_merge(node.outputs[0])
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    if any(s is None for s in splits) or merged is None or shape is None:
+    if any(s is None for s in splits) or merged is None:
         return False
-    heads = shape[1]
-    if not isinstance(heads, int):
+    heads = {value.shape[1] if value is not None and value.shape is not None else None for value in node.inputs}
+    count = heads.pop()
+    if heads or not isinstance(count, int):  # Grouped keys have another operator.
         return False
     found = [s for s in splits if s is not None]
-    attributes: dict[str, Any] = {"num_heads": heads}
+    attributes: dict[str, Any] = {"num_heads": count}
     if "scale" in node.attributes:
         attributes["scale"] = node.attributes.get_float("scale")
     name, parts = node.name or "", _packable(found)
@@ -70,8 +72,11 @@ def _split(value: ir.Value | None) -> ir.Node | None:
 def _after_merge(value: ir.Value) -> ir.Value | None:
     """Return the (B, S, D) that a (B, H, S, d) becomes."""
     turned = _only_user(value, "Transpose")
-    merged = _only_user(turned.outputs[0], "Reshape") if turned is not None else None
-    return merged.outputs[0] if merged is not None else None
+    if turned is None or tuple(turned.attributes.get_ints("perm", ())) != (0, 2, 1, 3):
+        return None
+    merged = _only_user(turned.outputs[0], "Reshape")
+    shape = merged.outputs[0].shape if merged is not None else None
+    return merged.outputs[0] if merged is not None and shape is not None and len(shape) == 3 else None
 
 
 def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:

@@ -25,7 +25,7 @@ def fold_bias_columns(model: ir.Model) -> int:
 
 def _fold(graph: ir.Graph, node: ir.Node) -> bool:
     found = linear(node.inputs[0]) if node.op_type == "QuickGelu" else None
-    if found is None:
+    if found is None or found.x.shape is None or len(found.x.shape) != 3:
         return False
     old, name, (rows, columns) = node.inputs[0], found.product.name or "", found.shape
     assert old is not None

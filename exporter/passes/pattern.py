@@ -102,7 +102,8 @@ def lazy_constant(
 
 
 def constant(graph: ir.Graph, name: str, values: Array) -> ir.Value:
-    """Add a small constant; the same name gives the one that is there."""
+    """Add a small constant; the same name and type give the one that is there."""
+    name = f"{name}.{values.dtype.name}"
     if name in graph.initializers:
         return graph.initializers[name]
     value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(ir.DataType.from_numpy(values.dtype)))
@@ -121,6 +122,8 @@ def contrib_node(
 def replace_value(old: ir.Value, new: ir.Value) -> None:
     """Let every user of `old` use `new`, which takes over its type, and its name if it is an output of the graph."""
     new.shape, new.type = old.shape, old.type
+    if old.is_graph_output():
+        new.name, old.name = old.name, None
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 

@@ -24,11 +24,12 @@ def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
     if total is None or len(node.inputs) < 3 or node.attributes.get_int("axis", -1) != -1:
         return False
     skip, x = total.inputs
+    if not _same_rows(skip, x):
+        return False
     if is_constant(x, rank=2) and x is not None:  # Position embeddings (S, D), the same for every image.
         skip, x = constant(graph, f"{x.name}_row", array(x)[None]), skip
     elif is_constant(skip) or is_constant(x):
         return False
-    # Each sum that is not over two tensors of one shape is a bias, and no residual.
     biased = producer(x, "Add")
     bias = None
     if biased is not None and is_constant(biased.inputs[1], rank=1) and x is not None and len(list(x.uses())) == 1:
@@ -45,3 +46,10 @@ def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
     else:
         fused.outputs[3].name = ""
     return True
+
+
+def _same_rows(skip: ir.Value | None, x: ir.Value | None) -> bool:
+    """Whether both are (B, S, D), or the second is (S, D): a sum that is broadcast in another way is no residual."""
+    if skip is None or x is None or skip.shape is None or x.shape is None or len(skip.shape) != 3:
+        return False
+    return len(x.shape) in (2, 3) and list(x.shape) == list(skip.shape)[-len(x.shape) :]
