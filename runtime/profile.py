@@ -2,7 +2,8 @@
 
 Wall times: preprocess, the vision graph, splice, prefill, sample and decode. The vision graph is one call, so its time is
 divided among vision, project and prune by their shares in a separate pass: with ONNX Runtime's node profiler on the processor,
-with graphs that end before a stage on a GPU; those three are marked. Peak memory is that of a fresh process that opens one budget only.
+with graphs that end before a stage on a GPU; those three are marked. Peak memory is that of a fresh process that opens one
+budget only.
 """
 
 from __future__ import annotations

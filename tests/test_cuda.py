@@ -146,6 +146,17 @@ def test_padding_a_prompt_changes_nothing(session: Session, images: list[Image.I
         assert [_answer(padded, images[:count], budget=BUDGET) for count in (0, 1, 2)] == plain
 
 
+def test_tensors_of_few_lengths_are_kept_and_the_step_s_always(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "PROMPT_SLOTS", 2)
+    prompts = [PROMPT + " Now." * extra for extra in range(4)]
+    wanted = [_answer(session, [], prompt) for prompt in prompts]
+    with load(session.folder, device=DEVICE) as small:
+        assert [_answer(small, [], prompt) for prompt in [*prompts, prompts[0]]] == [*wanted, wanted[0]]
+        slots = small.decoder()._slots  # type: ignore[attr-defined]
+        assert 1 in slots
+        assert len(slots) <= 3
+
+
 def test_buckets_cover_every_length() -> None:
     lengths = range(1, 2000)
     padded = [cuda.bucket(length) for length in lengths]

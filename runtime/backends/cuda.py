@@ -35,6 +35,8 @@ Array = npt.NDArray[Any]
 FEATURES = "image_features"
 # Prompts up to FINE places are padded to a multiple of 8, which tensor cores like; longer ones to a multiple of COARSE.
 FINE, COARSE = 256, 64
+# Lengths of prompts whose tensors are kept.
+PROMPT_SLOTS = 8
 # A cache for a short question and answer, to judge whether a model fits before it is loaded.
 USUAL_POSITIONS = 512
 # A node on the processor that makes no more integers than this computes a shape.
@@ -301,23 +303,32 @@ class CudaDecoder:
 
     def _slot(self, length: int) -> Slot:
         """Return the tensors for inputs of one length: 1 is the decode step, every other a prompt's."""
-        if length not in self._slots:
-            spec, sizes = self._spec, {"sequence": length, "capacity": self._capacity}
-            tensors = {name: self._memory.empty(shape, dtype) for name, shape, dtype in _decoder_tensors(spec, **sizes)}
-            tensors["last_position"].update_inplace(np.array([length - 1], np.int64))
-            binding = self._session.io_binding()
-            for tensor in spec.graph.inputs:
-                if tensor.name in tensors:
-                    binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
-            for name, cache in self._caches.items():
-                binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
-                binding.bind_ortvalue_output(f"present.{name}", cache)
-            for name in ("logits", "next_token", "top_logit"):
-                binding.bind_ortvalue_output(name, tensors[name])
-            # Never an id again: ONNX Runtime keeps what it captured for one.
-            self._graphs += 1
-            self._slots[length] = Slot(tensors, binding, self._memory.run_options(self._graphs))
+        if length in self._slots:
+            self._slots[length] = self._slots.pop(length)  # The last used comes last.
+            return self._slots[length]
+        # A prompt's tensors are as large as it is long, so those unused for longest go; the step's stay.
+        prompts = [key for key in self._slots if key != 1]
+        if len(prompts) >= PROMPT_SLOTS:
+            del self._slots[prompts[0]]
+        self._slots[length] = self._new_slot(length)
         return self._slots[length]
+
+    def _new_slot(self, length: int) -> Slot:
+        sizes = {"sequence": length, "capacity": self._capacity}
+        tensors = {name: self._memory.empty(shape, dtype) for name, shape, dtype in _decoder_tensors(self._spec, **sizes)}
+        tensors["last_position"].update_inplace(np.array([length - 1], np.int64))
+        binding = self._session.io_binding()
+        for tensor in self._spec.graph.inputs:
+            if tensor.name in tensors:
+                binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
+        for name, cache in self._caches.items():
+            binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
+            binding.bind_ortvalue_output(f"present.{name}", cache)
+        for name in ("logits", "next_token", "top_logit"):
+            binding.bind_ortvalue_output(name, tensors[name])
+        # Never an id again: ONNX Runtime keeps what it captured for one.
+        self._graphs += 1
+        return Slot(tensors, binding, self._memory.run_options(self._graphs))
 
 
 def misplaced_nodes(events: Sequence[Mapping[str, Any]], provider: str) -> list[str]:
