@@ -1,5 +1,7 @@
 # Each target first sets up .venv, once. `make help` lists them.
 PYTHON ?= python3
+# What exports are for: export, or gpu-export on a machine with an NVIDIA GPU.
+EXTRA ?= export
 # Further arguments for pip, such as an index with smaller PyTorch wheels.
 PIP_ARGS ?=
 
@@ -14,7 +16,7 @@ BUNDLE := out/demo-64
 OVERLAY := out/kept.png
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types wheel clean
+.PHONY: help demo test test-slow test-gpu lint types wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,7 +24,7 @@ help: ## list the targets
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("make: exporting needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,dev]' $(PIP_ARGS)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),dev]' $(PIP_ARGS)
 	@touch $@
 
 demo: $(READY) ## export the built-in model, ask it about a sample image, profile it
@@ -38,6 +40,9 @@ test: $(READY) ## run the tests
 
 test-slow: $(READY) ## run the tests that take minutes
 	$(BIN)/pytest -m slow
+
+test-gpu: $(READY) ## run the tests that need a CUDA device; set up with EXTRA=gpu-export
+	$(BIN)/pytest -m gpu
 
 lint: $(READY) ## check style and format
 	$(BIN)/ruff check $(CHECKED)

@@ -121,6 +121,7 @@ def inspect(
     image: Annotated[Path | None, typer.Option(help="Show what pruning does to this image.")] = None,
     overlay: Annotated[Path | None, typer.Option(help="Write the picture here (PNG).")] = None,
     budget: Budget = None,
+    device: Device = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its sha256.")] = False,
 ) -> None:
     """Show what a bundle holds, and what pruning does to an image."""
@@ -134,7 +135,7 @@ def inspect(
         verify_files(bundle, manifest)
     print(describe(bundle, manifest))
     if image is not None:
-        print(inspect_image(bundle, image, budget, overlay))
+        print(inspect_image(bundle, image, budget, overlay, device))
 
 
 @app.command()

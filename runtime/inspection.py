@@ -41,12 +41,12 @@ def _gate_file(manifest: Manifest) -> dict[str, str]:
     return {} if gate is None else {"gate": f"{gate.get('file')}, from {gate.get('images')} {gate.get('source')}"}
 
 
-def inspect_image(folder: Path, image: Path, budget: int | None, overlay: Path | None) -> str:
+def inspect_image(folder: Path, image: Path, budget: int | None, overlay: Path | None, device: str | None = None) -> str:
     """Encode an image and return what pruning did to it; write the picture if asked for."""
     if overlay is not None:
         check_picture_path(overlay)
     picture = load_image(image)
-    with load(folder) as session:
+    with load(folder, device=device) as session:
         chosen = session.manifest.budget(budget)
         pruning = session.encode_images([image], chosen)[0].pruning
         if overlay is not None:
@@ -89,4 +89,5 @@ def _verified(manifest: Manifest) -> str:
         equal = ", ".join(f"{t['equal']} of {t['compared']} at {budget}" for budget, t in tokens.items())
     except (AttributeError, KeyError, TypeError, ValueError):
         return "the record cannot be read"
-    return f"features within {worst:.1e}; greedy tokens equal to the checkpoint's: {equal}"
+    where = manifest.verification.get("device")
+    return (f"on {where}: " if where else "") + f"features within {worst:.1e}; greedy tokens equal to the checkpoint's: {equal}"
