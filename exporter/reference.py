@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.pruners.base import ScoredBlock, VisionTokens
+from leanvlm.exporter.rounding import weights_rounded
 
 Array = npt.NDArray[Any]
 
@@ -84,6 +85,13 @@ class Reference:
             )
         result: Array = out.logits[0].float().cpu().numpy()
         return result
+
+    @contextlib.contextmanager
+    def weights_rounded(self, bits: int, dtype: torch.dtype) -> Iterator[None]:
+        """Let `logits` compute with weights rounded to `bits`, as a graph that computes in `dtype` has them."""
+        # Entered before the weights are widened, so that what comes back is what the checkpoint holds.
+        with weights_rounded(self.checkpoint.family.decoder(self.model), bits, dtype):
+            yield
 
 
 @contextlib.contextmanager

@@ -17,18 +17,19 @@ MERGED = {"fp32": 1e-4, "fp16": 5e-2}
 # Least share of kept tokens that agree with the reference's choice (a tie broken by a rounding error swaps a token).
 KEPT_OVERLAP = {"fp32": 0.98, "fp16": 0.90}
 
-# Largest |logits - reference| / max |reference| at the first position; None where weights are rounded on purpose.
-LOGITS = {"fp32": 1e-4, "fp16": 3e-2, "int8": None, "int4": None}
+# Largest |logits - reference| / max |reference| at the first position. With rounded weights the reference's are rounded alike
+# (`exporter/rounding.py`), so this is again about sums and activations: on the CPU int8 differs by 5e-4 and int4 by 3e-3 (their
+# kernels round activations too), in half precision by 7e-3 and 2.4e-2: a scale kept in 11 bits moves a whole block.
+LOGITS = {"fp32": 1e-4, "fp16": 3e-2, "int8": 3e-2, "int4": 1e-1}
 
-# Least cosine between first-position logits and the reference. Rounded weights keep the direction, not the digits. Measured
-# on random weights, the hardest case: int8 0.999; int4 in blocks of 32 0.91 at a decoder width of 256 and 0.81 at 128, with
-# three layers each; 0.655 with 32 layers of 4096, where every layer adds its rounding and no structure averages it out. A
-# wiring error leaves no direction at all (|cosine| under 0.2 there), which is what this catches.
-LOGITS_COSINE = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.99, "int4": 0.50}
+# Least cosine between first-position logits and the reference's, rounded alike. Measured on random weights, the hardest case:
+# int8 0.99998, int4 0.9997, both in half precision. Against weights that were not rounded it is 0.999 and 0.81 to 0.91: that is
+# what rounding costs a model, which an export reports and no bound judges.
+LOGITS_COSINE = {"fp32": 0.99999, "fp16": 0.999, "int8": 0.999, "int4": 0.995}
 
-# Greedy tokens must be the reference's where the weights are not rounded, unless the two best logits of the reference are
-# nearer to each other than this share of max |logits|: then either is right.
-TOKEN_MARGIN = {"fp32": 2e-4, "fp16": 5e-2}
+# Greedy tokens must be the reference's, unless the two best logits of the reference are nearer to each other than this share of
+# max |logits|: then either is right.
+TOKEN_MARGIN = {"fp32": 2e-4, "fp16": 5e-2, "int8": 5e-2, "int4": 1e-1}
 
 # Preprocessing against the checkpoint's processor, in levels of 255 before normalisation: libraries round a resized
 # pixel up or down.

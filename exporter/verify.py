@@ -2,7 +2,9 @@
 
 Per budget: the image features and the kept tokens of two probe images in one batch, against the unmodified checkpoint. For the
 decoder: first-position logits. For the whole chain: greedy tokens, by one pass of the checkpoint over the same sequence,
-which is the same event as decoding greedily step by step. The figures go into the manifest; a failure leaves no bundle.
+which is the same event as decoding greedily step by step. A decoder with rounded weights is judged by the checkpoint with
+its weights rounded alike, and what rounding costs against the checkpoint as it is, is measured beside it. The figures go into
+the manifest; a failure leaves no bundle.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from PIL import Image
 from leanvlm.exporter import tolerances
 from leanvlm.exporter.pruners.base import Pruner
 from leanvlm.exporter.reference import Reference, cosine, relative_difference
+from leanvlm.exporter.rounding import BITS
 from leanvlm.runtime.errors import VerificationError
 from leanvlm.runtime.manifest import GraphSpec
 from leanvlm.runtime.preprocess import preprocess
@@ -179,25 +182,36 @@ def _compare_chain(
         features: The checkpoint's own features of it (N, D); None where tokens were merged, which exist in the bundle only
             and have been compared before.
         budget: The budget to use.
+
+    Returns:
+        Differences of the first logits, and how many tokens are equal or wrong; `unrounded` holds the same against the
+        checkpoint's own weights, where the bundle's are rounded.
     """
     answer = session.generate(PROMPT, [image], budget=budget, max_new_tokens=NEW_TOKENS, ignore_end=True)
     encoded = session.encode_images([image], budget)[0]
     ids = session.prompt_ids([user_message(PROMPT, 1)], 1)
     prompt = session.splice(ids, [encoded])
-    expected = _judged(reference, session, ids, encoded, features, answer.token_ids)
+    precision, dtype = session.manifest.precision, getattr(torch, session.manifest.decoder.kv_dtype)
+    expected = exact = _judged(reference, session, ids, encoded, features, answer.token_ids)
+    if precision in BITS:
+        with reference.weights_rounded(BITS[precision], dtype):
+            expected = _judged(reference, session, ids, encoded, features, answer.token_ids)
     decoder = session.decoder()
     decoder.start(len(prompt))
     decoder.load(prompt)
     first = decoder.prefill().logits()
-    best = expected.argmax(axis=1)
-    near = tolerances.TOKEN_MARGIN.get(session.manifest.precision, np.inf) * np.abs(expected).max()
+    near = tolerances.TOKEN_MARGIN[precision] * np.abs(expected).max()
     gaps = expected.max(axis=1) - expected[np.arange(NEW_TOKENS), list(answer.token_ids)]
+    measured = _agreement(first, answer.token_ids, expected) | {"compared": NEW_TOKENS, "wrong": int((gaps > near).sum())}
+    return measured | ({"unrounded": _agreement(first, answer.token_ids, exact)} if precision in BITS else {})
+
+
+def _agreement(first: Array, answer: Sequence[int], expected: Array) -> dict[str, Any]:
+    """Return how near the first logits (V,) and an answer are to expected logits (len(answer), V)."""
     return {
         "logits": relative_difference(first, expected[0]),
         "cosine": cosine(first, expected[0]),
-        "compared": NEW_TOKENS,
-        "equal": int((best == np.asarray(answer.token_ids)).sum()),
-        "wrong": int((gaps > near).sum()),
+        "equal": int((expected.argmax(axis=1) == np.asarray(answer)).sum()),
     }
 
 
@@ -221,7 +235,7 @@ def _judged(
 def _check_chain(budget: int, measured: Mapping[str, Any], precision: str) -> None:
     where = f"decoder at budget {budget}"
     limit = tolerances.LOGITS[precision]
-    if limit is not None and not measured["logits"] <= limit:
+    if not measured["logits"] <= limit:
         raise VerificationError(f"{where}: logits differ by {measured['logits']:.2g} of their range, over {limit:g}")
     least = tolerances.LOGITS_COSINE[precision]
     if not measured["cosine"] >= least:

@@ -118,11 +118,20 @@ def test_half_precision_checkpoints_export(tmp_path: Path, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_quantised_decoders_stay_near(tiny_llava: Path, tmp_path: Path, precision: str) -> None:
+    """To the checkpoint with weights rounded alike nearly exactly, to the checkpoint itself less; and not to another one."""
     manifest = export(ExportConfig(str(tiny_llava), (16,), tmp_path / "out", precision=precision))
-    cosines = [t["cosine"] for t in manifest.verification["tokens"].values()]
-    assert min(cosines) >= tolerances.LOGITS_COSINE[precision]
+    for tokens in manifest.verification["tokens"].values():
+        assert tokens["cosine"] >= tolerances.LOGITS_COSINE[precision]
+        assert tokens["equal"] == tokens["compared"]
+        assert 0.5 < tokens["unrounded"]["cosine"] < tokens["cosine"]
+    checkpoint = open_checkpoint(ExportConfig(str(tiny_llava)))
+    reference = Reference(checkpoint, load_model(checkpoint).float())
+    attention = reference.model.model.language_model.layers[1].self_attn
+    attention.k_proj.weight.data = attention.k_proj.weight.data.flip(0)
     with load(tmp_path / "out") as session:
         answer = session.generate("What?", [np.zeros((50, 70, 3), np.uint8)], max_new_tokens=5, ignore_end=True)
+        with pytest.raises(VerificationError, match="decoder at budget 16"):
+            verify.verify(session, reference, {16: parse("agile", keep=16)})
     assert len(answer.token_ids) == 5
 
 

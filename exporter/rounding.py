@@ -1,0 +1,71 @@
+"""Weights rounded to 8 or 4 bits, in torch: the model that a decoder with rounded weights is compared with.
+
+The rounding is that of ONNX Runtime's `MatMulNBits` without zero points, written from the operator's documentation: blocks
+of 32 along the input axis, each with one scale, set so that its value of largest magnitude becomes the lowest level. The
+exporter's quantiser is not used, so its mistakes would show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Precision of a decoder to bits of a weight, where weights are rounded.
+BITS = {"int8": 8, "int4": 4}
+BLOCK = 32
+
+
+def rounded(weight: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Return a weight as a graph with rounded weights sees it.
+
+    Args:
+        weight: Matrix (outputs, inputs).
+        bits: Bits of one level, 2 to 8.
+        dtype: In which the graph computes; weights are brought to it before they are rounded, and scales are kept in it.
+
+    Returns:
+        Matrix of the same shape, fp32.
+    """
+    rows, columns = weight.shape
+    padded = nn.functional.pad(weight.to(dtype).float(), (0, -columns % BLOCK))
+    blocks = padded.reshape(rows, -1, BLOCK)
+    largest = blocks.gather(2, blocks.abs().argmax(dim=2, keepdim=True))
+    lowest = -(2 ** (bits - 1))
+    scale = largest / lowest
+    # A block of zeros has scale 0, and 0 / 0 is no level.
+    levels = (blocks / scale).nan_to_num().round().clamp(lowest, -lowest - 1)
+    result: Tensor = (levels * scale.to(dtype).float()).reshape(rows, -1)[:, :columns]
+    return result
+
+
+@contextlib.contextmanager
+def weights_rounded(module: nn.Module, bits: int, dtype: torch.dtype) -> Iterator[None]:
+    """Round the weights of all linear layers of a module, each only while it runs; see `rounded`."""
+    handles = []
+    for leaf in module.modules():
+        if isinstance(leaf, nn.Linear):
+            handles.append(leaf.register_forward_pre_hook(_round(bits, dtype)))
+            handles.append(leaf.register_forward_hook(_restore(leaf.weight.data)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _round(bits: int, dtype: torch.dtype) -> Any:
+    def hook(leaf: nn.Linear, args: Any) -> None:
+        leaf.weight.data = rounded(leaf.weight.data, bits, dtype)
+
+    return hook
+
+
+def _restore(before: Tensor) -> Any:
+    def hook(leaf: nn.Linear, args: Any, output: Any) -> None:
+        leaf.weight.data = before
+
+    return hook
