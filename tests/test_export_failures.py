@@ -220,11 +220,16 @@ def test_a_graph_that_differs_from_its_model_is_not_kept(
     assert not list(output.parent.iterdir())
 
 
+def _listen_to_ctrl_c() -> None:
+    """Let a new process hear Ctrl-C; a shell's background jobs, and what they start, ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_real_ctrl_c_while_tracing(tiny_llava: Path, output: Path) -> None:
     command = [sys.executable, "-m", "leanvlm.runtime.cli", "export", "--model", str(tiny_llava), "-o", str(output)]
     scratch = output.parent
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([*command, "--budget", str(BUDGET)], stdout=log, stderr=log)
+        process = subprocess.Popen([*command, "--budget", str(BUDGET)], stdout=log, stderr=log, preexec_fn=_listen_to_ctrl_c)
         # The temporary folder appears right before the tracing, which takes seconds.
         while process.poll() is None and not (scratch.exists() and list(scratch.iterdir())):
             time.sleep(0.05)
