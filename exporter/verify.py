@@ -30,6 +30,8 @@ from leanvlm.runtime.splice import ImageFeatures, splice
 from leanvlm.runtime.text import split_on_image
 
 Array = npt.NDArray[Any]
+# A graph's dtype to the precision that it computes in. Rounded weights are exact numbers of it.
+COMPUTED = {"float16": "fp16", "float32": "fp32"}
 PROMPT = "Describe the image."
 NEW_TOKENS = 8
 
@@ -54,7 +56,6 @@ def verify(
     Raises:
         VerificationError: A difference is over its tolerance, a value is not finite, or a selection did not converge.
     """
-    precision = session.manifest.precision
     images = probe_images()
     pixels = preprocess(images, session.manifest.image)
     # The checkpoint normalises in its own processor's steps, whatever the bundle folds.
@@ -78,7 +79,7 @@ def verify(
         merges = results["vision"][str(budget)]["merged"]
         measured = _compare_chain(session, reference, images[0], None if merges else whole, budget)
         results["tokens"][str(budget)] = measured
-        _check_chain(budget, measured, precision)
+        _check_chain(budget, measured, COMPUTED[session.manifest.decoder.kv_dtype])
     return results
 
 
@@ -144,7 +145,7 @@ def _compare_vision(
 def _vision_precision(graph: GraphSpec) -> str:
     """Return the precision of a vision graph; a decoder with rounded weights has an ordinary one beside it."""
     dtype = next(tensor.dtype for tensor in graph.outputs if tensor.name == "image_features")
-    return {"float16": "fp16", "float32": "fp32"}[dtype]
+    return COMPUTED[dtype]
 
 
 def _check_vision(budget: int, measured: Mapping[str, Any], precision: str) -> None:
@@ -191,16 +192,16 @@ def _compare_chain(
     encoded = session.encode_images([image], budget)[0]
     ids = session.prompt_ids([user_message(PROMPT, 1)], 1)
     prompt = session.splice(ids, [encoded])
-    precision, dtype = session.manifest.precision, getattr(torch, session.manifest.decoder.kv_dtype)
+    precision, dtype = session.manifest.precision, session.manifest.decoder.kv_dtype
     expected = exact = _judged(reference, session, ids, encoded, features, answer.token_ids)
     if precision in BITS:
-        with reference.weights_rounded(BITS[precision], dtype):
+        with reference.weights_rounded(BITS[precision], getattr(torch, dtype)):
             expected = _judged(reference, session, ids, encoded, features, answer.token_ids)
     decoder = session.decoder()
     decoder.start(len(prompt))
     decoder.load(prompt)
     first = decoder.prefill().logits()
-    near = tolerances.TOKEN_MARGIN[precision] * np.abs(expected).max()
+    near = tolerances.TOKEN_MARGIN[COMPUTED[dtype]] * np.abs(expected).max()
     gaps = expected.max(axis=1) - expected[np.arange(NEW_TOKENS), list(answer.token_ids)]
     measured = _agreement(first, answer.token_ids, expected) | {"compared": NEW_TOKENS, "wrong": int((gaps > near).sum())}
     return measured | ({"unrounded": _agreement(first, answer.token_ids, exact)} if precision in BITS else {})

@@ -36,8 +36,11 @@ def quantised(weight: np.ndarray, bits: int) -> np.ndarray:
 
 
 def weights(dtype: type) -> np.ndarray:
-    """Return a matrix whose width is no whole number of blocks, with a block of zeros and one of a single large value."""
-    weight = np.random.default_rng(3).normal(0, 0.05, (24, 3 * BLOCK + 16)).astype(dtype)
+    """Return a matrix whose width is no whole number of blocks, with a block of zeros and one of a single large value.
+
+    Values of half precision are often halves of a step, and of equal magnitude.
+    """
+    weight = np.random.default_rng(3).normal(0, 0.05, (256, 9 * BLOCK + 16)).astype(np.float16).astype(dtype)
     weight[2, :BLOCK] = 0
     weight[5, BLOCK : 2 * BLOCK] = 0
     weight[5, BLOCK + 7] = 2.5
@@ -63,7 +66,9 @@ def test_rounding_by_hand() -> None:
     # The end of the other sign has one level less.
     found = rounded(-weight, 4, torch.float32)[0, :4]
     np.testing.assert_allclose(found, np.array([7, -3, 2, -8]) * -0.1125, rtol=1e-6)
-    assert rounded(torch.tensor([[1.0, 0.99, -1.0]]), 4, torch.float32)[0].tolist() == [1.0, 1.0, -0.875]
+    # Of two ends the negative one sets the step, here 0.125, and halves go up.
+    found = rounded(torch.tensor([[1.0, -1.0, 0.3125, -0.3125]]), 4, torch.float32)[0]
+    assert found.tolist() == [0.875, -1.0, 0.375, -0.25]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
