@@ -72,7 +72,7 @@ def save_plot(path: Path, panels: Sequence[Lines | Histogram]) -> None:
         panels: At least one.
     """
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
-    canvas = _Canvas(len(panels) * WIDTH + LEGEND_WIDTH, HEIGHT)
+    canvas = Canvas(len(panels) * WIDTH + LEGEND_WIDTH, HEIGHT)
     for index, panel in enumerate(panels):
         if isinstance(panel, Lines):
             _draw_lines(canvas, index * WIDTH, panel, names)
@@ -82,7 +82,7 @@ def save_plot(path: Path, panels: Sequence[Lines | Histogram]) -> None:
     canvas.save(path)
 
 
-class _Canvas:
+class Canvas:
     """A picture in points, drawn `SCALE` times larger."""
 
     def __init__(self, width: int, height: int) -> None:
@@ -176,7 +176,7 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _draw_frame(canvas: _Canvas, frame: _Frame, panel: Lines | Histogram, y_label: str, x_ticks: dict[float, str]) -> None:
+def _draw_frame(canvas: Canvas, frame: _Frame, panel: Lines | Histogram, y_label: str, x_ticks: dict[float, str]) -> None:
     canvas.text((frame.left + LEFT + (WIDTH - LEFT - RIGHT) / 2, TOP / 2), panel.title, "mm")
     for value in _ticks(*frame.y):
         left, right = frame.place(frame.x[0], value), frame.place(frame.x[1], value)
@@ -192,7 +192,7 @@ def _draw_frame(canvas: _Canvas, frame: _Frame, panel: Lines | Histogram, y_labe
     canvas.upright_text((frame.left + 12, TOP + (HEIGHT - TOP - BOTTOM) / 2), y_label)
 
 
-def _draw_lines(canvas: _Canvas, left: float, panel: Lines, names: Sequence[str]) -> None:
+def _draw_lines(canvas: Canvas, left: float, panel: Lines, names: Sequence[str]) -> None:
     places = {x: k for k, x in enumerate(sorted({x for points in panel.series.values() for x, _ in points}))}
     values = [y for points in panel.series.values() for _, y in points] + ([panel.level[1]] if panel.level else [])
     frame = _Frame(left, (-0.3, len(places) - 0.7), _span(values))
@@ -207,7 +207,7 @@ def _draw_lines(canvas: _Canvas, left: float, panel: Lines, names: Sequence[str]
             canvas.marker(point, marker, colour)
 
 
-def _draw_histogram(canvas: _Canvas, left: float, panel: Histogram, names: Sequence[str]) -> None:
+def _draw_histogram(canvas: Canvas, left: float, panel: Histogram, names: Sequence[str]) -> None:
     low, high = _span([value for values in panel.series.values() for value in values])
     counts = {name: _count(values, low, high, panel.bins) for name, values in panel.series.items()}
     frame = _Frame(left, (low, high), (0.0, 1.08 * max(map(max, counts.values()))))
@@ -232,7 +232,7 @@ def _count(values: Sequence[float], low: float, high: float, bins: int) -> list[
     return counts
 
 
-def _draw_legend(canvas: _Canvas, left: float, panels: Sequence[Lines | Histogram], names: Sequence[str]) -> None:
+def _draw_legend(canvas: Canvas, left: float, panels: Sequence[Lines | Histogram], names: Sequence[str]) -> None:
     y = float(TOP)
     for name in names:
         colour, marker, dash = _style(name, names)
