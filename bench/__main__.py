@@ -37,6 +37,7 @@ def main() -> None:
     kernels = commands.add_parser("kernels", help="list the GPU's kernels of each stage of a bundle")
     kernels.add_argument("bundle", type=Path)
     kernels.add_argument("--budget", type=int, default=64, help="image tokens kept")
+    kernels.add_argument("--output", type=Path, help="JSON file to write, all kernels in it")
     latency = commands.add_parser("latency", help="time every stage on a GPU beside transformers and PyTorch")
     latency.add_argument("--checkpoint", type=Path, required=True, help="what the bundles were exported from")
     latency.add_argument("--fp16", type=Path, required=True, help="its bundle for cuda in fp16")
@@ -60,9 +61,9 @@ def main() -> None:
 
             print(build(args.checkpoint, args.output, "fp16", "cuda"))
         if args.command == "kernels":
-            from bench.kernels import kernel_tables
+            from bench.kernels import measure_kernels
 
-            print(kernel_tables(args.bundle, args.budget))
+            print(measure_kernels(args.bundle, args.budget, args.output))
         if args.command == "latency":
             bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
             static, genai, device = not args.no_static, args.genai, args.device

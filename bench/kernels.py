@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.latency import TEXT_TOKENS, prompt_of
+from bench.latency import TEXT_TOKENS, machine, prompt_of
 from leanvlm.runtime.preprocess import preprocess
 from leanvlm.runtime.session import load, user_message
 
 REPLAYS, SHOWN = 5, 16
 
 
-def kernel_tables(bundle: Path, budget: int) -> str:
-    """Return tables of the kernels of vision graph, prefill and decode step of a bundle, in Markdown."""
+# Kernel to microseconds and launches of one run.
+Kernels = dict[str, dict[str, float]]
+
+
+def measure_kernels(bundle: Path, budget: int, output: Path | None) -> str:
+    """Write a bundle's kernels to a JSON file, if one is named, and return its tables in Markdown."""
+    stages = stage_kernels(bundle, budget)
+    if output is not None:
+        command = f"python -m bench kernels {bundle.name} --budget {budget}"
+        record = {"kind": "kernels", **machine(), "command": command, "runs": REPLAYS, "kernels": stages}
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return tables(stages)
+
+
+def stage_kernels(bundle: Path, budget: int) -> dict[str, Kernels]:
+    """Return the kernels of vision graph, prefill and decode step of a bundle, those that take longest first."""
     image = np.random.default_rng(0).integers(0, 256, (960, 1280, 3)).astype(np.uint8)
     with load(bundle) as session:
         features = session.encode_images([image], budget)
@@ -34,10 +49,10 @@ def kernel_tables(bundle: Path, budget: int) -> str:
             "decode": decoder.replay,
         }
         graph.run({"pixel_values": preprocess([image], session.manifest.image)})
-        return "\n".join(_table(name, run) for name, run in phases.items())
+        return {name: _kernels(run) for name, run in phases.items()}
 
 
-def _table(name: str, run: Callable[[], Any]) -> str:
+def _kernels(run: Callable[[], Any]) -> Kernels:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -53,10 +68,18 @@ def _table(name: str, run: Callable[[], Any]) -> str:
         if str(event.device_type).endswith("CUDA"):
             spent[event.name] += event.device_time_total / REPLAYS
             launches[event.name] += 1
-    total, count = sum(spent.values()), sum(launches.values()) / REPLAYS
-    rows = [
-        f"| {time:.1f} | {launches[kernel] / REPLAYS:.0f} | `{kernel.replace('|', ' ')[:96]}` |"
-        for kernel, time in spent.most_common(SHOWN)
-    ]
-    head = f"{name}: {total:.0f} us in {count:.0f} kernels\n\n| us | launches | kernel |\n|--:|--:|---|"
-    return "\n".join([head, *rows, ""])
+    return {kernel: {"us": round(time, 2), "launches": launches[kernel] / REPLAYS} for kernel, time in spent.most_common()}
+
+
+def tables(stages: Mapping[str, Kernels]) -> str:
+    """Return the longest kernels of each stage in Markdown."""
+    parts = []
+    for name, kernels in stages.items():
+        total, count = (sum(kernel[key] for kernel in kernels.values()) for key in ("us", "launches"))
+        rows = [
+            f"| {kernel['us']:.1f} | {kernel['launches']:.0f} | `{title.replace('|', ' ')[:96]}` |"
+            for title, kernel in list(kernels.items())[:SHOWN]
+        ]
+        head = f"{name}: {total:.0f} us in {count:.0f} kernels\n\n| us | launches | kernel |\n|--:|--:|---|"
+        parts += [head, *rows, ""]
+    return "\n".join(parts)

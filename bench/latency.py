@@ -284,18 +284,25 @@ def _sizes(sessions: Mapping[str, Session], prompt: str, options: LatencyOptions
 
 
 def _conditions(options: LatencyOptions) -> dict[str, Any]:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
     names = ", ".join(f"--{precision} {bundle.name}" for precision, bundle in options.bundles.items())
     return {
         "kind": "latency",
+        **machine(),
+        "command": f"python -m bench latency --checkpoint {options.checkpoint.name} {names} --runs {options.runs}",
+        "runs": options.runs,
+        "warm_up": options.warmup,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Return the conditions of a measurement that the command does not say: commit, date, GPU, model and versions."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
+    return {
         "commit": done.stdout.strip() or None,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         "model": "LLaVA-1.5-7B's shapes, random weights",
         "versions": {"python": platform.python_version(), **{t: sys.modules[t].__version__ for t in TOOLS if t in sys.modules}},
-        "command": f"python -m bench latency --checkpoint {options.checkpoint.name} {names} --runs {options.runs}",
-        "runs": options.runs,
-        "warm_up": options.warmup,
     }
 
 
