@@ -27,17 +27,19 @@ from torch import nn
 from leanvlm.exporter.checkpoint import Checkpoint, load_model, open_checkpoint
 from leanvlm.exporter.config import ExportConfig
 from leanvlm.exporter.decoder import DECODER, build_decoder, check_decoder, head_dim
+from leanvlm.exporter.dialect import check_dialect, target_opset
 from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.graphs import OUTPUTS, VisionGraph
-from leanvlm.exporter.passes import PASSES
+from leanvlm.exporter.passes import DECODER_PASSES, PASSES
 from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import save_sharing
 from leanvlm.exporter.passes.stage_names import STAGES
+from leanvlm.exporter.portable_decoder import save_decoder, trace_decoder
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, Pruner, parse
 from leanvlm.exporter.reference import Reference
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
 from leanvlm.exporter.tokenizer import write_tokenizer
-from leanvlm.exporter.trace import OPSET, trace
+from leanvlm.exporter.trace import trace
 from leanvlm.exporter.verify import verify
 from leanvlm.runtime.backends.ort import PROVIDERS
 from leanvlm.runtime.embeddings import TENSOR
@@ -59,11 +61,19 @@ from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.session import Session, load
 
 MIN_ONNXRUNTIME = "1.23"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+# Where the decoder's precision is not the vision graph's too.
 VISION_DTYPE = {"cpu": torch.float32, "cuda": torch.float16}
+TENSORRT_TARGETS = ("tensorrt-rtx", "tensorrt")
 # Where the host's clock cannot time a stage.
 CUT_TARGETS = ("cuda",)
 # Levels, so that a quarter of the bytes goes up and the GPU normalises them.
-LAYOUT: dict[str, Literal["float32", "uint8"]] = {"cpu": "float32", "cuda": "uint8"}
+LAYOUT: dict[str, Literal["float32", "uint8"]] = {
+    "cpu": "float32",
+    "cuda": "uint8",
+    "tensorrt-rtx": "uint8",
+    "tensorrt": "uint8",
+}
 EMBED_TOKENS = "embed_tokens.safetensors"
 VISION_DATA = "vision.data"
 COPIED = (
@@ -207,16 +217,18 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     gc.collect()
     on_step("build decoder")
     decoder = checkpoint.family.decoder(model)
-    precision = config.resolved_precision
-    build_decoder(
-        decoder,
-        checkpoint,
-        target=config.target,
-        precision=precision,
-        positions=config.positions,
-        folder=folder,
-        scratch=scratch,
-    )
+    if config.target in TENSORRT_TARGETS:
+        _write_portable(decoder, config, folder)
+    else:
+        build_decoder(
+            decoder,
+            checkpoint,
+            target=config.target,
+            precision=config.resolved_precision,
+            positions=config.positions,
+            folder=folder,
+            scratch=scratch,
+        )
     del decoder
     gc.collect()
     on_step("write token table")
@@ -236,7 +248,7 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
 def _open(folder: Path, target: str) -> Session:
     """Open a bundle for its verification, on its own device if this machine has it, else on the processor."""
     runtime = require("onnxruntime", "gpu-export" if target == "cuda" else "export")
-    here = PROVIDERS[target] in runtime.get_available_providers()
+    here = PROVIDERS.get(target) in runtime.get_available_providers()
     with warnings.catch_warnings():
         # Verifying on the processor is slow; the manifest says where it was done.
         warnings.simplefilter("ignore", LeanVLMWarning)
@@ -256,7 +268,7 @@ def _write_vision(
 ) -> tuple[dict[int, GraphSpec], dict[str, GraphSpec]]:
     """Trace one vision graph per budget and save them over one weights file, on a GPU with cuts to time their stages by."""
     spec, family, target = request.checkpoint.spec, request.checkpoint.family, request.config.target
-    dtype, image = VISION_DTYPE[target], request.image
+    dtype, image = vision_dtype(request.config), request.image
     projector = _in_dtype(family.projector(model), dtype)
     example = torch.zeros(2, 3, *spec.image_size, dtype=torch.uint8 if image.layout == "uint8" else dtype)
     models: dict[str, ir.Model] = {}
@@ -265,10 +277,12 @@ def _write_vision(
         on_step(f"trace vision {budget}")
         tower = family.tower(model, pruner.scored_block, image if image.layout == "uint8" else None)
         graph = VisionGraph(_in_dtype(tower, dtype), projector, pruner, spec.grid).eval()
-        traced = trace(graph, {"pixel_values": example}, output_names=OUTPUTS, opset=OPSET[target])
+        traced = trace(graph, {"pixel_values": example}, output_names=OUTPUTS, opset=target_opset(target))
         for rewrite in PASSES[target].values():
             rewrite(traced)
         name = f"vision_{budget}.onnx"
+        if target in TENSORRT_TARGETS:
+            check_dialect(traced, name)
         models[name] = traced
         specs[budget] = GraphSpec(name, _tensors(traced.graph.inputs), _tensors(traced.graph.outputs))
     cuts = {}
@@ -281,6 +295,22 @@ def _write_vision(
     on_step("write vision")
     save_sharing(models, folder, VISION_DATA)
     return specs, cuts
+
+
+def vision_dtype(config: ExportConfig) -> torch.dtype:
+    """Return the dtype that an export's vision graphs compute in, the gate and the selection aside."""
+    return VISION_DTYPE.get(config.target) or DTYPES[config.resolved_precision]
+
+
+def _write_portable(decoder: nn.Module, config: ExportConfig, folder: Path) -> None:
+    """Trace the decoder in standard operators, from a copy in its dtype: the verification wants the weights as read."""
+    dtype = DTYPES[config.resolved_precision]
+    narrow = copy.deepcopy(decoder).to(dtype)
+    model = trace_decoder(narrow, opset=target_opset(config.target), dtype=dtype)
+    for rewrite in DECODER_PASSES[config.target].values():
+        rewrite(model)
+    check_dialect(model, DECODER)
+    save_decoder(model, folder / DECODER)
 
 
 def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -358,6 +388,7 @@ def _decoder_spec(checkpoint: Checkpoint, folder: Path) -> DecoderSpec:
         vocab_size=text.vocab_size,
         context_length=text.max_position_embeddings,
         kv_dtype=kv_dtype.numpy().name,
+        cache="shared" if any(str(value.name).startswith("present.") for value in graph.outputs) else "appended",
     )
 
 
@@ -403,7 +434,7 @@ def _estimate(config: ExportConfig, checkpoint: Checkpoint, budgets: list[int]) 
     # Rounded weights carry one scale per block of 32; norms stay as they are.
     per_weight = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}[config.resolved_precision]
     sizes = {f"vision_{budget}.onnx": 250_000 for budget in budgets}
-    sizes[VISION_DATA] = VISION_DTYPE[config.target].itemsize * (count(family.tower(model)) + count(family.projector(model)))
+    sizes[VISION_DATA] = vision_dtype(config).itemsize * (count(family.tower(model)) + count(family.projector(model)))
     sizes["decoder.onnx.data"] = int(weights * per_weight)
     sizes[EMBED_TOKENS] = table * (2 if checkpoint.config.dtype == torch.float16 else 4)
     return sizes

@@ -25,10 +25,11 @@ POSITIONS = ("compact", "original")
 PRECISIONS = {
     "cpu": ("fp32", "int8", "int4"),
     "cuda": ("fp16", "int8", "int4"),
-    "tensorrt-rtx": ("fp16", "fp32", "int8"),
-    "tensorrt": ("fp16", "fp32", "int8"),
+    "tensorrt-rtx": ("fp16", "fp32"),
+    "tensorrt": ("fp16", "fp32"),
 }
 KV_DTYPES = ("float16", "float32")
+CACHES = ("shared", "appended")
 
 Record = TypeVar("Record")
 
@@ -55,7 +56,11 @@ class GraphSpec:
 class DecoderSpec:
     """The decoder graph and its key-value cache, laid out (B, kv_heads, S, head_dim) for each layer.
 
-    The first `kv_heads` axis is not repeated for grouped queries; past and present share one buffer.
+    The `kv_heads` axis is not repeated for grouped queries.
+
+    Attributes:
+        cache: `shared`: past and present are one buffer, to which the graph appends. `appended`: the graph returns the new
+            rows by themselves, and whoever runs it appends them.
     """
 
     graph: GraphSpec
@@ -66,6 +71,7 @@ class DecoderSpec:
     vocab_size: int
     context_length: int
     kv_dtype: str
+    cache: str = "shared"
 
 
 @dataclass(frozen=True)
@@ -200,6 +206,8 @@ class Manifest:
     def _check_consistency(self) -> None:
         if self.target not in TARGETS or self.decoder.kv_dtype not in KV_DTYPES:
             raise ManifestError(f"{MANIFEST}: target {self.target!r} or kv_dtype {self.decoder.kv_dtype!r} is not known")
+        if self.decoder.cache not in CACHES:
+            raise ManifestError(f"{MANIFEST}: a decoder with a cache {self.decoder.cache!r} is not known")
         if self.grid[0] * self.grid[1] != self.tokens_per_crop:
             raise ManifestError(f"{MANIFEST}: a grid of {list(self.grid)} has not {self.tokens_per_crop} tokens")
         if set(self.budgets) != set(self.vision) or self.tokens_per_crop not in self.vision:

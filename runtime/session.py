@@ -314,12 +314,14 @@ def load(
     threads: int | None = None,
     verify: bool = False,
     prepack: bool = True,
+    provider: str | None = None,
 ) -> Session:
     """Open a bundle.
 
     Args:
         bundle: The folder that `leanvlm export` wrote.
         device: `cpu` or `cuda`; None is the bundle's own.
+        provider: `tensorrt` or `nv-tensorrt-rtx`: what ONNX Runtime runs a bundle for TensorRT with; None runs its engines.
         threads: Processor threads for the CPU; None leaves the choice to ONNX Runtime.
         verify: Compare every file's sha256 with the manifest first.
         prepack: False keeps the weights mapped from the files, which is slower and takes half the memory.
@@ -332,7 +334,8 @@ def load(
     manifest = read_manifest(folder)
     if verify:
         verify_files(folder, manifest)
-    return Session(folder, manifest, open_backend(folder, manifest, device=device, threads=threads, prepack=prepack))
+    backend = open_backend(folder, manifest, device=device, threads=threads, prepack=prepack, provider=provider)
+    return Session(folder, manifest, backend)
 
 
 def user_message(text: str, images: int) -> Message:

@@ -10,15 +10,18 @@ from leanvlm.exporter.passes.attention import fuse_attention
 from leanvlm.exporter.passes.bias_column import fold_bias_columns
 from leanvlm.exporter.passes.greedy_token import add_greedy_token
 from leanvlm.exporter.passes.last_position import add_last_position
+from leanvlm.exporter.passes.levels_shape import shape_behind_cast
 from leanvlm.exporter.passes.quick_gelu import fuse_quick_gelu
 from leanvlm.exporter.passes.skip_layer_norm import fuse_skip_layer_norm
-from leanvlm.exporter.passes.stage_names import name_by_stage
+from leanvlm.exporter.passes.stage_names import name_by_layer, name_by_stage
 from leanvlm.exporter.passes.strip_metadata import strip_metadata
+from leanvlm.exporter.passes.topk_count import fix_topk_counts
 
 __all__ = ["DECODER_PASSES", "PASSES"]
 
 Pass = Callable[[ir.Model], int]
 PLAIN: dict[str, Pass] = {"stage_names": name_by_stage, "strip_metadata": strip_metadata}
+TENSORRT: dict[str, Pass] = {**PLAIN, "levels_shape": shape_behind_cast, "topk_count": fix_topk_counts}
 PASSES: dict[str, dict[str, Pass]] = {
     "cpu": PLAIN,
     # The fused operators are ONNX Runtime's own; on the processor its optimiser does as well by itself.
@@ -29,8 +32,12 @@ PASSES: dict[str, dict[str, Pass]] = {
         "skip_layer_norm": fuse_skip_layer_norm,
         "bias_column": fold_bias_columns,
     },
+    "tensorrt-rtx": TENSORRT,
+    "tensorrt": TENSORRT,
 }
 DECODER_PASSES: dict[str, dict[str, Pass]] = {
     "cpu": {},
     "cuda": {"last_position": add_last_position, "greedy_token": add_greedy_token},
+    "tensorrt-rtx": {"layer_names": name_by_layer, "strip_metadata": strip_metadata},
+    "tensorrt": {"layer_names": name_by_layer, "strip_metadata": strip_metadata},
 }

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from leanvlm.runtime.errors import BackendError
+from leanvlm.runtime.errors import BackendError, InputError
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.splice import Prompt
 
@@ -19,7 +19,11 @@ __all__ = ["BACKENDS", "Backend", "Decoder", "Graph", "Scores", "open_backend"]
 BACKENDS: dict[str, str] = {
     "cpu": "leanvlm.runtime.backends.ort:OrtBackend",
     "cuda": "leanvlm.runtime.backends.cuda:CudaBackend",
+    "tensorrt-rtx": "leanvlm.runtime.backends.trt:TrtBackend",
+    "tensorrt": "leanvlm.runtime.backends.trt:TrtBackend",
 }
+ENGINE_TARGETS = ("tensorrt-rtx", "tensorrt")
+PORTABLE = "leanvlm.runtime.backends.portable:PortableBackend"
 
 Array = npt.NDArray[Any]
 
@@ -93,7 +97,15 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(folder: Path, manifest: Manifest, *, device: str | None, threads: int | None, prepack: bool = True) -> Backend:
+def open_backend(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    device: str | None,
+    threads: int | None,
+    prepack: bool = True,
+    provider: str | None = None,
+) -> Backend:
     """Open the backend of a bundle's target.
 
     Args:
@@ -101,15 +113,26 @@ def open_backend(folder: Path, manifest: Manifest, *, device: str | None, thread
         manifest: Its manifest.
         device: `cpu`, `cuda`, or None for the bundle's own.
         threads: Processor threads; None leaves the choice to the backend.
+        provider: `tensorrt` or `nv-tensorrt-rtx`: let ONNX Runtime run a bundle for TensorRT; None runs its engines.
         prepack: Let the backend copy weights into the layout that its kernels like best; without, they stay mapped from the
             files, which is slower and takes half the memory.
 
     Raises:
         BackendError: The target has no backend here, or the device is not there.
+        InputError: A provider for another target, or together with a device.
     """
     if manifest.target not in BACKENDS:
         known = ", ".join(BACKENDS)
         raise BackendError(f"bundles for {manifest.target} cannot be run by this version; it runs those for {known}")
-    module, name = BACKENDS[manifest.target].split(":")
-    backend: Backend = getattr(import_module(module), name)(folder, manifest, device=device, threads=threads, prepack=prepack)
+    place, options = BACKENDS[manifest.target], {"device": device, "threads": threads, "prepack": prepack}
+    if provider is not None and manifest.target not in ENGINE_TARGETS:
+        raise InputError(
+            XX
+        )
+    if manifest.target in ENGINE_TARGETS and (device == "cpu" or provider is not None):
+        if device is not None and provider is not None:
+            raise InputError(f"--device {device} and --provider {provider} exclude each other; give one")
+        place, options = PORTABLE, {**options, "provider": provider}
+    module, name = place.split(":")
+    backend: Backend = getattr(import_module(module), name)(folder, manifest, **options)
     return backend

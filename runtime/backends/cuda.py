@@ -88,16 +88,16 @@ class CudaBackend(OrtBackend):
         """Return the place where tensors live."""
         return DeviceMemory(self.ort, self.device)
 
-    def providers(self, replayed: bool) -> list[Any]:
+    def providers(self, spec: GraphSpec, replayed: bool, options: Any) -> list[Any] | None:
         """Return the execution providers, with CUDA graphs or without."""
         if self.device == "cpu":
-            return super().providers(replayed)
-        options = {
+            return super().providers(spec, replayed, options)
+        settings = {
             # The arena would otherwise double at every extension.
             "arena_extend_strategy": "kSameAsRequested",
             "enable_cuda_graph": "1" if replayed else "0",
         }
-        return [(PROVIDERS["cuda"], options), PROVIDERS["cpu"]]
+        return [(PROVIDERS["cuda"], settings), PROVIDERS["cpu"]]
 
     def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
         """Return the share of each stage in a vision graph's time: what it takes longer than the graph that ends before it."""

@@ -115,10 +115,9 @@ class OrtBackend:
         if profile_prefix is not None:
             options.enable_profiling = True
             options.profile_file_prefix = profile_prefix
+        providers = self.providers(spec, replayed and profile_prefix is None, options)
         try:
-            session = self.ort.InferenceSession(
-                self.folder / spec.file, options, providers=self.providers(replayed and profile_prefix is None)
-            )
+            session = self.ort.InferenceSession(self.folder / spec.file, options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors share no base of their own.
             raise GraphError(f"{spec.file} cannot be opened: {first_line(error)}") from error
         found = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
@@ -127,8 +126,8 @@ class OrtBackend:
             raise GraphError(f"{spec.file} has no {absent[0]}, which the manifest declares: export the bundle again")
         return session
 
-    def providers(self, replayed: bool) -> list[Any]:
-        """Return the execution providers of a session, the preferred one first."""
+    def providers(self, spec: GraphSpec, replayed: bool, options: Any) -> list[Any] | None:
+        """Return the execution providers of a graph's session, the preferred one first; None where `options` names them."""
         return [PROVIDERS["cpu"]]
 
     def _check_version(self) -> None:
@@ -145,8 +144,11 @@ class OrtBackend:
         if self.device != self.manifest.target:
             if self.manifest.target == "cpu":
                 raise BackendError(f"a bundle for cpu does not run on {self.device}; export it with --target {self.device}")
-            message = f"a bundle for {self.manifest.target} runs on {self.device}: expect it to be slow"
-            warnings.warn(message, LeanVLMWarning, stacklevel=5)
+            self._warn_of_device()
+
+    def _warn_of_device(self) -> None:
+        message = f"a bundle for {self.manifest.target} runs on {self.device}: expect it to be slow"
+        warnings.warn(message, LeanVLMWarning, stacklevel=6)
 
 
 class OrtGraph:

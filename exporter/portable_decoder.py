@@ -1,0 +1,142 @@
+"""The decoder of the TensorRT targets: the checkpoint's language model in standard operators, with its cache in the open.
+
+The caches come in as they are, of any length, with a count of the places that hold something; the new rows go out by
+themselves. So nothing is copied but them, a decode step has the same shapes every time (which a captured CUDA graph needs),
+and the runtime writes the new rows of all layers into one buffer with one strided copy.
+
+| direction | name | shape | meaning |
+|---|---|---|---|
+| in | `inputs_embeds` | (1, S, D) | text embeddings with the image embeddings spliced between |
+| in | `position_ids` | (1, S) int64 | their places in the sequence |
+| in | `past_length` | (1,) int64 | how many places of the caches hold something, from the first on |
+| in | `last_position` | (1,) int64 | the place among the S whose logits are wanted; what is behind it is padding |
+| in | `past_key_values.<l>.key` / `.value` | (1, kv_heads, P, head_dim) | the caches; P may be 0 |
+| out | `logits` | (1, 1, V) fp32 | of the place asked for |
+| out | `next_token`, `top_logit` | (1, 1) | the most probable token, and its logit in fp32 |
+| out | `new_key_values.<l>.key` / `.value` | (1, kv_heads, S, head_dim) | the rows of the S places |
+
+Attention is told what it may see by an additive mask, made in the graph: what a kernel of its own takes "causal" to mean
+where there are more keys than queries has differed between versions. Place, type and order of the operations are those
+of transformers' Llama; `tests` compare both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from leanvlm.exporter.trace import trace
+
+# What is added where a place must not be seen. In half precision, together with any score, it stays a number.
+HIDDEN = -3e4
+PARTS = ("key", "value")
+FUSED_OPSET = 23
+# Smaller constants stay in the graph, where shape inference finds them.
+THRESHOLD = 1024
+
+
+class PortableDecoder(nn.Module):
+    """A Llama-type decoder around the checkpoint's own modules.
+
+    Args:
+        decoder: Causal language model with `model` (layers, norm, rotary embedding) and `lm_head`.
+        fused: Write attention as one operator, for parsers that know it (opset 23), or as products and a softmax.
+    """
+
+    def __init__(self, decoder: Any, *, fused: bool) -> None:
+        super().__init__()
+        self.layers = decoder.model.layers
+        self.norm = decoder.model.norm
+        self.rotary = decoder.model.rotary_emb
+        self.lm_head = decoder.lm_head
+        self.fused = fused
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, past_length: Tensor, last_position: Tensor, *caches: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Map the inputs of the table above to its outputs, in its order; caches alternate key and value."""
+        hidden = inputs_embeds
+        new: list[Tensor] = []
+        mask = self._mask(inputs_embeds, past_length, caches[0].shape[2])
+        cos, sin = (part[:, None] for part in self.rotary(inputs_embeds, position_ids))  # (1, 1, S, head_dim)
+        for index, layer in enumerate(self.layers):
+            key, value = caches[2 * index], caches[2 * index + 1]
+            mixed, rows = self._attention(layer.self_attn, layer.input_layernorm(hidden), cos, sin, mask, key, value)
+            hidden = hidden + mixed
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            new += rows
+        wanted = self.norm(hidden.index_select(1, last_position))
+        logits = self.lm_head(wanted).float()
+        return logits, logits.argmax(dim=-1), logits.amax(dim=-1), *new
+
+    @staticmethod
+    def _mask(inputs_embeds: Tensor, past_length: Tensor, past: int) -> Tensor:
+        """Return what is added to the scores (1, 1, S, P + S): 0 for filled places and for new ones up to the query's own."""
+        count, device = inputs_embeds.shape[1], inputs_embeds.device
+        places = torch.arange(count, device=device)
+        filled = (torch.arange(past, device=device) < past_length)[None].expand(count, -1)
+        seen = torch.cat([filled, places[None] <= places[:, None]], dim=1)[None, None]
+        zero = torch.zeros((), dtype=inputs_embeds.dtype, device=device)
+        return torch.where(seen, zero, torch.full_like(zero, HIDDEN))
+
+    def _attention(
+        self, attn: Any, states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return a layer's attention (1, S, D), and the new rows of its key and value (1, kv_heads, S, head_dim)."""
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.view(*projected.shape[:2], -1, attn.head_dim).transpose(1, 2)
+
+        query = _rotated(heads(attn.q_proj(states)), cos, sin)
+        key, value = _rotated(heads(attn.k_proj(states)), cos, sin), heads(attn.v_proj(states))
+        keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+        groups = query.shape[1] // keys.shape[1]
+        if groups > 1:
+            keys, values = (part.repeat_interleave(groups, dim=1) for part in (keys, values))
+        if self.fused:
+            mixed = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=attn.scaling)
+        else:
+            mixed = (query * attn.scaling @ keys.transpose(2, 3) + mask).softmax(dim=-1) @ values
+        return attn.o_proj(mixed.transpose(1, 2).flatten(2)), (key, value)
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs of half a head's width apart by their place's angles: rotary embedding (arXiv 2104.09864)."""
+    first, second = states.chunk(2, dim=3)
+    return states * cos + torch.cat([-second, first], dim=3) * sin
+
+
+def trace_decoder(decoder: Any, *, opset: int, dtype: torch.dtype) -> ir.Model:
+    """Trace a causal language model of a Llama type as one graph with an open cache.
+
+    Args:
+        decoder: With `model`, `lm_head` and `config`, in `dtype`.
+        opset: From 23 on, attention in half precision is one operator; a dedicated kernel for fp32 is found nowhere.
+        dtype: Of embeddings, caches and products; logits are fp32.
+    """
+    config = decoder.config
+    head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    count, past = 7, 5
+    names = [f"{layer}.{part}" for layer in range(config.num_hidden_layers) for part in PARTS]
+    inputs = {
+        "inputs_embeds": torch.zeros(1, count, config.hidden_size, dtype=dtype),
+        "position_ids": torch.arange(count)[None],
+        "past_length": torch.tensor([past]),
+        "last_position": torch.tensor([count - 1]),
+    }
+    inputs |= {f"past_key_values.{name}": torch.zeros(1, config.num_key_value_heads, past, head, dtype=dtype) for name in names}
+    free = {"inputs_embeds": {1: "S"}, "position_ids": {1: "S"}, **{f"past_key_values.{name}": {2: "P"} for name in names}}
+    fused = opset >= FUSED_OPSET and dtype != torch.float32
+    outputs = ["logits", "next_token", "top_logit", *(f"new_key_values.{name}" for name in names)]
+    graph = PortableDecoder(decoder, fused=fused).eval()
+    return trace(graph, inputs, output_names=outputs, opset=opset, free=free)
+
+
+def save_decoder(model: ir.Model, path: Path) -> None:
+    """Write the graph, its weights beside it in one file."""
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=THRESHOLD)
