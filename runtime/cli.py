@@ -24,8 +24,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# Commands of the torch side: their modules import torch only when they run.
+# Commands with modules of their own, which import what is heavy only when they run.
 ELSEWHERE = {
+    "build": "leanvlm.runtime.engines.cli:build_command",
     "export": "leanvlm.exporter.cli:export_command",
     "calibrate": "leanvlm.calibration.cli:calibrate",
     "eval": "leanvlm.calibration.cli:eval_command",
@@ -148,7 +149,7 @@ def doctor() -> None:
 
 @cache
 def _command() -> Any:
-    """Return the whole command, with those of the torch side."""
+    """Return the whole command, with those of other modules."""
     for name, target in ELSEWHERE.items():
         module, attribute = target.split(":")
         found = getattr(import_module(module), attribute)

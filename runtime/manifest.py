@@ -75,6 +75,45 @@ class DecoderSpec:
 
 
 @dataclass(frozen=True)
+class EngineSpec:
+    """A TensorRT engine that `leanvlm build` made of one of the bundle's graphs.
+
+    Attributes:
+        file: Its place in the bundle, `engines/<sm>/<graph>.engine`.
+        engine: `tensorrt-rtx` or `tensorrt`.
+        version: Of the library that built it.
+        sm: Compute capability that it is for, such as 89 for 8.9.
+        precision: Of the graph.
+        graph: The graph's file.
+        budget: Image tokens kept; None for the decoder.
+        inputs: As they were on the parsed network.
+        outputs: As they were on the parsed network.
+        profiles: One or more; input to its least, usual and largest shape, for inputs with free sizes.
+        hardware: `none`, `ampere+` or `same`: the other GPUs that it may run on.
+        version_compatible: Whether later versions may run it.
+        bytes: Its size.
+        sha256: Of the file.
+        seconds: How long the build took.
+    """
+
+    file: str
+    engine: str
+    version: str
+    sm: int
+    precision: str
+    graph: str
+    budget: int | None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]
+    hardware: str
+    version_compatible: bool
+    bytes: int
+    sha256: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class FileSpec:
     """Size in bytes and sha256 of one file of the bundle."""
 
@@ -112,6 +151,7 @@ class Manifest:
         grid: Rows and columns of the patch grid; rows * columns = N.
         vision: Budget to vision graph.
         stages: Stage to the vision graph that ends with it, where those of the whole are timed so.
+        engines: What `leanvlm build` added. Their files are checked when one is opened, not with the bundle's own.
         splice: The graph that puts a prompt together on a GPU; None where the processor does.
         embed_tokens: File of the token table, one tensor named `embed_tokens.weight`, (vocab_size, D).
         image: How an image becomes pixel values.
@@ -139,6 +179,7 @@ class Manifest:
     files: Mapping[str, FileSpec]
     splice: GraphSpec | None = None
     stages: Mapping[str, GraphSpec] = field(default_factory=dict)
+    engines: tuple[EngineSpec, ...] = ()
     verification: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -197,6 +238,7 @@ class Manifest:
                 stages={str(stage): _graph(graph) for stage, graph in data.get("stages", {}).items()},
                 splice=None if data.get("splice") is None else _graph(data["splice"]),
                 verification=dict(data.get("verification", {})),
+                engines=tuple(_engine(engine) for engine in data.get("engines", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ManifestError(f"{MANIFEST} is not a valid manifest: {type(error).__name__}: {error}") from error
@@ -240,10 +282,29 @@ def _record(cls: type[Record], data: Mapping[str, Any]) -> Record:
 
 
 def _graph(data: Mapping[str, Any]) -> GraphSpec:
-    def tensors(items: list[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(str(i["name"]), str(i["dtype"]), tuple(i["shape"])) for i in items)
+    return GraphSpec(str(data["file"]), _tensors(data["inputs"]), _tensors(data["outputs"]))
 
-    return GraphSpec(str(data["file"]), tensors(data["inputs"]), tensors(data["outputs"]))
+
+def _tensors(items: list[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(str(i["name"]), str(i["dtype"]), tuple(i["shape"])) for i in items)
+
+
+def _engine(data: Mapping[str, Any]) -> EngineSpec:
+    profiles = tuple(
+        {str(name): tuple(tuple(int(size) for size in shape) for shape in shapes) for name, shapes in profile.items()}
+        for profile in data["profiles"]
+    )
+    return EngineSpec(
+        **{key: str(data[key]) for key in ("file", "engine", "version", "precision", "graph", "hardware", "sha256")},
+        sm=int(data["sm"]),
+        budget=None if data["budget"] is None else int(data["budget"]),
+        inputs=_tensors(data["inputs"]),
+        outputs=_tensors(data["outputs"]),
+        profiles=profiles,
+        version_compatible=bool(data["version_compatible"]),
+        bytes=int(data["bytes"]),
+        seconds=float(data["seconds"]),
+    )
 
 
 def _pruner(data: Mapping[str, Any]) -> PrunerSpec:
@@ -254,7 +315,13 @@ def _pruner(data: Mapping[str, Any]) -> PrunerSpec:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `leanvlm.json` into a bundle folder."""
     text = json.dumps(manifest.to_dict(), indent=1, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    # Renamed when it is whole, so that a full disk leaves the old one.
+    new = folder / f".{MANIFEST}.new"
+    try:
+        new.write_text(text + "\n", encoding="utf-8")
+        new.replace(folder / MANIFEST)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -281,14 +348,20 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def _check_file(folder: Path, name: str, spec: FileSpec) -> None:
-    path = folder / name
-    if "\0" in name or Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
-        raise ManifestError(f"{MANIFEST} names {name!r}, which is outside the bundle")
+    path = inside(folder, name)
     if not path.is_file():
         raise BundleError(f"the bundle is incomplete: {name} is missing from {folder}")
     size = path.stat().st_size
     if size != spec.bytes:
         raise BundleError(f"{name} has {size} bytes where {MANIFEST} says {spec.bytes}: copy or export the bundle again")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file that the manifest names; raise ManifestError where that is outside the bundle's folder."""
+    path = folder / name
+    if "\0" in name or Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        raise ManifestError(f"{MANIFEST} names {name!r}, which is outside the bundle")
+    return path
 
 
 def file_sha256(path: Path) -> str:

@@ -38,6 +38,16 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tensorrt_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model for TensorRT in fp16, at 64 of 576 image tokens, without engines; no test may change it."""
+    from leanvlm.exporter import ExportConfig, export
+
+    output = tmp_path_factory.mktemp("demo") / "demo-trt"
+    export(ExportConfig("demo", (BUDGET,), output, target="tensorrt"))
+    return output
+
+
+@pytest.fixture(scope="session")
 def sample_image() -> Path:
     """A scene that the built-in model was not trained on."""
     from leanvlm.demo import SAMPLES_DIR

@@ -126,9 +126,8 @@ def open_backend(
         raise BackendError(f"bundles for {manifest.target} cannot be run by this version; it runs those for {known}")
     place, options = BACKENDS[manifest.target], {"device": device, "threads": threads, "prepack": prepack}
     if provider is not None and manifest.target not in ENGINE_TARGETS:
-        raise InputError(
-            XX
-        )
+        targets = " or ".join(ENGINE_TARGETS)
+        raise InputError(f"--provider is for bundles exported with --target {targets}; this one is for {manifest.target}")
     if manifest.target in ENGINE_TARGETS and (device == "cpu" or provider is not None):
         if device is not None and provider is not None:
             raise InputError(f"--device {device} and --provider {provider} exclude each other; give one")

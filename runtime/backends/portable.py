@@ -112,8 +112,8 @@ class PortableBackend(OrtBackend):
             self.device = self.provider
         elif TENSORRT[self.provider] not in self.ort.get_available_providers():
             raise BackendError(
-                f"this ONNX Runtime does not offer {TENSORRT[self.provider]}: install 'leanvlm[gpu]' on a machine with TensorRT, "
-                f"or run the bundle's engines without --provider"
+                f"this ONNX Runtime does not offer {TENSORRT[self.provider]}: install 'leanvlm[gpu]' on a machine with "
+                f"TensorRT, or run the bundle's engines without --provider"
             )
         else:
             self.device = self.provider

@@ -1,0 +1,328 @@
+"""TensorRT and TensorRT-RTX: a bundle's engines, one code path for both.
+
+Images go up as levels; their features stay where the vision engine wrote them and are copied from there between the prompt's
+text. All caches of the decoder are one buffer at one address: the engine reads them as they are and returns the new rows, and
+one strided copy puts those of all layers in place. So a decode step has the same shapes and addresses every time, and is
+replayed as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from leanvlm.runtime.backends.cuda_memory import Buffer, CudaDevice, Device
+from leanvlm.runtime.backends.ort import check_room
+from leanvlm.runtime.backends.trt_engine import TrtContext, TrtEngine, bind_all
+from leanvlm.runtime.engines.library import LIBRARIES, load_runtime, quiet_logger, this_sm
+from leanvlm.runtime.errors import BackendError
+from leanvlm.runtime.manifest import DecoderSpec, EngineSpec, Manifest
+from leanvlm.runtime.sampling import check_peak
+from leanvlm.runtime.splice import Prompt
+
+Array = npt.NDArray[Any]
+FEATURES, PIXELS = "image_features", "pixel_values"
+PAST, NEW = "past_key_values.", "new_key_values."
+PREFILL, DECODE = 0, 1
+
+
+class TrtBackend:
+    """Opens the engines of a bundle that are for this machine's GPU.
+
+    Raises:
+        BackendError: The bundle has no engines for this GPU, or those are damaged or of another version.
+        MissingExtraError: The library or `cuda-python` is not installed.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, device: str | None, threads: int | None = None, prepack: bool = True
+    ) -> None:
+        if device not in (None, "cuda"):
+            raise BackendError(f"device {device!r} is not known for engines; they run on the GPU, the bundle's graphs on cpu")
+        self.folder = folder
+        self.manifest = manifest
+        self.device = manifest.target
+        self._engines = self._chosen()
+        spec = next(iter(self._engines.values()))
+        self._module: Any = load_runtime(LIBRARIES[spec.engine], spec.version_compatible)
+        self._complaints: list[str] = []
+        self._logger = quiet_logger(self._module, self._complaints)
+        self._memory: Device | None = None
+
+    def graph(self, budget: int) -> TrtGraph:
+        """Open the vision engine of a budget."""
+        return TrtGraph(self._open(self.manifest.vision[budget].file), self._device())
+
+    def decoder(self) -> TrtDecoder:
+        """Open the decoder's engine."""
+        return TrtDecoder(self._open(self.manifest.decoder.graph.file), self.manifest.decoder, self._device())
+
+    def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
+        """Return the whole for `vision`: TensorRT compiles the graph as one, with project and prune in it."""
+        return {"vision": 1.0}
+
+    def misplaced(self, budget: int, pixel_values: Array) -> list[str]:
+        """Return nothing: an engine runs on the GPU as a whole."""
+        return []
+
+    def versions(self) -> dict[str, str]:
+        """Return the library's version."""
+        return {self._module.__name__: str(self._module.__version__)}
+
+    def _device(self) -> Device:
+        if self._memory is None:
+            self._memory = CudaDevice()
+        return self._memory
+
+    def _open(self, graph: str) -> TrtEngine:
+        spec = self._engines.get(graph)
+        if spec is None:
+            held = ", ".join(sorted(self._engines))
+            raise BackendError(f"no engine of {graph} was built for this GPU, only of {held}: run leanvlm build again")
+        return TrtEngine(self.folder, spec, self._module, self._logger, self._complaints)
+
+    def _chosen(self) -> dict[str, EngineSpec]:
+        """Return the engines for this GPU by their graphs, of the first library that has any."""
+        sm, engines = this_sm(), self.manifest.engines
+        build = f"leanvlm build {self.folder} --engine {self.manifest.target}"
+        if not engines:
+            where = " on the device" if self.manifest.target == "tensorrt" else ""
+            raise BackendError(f"this bundle has no engines yet: run {build}{where} (or run it with --device cpu)")
+        if sm is None:
+            raise BackendError("no NVIDIA GPU is seen, which engines need; `leanvlm doctor` says more (or pass --device cpu)")
+        for kind in dict.fromkeys(engine.engine for engine in engines):
+            chosen = {engine.graph: engine for engine in engines if engine.engine == kind and _runs_on(engine, sm)}
+            if chosen:
+                return chosen
+        held = ", ".join(str(found) for found in dict.fromkeys(engine.sm for engine in engines))
+        which = f" --sm {sm}" if self.manifest.target == "tensorrt-rtx" else ""
+        raise BackendError(f"this bundle's engines are for sm {held} and this GPU is sm {sm}: run {build}{which}")
+
+
+def _runs_on(engine: EngineSpec, sm: int) -> bool:
+    return engine.sm == sm or (engine.hardware == "ampere+" and min(engine.sm, sm) >= 80)
+
+
+class TrtFeatures:
+    """The embeddings (B, K, D) of a vision engine's run; an index gives one image's.
+
+    They lie where the engine wrote them until its next run, before which they are kept in the processor's memory.
+    """
+
+    def __init__(self, buffer: Buffer) -> None:
+        self.buffer: Buffer | None = buffer
+        self.shape = buffer.shape
+        self._kept: Array | None = None
+
+    def __getitem__(self, row: int) -> TrtRows:
+        return TrtRows(self, row)
+
+    def numpy(self) -> Array:
+        """Fetch them."""
+        if self._kept is not None:
+            return self._kept
+        assert self.buffer is not None
+        return self.buffer.numpy()
+
+    def keep(self) -> None:
+        """Move them out of the engine's way."""
+        if self.buffer is not None:
+            self._kept, self.buffer = self.numpy(), None
+
+
+class TrtRows:
+    """One image's embeddings, (K, D)."""
+
+    def __init__(self, features: TrtFeatures, row: int) -> None:
+        self.features = features
+        self.row = row
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, D)."""
+        _, kept, width = self.features.shape
+        return kept, width
+
+    @property
+    def address(self) -> int | None:
+        """Where they lie on the device, if they still do."""
+        buffer = self.features.buffer
+        return None if buffer is None else buffer.address + self.row * buffer.bytes // buffer.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        rows: Array = self.features.numpy()[self.row].astype(dtype or np.float32)
+        return rows
+
+
+class TrtGraph:
+    """One vision engine; each number of images has its own buffers, context and captured graph."""
+
+    def __init__(self, engine: TrtEngine, device: Device) -> None:
+        self._engine = engine
+        self._device = device
+        self._slots: dict[int, tuple[TrtContext, dict[str, Buffer]]] = {}
+        self._given: dict[int, weakref.ref[TrtFeatures]] = {}
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
+        """Run the engine; the features stay on the device."""
+        pixels = inputs[PIXELS]
+        context, buffers = self._slot(len(pixels))
+        before = self._given.get(len(pixels))
+        if before is not None and (held := before()) is not None:
+            held.keep()
+        buffers[PIXELS].fill(pixels)
+        context.run(replayed=True)
+        features = TrtFeatures(buffers[FEATURES])
+        self._given[len(pixels)] = weakref.ref(features)
+        others = {spec.name: buffers[spec.name].numpy() for spec in self._engine.spec.outputs if spec.name != FEATURES}
+        return {FEATURES: features, **others}
+
+    def _slot(self, batch: int) -> tuple[TrtContext, dict[str, Buffer]]:
+        if batch not in self._slots:
+            spec, context = self._engine.spec, self._engine.context(0, self._device)
+            context.shape(PIXELS, (batch, *(int(size) for size in spec.inputs[0].shape[1:])))
+            buffers = {
+                tensor.name: Buffer(self._device, [batch if isinstance(s, str) else s for s in tensor.shape], tensor.dtype)
+                for tensor in (*spec.inputs, *spec.outputs)
+            }
+            bind_all(context, buffers)
+            self._slots[batch] = context, buffers
+        return self._slots[batch]
+
+
+class TrtScores:
+    """The scores of one run of the decoder, on the device until they are asked for."""
+
+    def __init__(self, buffers: Mapping[str, Buffer]) -> None:
+        self._buffers = buffers
+
+    def greedy(self) -> int:
+        """Return the token that the engine itself found best."""
+        check_peak(float(self._buffers["top_logit"].numpy().reshape(())))
+        return int(self._buffers["next_token"].numpy().reshape(()))
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Fetch the logits (V,)."""
+        fetched: npt.NDArray[np.float32] = self._buffers["logits"].numpy().reshape(-1).astype(np.float32)
+        return fetched
+
+
+class TrtDecoder:
+    """The decoder's engine: one context for prompts, one for single tokens, over one buffer of caches."""
+
+    def __init__(self, engine: TrtEngine, spec: DecoderSpec, device: Device) -> None:
+        self._spec = spec
+        self._device = device
+        self._dtype = np.dtype(spec.kv_dtype)
+        self._contexts = {profile: engine.context(profile, device) for profile in (PREFILL, DECODE)}
+        self._names = [tensor.name for tensor in spec.graph.inputs if tensor.name.startswith(PAST)]
+        ends = {tensor.name: tensor for tensor in spec.graph.outputs}
+        self._scores = {n: Buffer(device, _sizes(ends[n].shape), ends[n].dtype) for n in ("logits", "next_token", "top_logit")}
+        self._counts = {name: Buffer(device, (1,), np.int64) for name in ("past_length", "last_position")}
+        self._caches: Buffer | None = None
+        self._inputs: dict[int, dict[str, Buffer]] = {}
+        self._prompt: Prompt | None = None
+        self._capacity = 0
+        self.length = 0
+
+    def start(self, capacity: int) -> None:
+        """Begin a new sequence; the cache of the last one is reused where it is large enough."""
+        self.length = 0
+        if capacity <= self._capacity:
+            return
+        spec = self._spec
+        # The old one goes first, so that both need not fit at once.
+        self._caches = None
+        self._caches = Buffer(self._device, (len(self._names), spec.kv_heads, capacity, spec.head_dim), self._dtype)
+        self._device.zero(self._caches.address, self._caches.bytes)
+        self._capacity = capacity
+
+    def load(self, prompt: Prompt) -> None:
+        """Put a prompt together on the device: the text's rows go up, the images' are copied from where they are."""
+        check_room(len(prompt), self._capacity)
+        self._prompt = prompt
+        target = self._buffers(len(prompt))["inputs_embeds"]
+        addresses = [getattr(image.embeddings, "address", None) for image in prompt.images]
+        if any(address is None for address in addresses):
+            target.fill(prompt.embeddings(self._dtype))
+            return
+        width = self._spec.hidden_size * self._dtype.itemsize
+        # Rows as `places` numbers them: the text's first, then each image's.
+        rows, text = np.asarray(prompt.places), prompt.text.astype(self._dtype, copy=False)
+        starts = np.cumsum([len(text), *(image.embeddings.shape[0] for image in prompt.images)])
+        for begin, end in _runs(rows):
+            row, place = int(rows[begin]), target.address + begin * width
+            if row < len(text):
+                self._device.upload(place, text[row : row + end - begin])
+                continue
+            image = int(np.searchsorted(starts, row, side="right")) - 1
+            source = int(addresses[image] or 0) + (row - int(starts[image])) * width
+            self._device.copy(place, source, (end - begin) * width)
+
+    def prefill(self) -> TrtScores:
+        """Read the loaded prompt, with an empty cache."""
+        assert self._prompt is not None, "load comes before prefill"
+        return self._append(PREFILL, self._prompt.positions)
+
+    def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> TrtScores:
+        """Append one embedding (D,) at a position."""
+        self._buffers(1)["inputs_embeds"].fill(embedding)
+        return self._append(DECODE, np.array([position], np.int64))
+
+    def _append(self, profile: int, positions: npt.NDArray[np.int64]) -> TrtScores:
+        count, context, caches = len(positions), self._contexts[profile], self._caches
+        assert caches is not None, "start comes before a run"
+        check_room(self.length + count, self._capacity)
+        buffers, past = self._buffers(count), 0 if profile == PREFILL else self._capacity
+        buffers["position_ids"].fill(positions)
+        self._counts["past_length"].fill(np.array([self.length]))
+        self._counts["last_position"].fill(np.array([count - 1]))
+        self._bind(context, buffers, count, past)
+        context.run(replayed=profile == DECODE)
+        size, rows = self._spec.head_dim * self._dtype.itemsize, len(self._names) * self._spec.kv_heads
+        place = caches.address + self.length * size
+        self._device.copy_rows(place, self._capacity * size, buffers["new"].address, count * size, count * size, rows)
+        self.length += count
+        return TrtScores(self._scores)
+
+    def _bind(self, context: TrtContext, buffers: Mapping[str, Buffer], count: int, past: int) -> None:
+        spec, caches, new = self._spec, self._caches, buffers["new"]
+        assert caches is not None
+        context.shape("inputs_embeds", (1, count, spec.hidden_size))
+        context.shape("position_ids", (1, count))
+        context.bind("inputs_embeds", buffers["inputs_embeds"].address)
+        context.bind("position_ids", buffers["position_ids"].address)
+        bind_all(context, {**self._counts, **self._scores})
+        for index, name in enumerate(self._names):
+            context.shape(name, (1, spec.kv_heads, past, spec.head_dim))
+            context.bind(name, caches.address + index * caches.bytes // len(self._names))
+            context.bind(name.replace(PAST, NEW), new.address + index * new.bytes // len(self._names))
+
+    def _buffers(self, count: int) -> dict[str, Buffer]:
+        """Return the buffers of `count` positions: of one they are kept, of a prompt until the next of another length."""
+        if count not in self._inputs:
+            self._inputs = {length: kept for length, kept in self._inputs.items() if length == 1}
+            spec = self._spec
+            self._inputs[count] = {
+                "inputs_embeds": Buffer(self._device, (1, count, spec.hidden_size), self._dtype),
+                "position_ids": Buffer(self._device, (1, count), np.int64),
+                "new": Buffer(self._device, (len(self._names), spec.kv_heads, count, spec.head_dim), self._dtype),
+            }
+        return self._inputs[count]
+
+
+def _sizes(shape: Sequence[int | str]) -> list[int]:
+    return [int(size) for size in shape]
+
+
+def _runs(rows: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return the stretches (begin, end) of places whose rows follow one another."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    edges = [0, *breaks.tolist(), len(rows)]
+    return [(begin, end) for begin, end in pairwise(edges) if end > begin]

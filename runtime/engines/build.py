@@ -1,0 +1,245 @@
+"""Build the engines of a plan, one after the other, and put each in its place when it is whole.
+
+The builder's own progress reports go to a callback. Ctrl-C ends a build at its next step; what was finished stays, and the
+manifest names only what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from leanvlm.runtime.engines.library import load_library, quiet_logger
+from leanvlm.runtime.engines.plan import ENGINES, BuildConfig, BuildPlan, EngineJob
+from leanvlm.runtime.engines.profiles import Profile
+from leanvlm.runtime.errors import BackendError, GraphError
+from leanvlm.runtime.manifest import EngineSpec, GraphSpec, Manifest, TensorSpec, file_sha256, write_manifest
+
+TIMING_CACHE = ENGINES / "timing.cache"
+# Of the library's types, those that our graphs have at their ends.
+DTYPES = {"HALF": "float16", "FLOAT": "float32", "INT64": "int64", "INT32": "int32", "BOOL": "bool", "UINT8": "uint8"}
+
+# What is built, which of its phases, and the share of it that is done, 0 to 1.
+OnProgress = Callable[[EngineJob, str, float], None]
+
+
+@dataclass(frozen=True)
+class Builder:
+    """A library ready to build: its module and what it complained of."""
+
+    module: Any
+    logger: Any
+    complaints: list[str]
+
+    @classmethod
+    def of(cls, config: BuildConfig) -> Builder:
+        """Load the library of a request; raises MissingExtraError or BackendError."""
+        complaints: list[str] = []
+        module: Any = load_library(config.library)
+        return cls(module, quiet_logger(module, complaints), complaints)
+
+
+def build_engines(plan: BuildPlan, builder: Builder, on_progress: OnProgress = lambda job, phase, share: None) -> Manifest:
+    """Build a plan's engines and return the bundle's new manifest.
+
+    Raises:
+        GraphError: The parser refuses a node, or the network's ends are not the manifest's.
+        BackendError: The builder failed.
+    """
+    manifest, bundle = plan.manifest, plan.config.bundle
+    for job in plan.jobs:
+        spec = _build(job, plan, builder, lambda phase, share, job=job: on_progress(job, phase, share))  # type: ignore[misc]
+        kept = tuple(engine for engine in manifest.engines if engine.file != spec.file)
+        manifest = replace(manifest, engines=(*kept, spec))
+        write_manifest(bundle, manifest)
+    return manifest
+
+
+def _build(job: EngineJob, plan: BuildPlan, builder: Builder, on_progress: Callable[[str, float], None]) -> EngineSpec:
+    module, config, begin = builder.module, plan.config, perf_counter()
+    maker = module.Builder(builder.logger)
+    network = maker.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = module.OnnxParser(network, builder.logger)
+    _parse(parser, config.bundle / job.graph.file, job)
+    inputs = tuple(_spec(network.get_input(index), job.graph.inputs) for index in range(network.num_inputs))
+    outputs = tuple(_spec(network.get_output(index), job.graph.outputs) for index in range(network.num_outputs))
+    check_ends(job.graph, inputs, outputs)
+    settings = maker.create_builder_config()
+    _configure(settings, job, config, module)
+    profiles = tuple(_add_profile(maker, settings, profile, network) for profile in job.profiles)
+    cache = _timing_cache(settings, config)
+    builder.complaints.clear()
+    with _deferred_interrupt() as interrupted:
+        settings.progress_monitor = _monitor(module, on_progress, interrupted)
+        plan_bytes = maker.build_serialized_network(network, settings)
+    if plan_bytes is None:
+        reason = builder.complaints[-1] if builder.complaints else "it does not say why"
+        raise BackendError(f"{config.library.title} cannot build {job.graph.file} for sm {job.sm}: {reason[:300]}")
+    path = config.bundle / job.file
+    write_whole(path, memoryview(plan_bytes))
+    if cache is not None:
+        write_whole(_cache_path(config), memoryview(settings.get_timing_cache().serialize()))
+    return EngineSpec(
+        file=str(job.file),
+        engine=config.engine,
+        version=module.__version__,
+        sm=job.sm,
+        precision=plan.manifest.precision,
+        graph=job.graph.file,
+        budget=job.budget,
+        inputs=inputs,
+        outputs=outputs,
+        profiles=profiles,
+        hardware=config.hardware,
+        version_compatible=config.version_compatible,
+        bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+        seconds=round(perf_counter() - begin, 2),
+    )
+
+
+def _parse(parser: Any, path: Path, job: EngineJob) -> None:
+    """Read a graph file; raises GraphError with the node, its stage and its operator where the parser refuses one."""
+    if parser.parse_from_file(str(path)):
+        return
+    error = parser.get_error(0)
+    name, operator = error.node_name(), error.node_operator()
+    first = name.lstrip("/").split("/")[0]
+    stage = first if first in ("vision", "project", "prune") else job.stages
+    raise GraphError(
+        f"{job.graph.file}: the parser refuses {operator} {name} (stage {stage}): {' '.join(error.desc().split())}"
+    )
+
+
+def _spec(tensor: Any, declared: tuple[TensorSpec, ...]) -> TensorSpec:
+    """Return a network's end as a TensorSpec, free sizes by the names that the manifest gives them."""
+    names = next((spec.shape for spec in declared if spec.name == tensor.name), ())
+    sizes = tuple(int(size) for size in tensor.shape)
+    if len(names) == len(sizes):
+        sizes = tuple(name if size == -1 and isinstance(name, str) else size for name, size in zip(names, sizes, strict=True))  # type: ignore[misc]
+    dtype = tensor.dtype.name
+    return TensorSpec(tensor.name, DTYPES.get(dtype, dtype.lower()), sizes)
+
+
+def check_ends(graph: GraphSpec, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+    """Compare a network's inputs and outputs with the manifest's graph.
+
+    Raises:
+        GraphError: A name, dtype or shape differs.
+    """
+    for declared, found in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        there = {tensor.name: tensor for tensor in found}
+        for tensor in declared:
+            if there.get(tensor.name) != tensor:
+                raise GraphError(f"{graph.file}: {tensor} was parsed as {there.get(tensor.name)}; export the bundle again")
+    if len(inputs) != len(graph.inputs) or len(outputs) != len(graph.outputs):
+        raise GraphError(f"{graph.file}: the parser found other inputs or outputs than the manifest; export the bundle again")
+
+
+def _configure(settings: Any, job: EngineJob, config: BuildConfig, module: Any) -> None:
+    if config.engine == "tensorrt-rtx":
+        settings.num_compute_capabilities = 1
+        settings.set_compute_capability(getattr(module.ComputeCapability, f"SM{job.sm}"), 0)
+    if config.workspace is not None:
+        settings.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, config.workspace << 20)
+    if config.version_compatible:
+        settings.set_flag(module.BuilderFlag.VERSION_COMPATIBLE)
+    level = {"ampere+": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}.get(config.hardware)
+    if level is not None:
+        if not hasattr(module.HardwareCompatibilityLevel, level):
+            raise BackendError(f"TensorRT {module.__version__} has no --hardware-compatibility {config.hardware}")
+        settings.hardware_compatibility_level = getattr(module.HardwareCompatibilityLevel, level)
+
+
+def _add_profile(maker: Any, settings: Any, profile: Profile, network: Any) -> Mapping[str, tuple[tuple[int, ...], ...]]:
+    """Add a profile and return it as the builder gives it back; raises BackendError where that differs."""
+    added = maker.create_optimization_profile()
+    for name, shapes in profile.items():
+        added.set_shape(name, *shapes)
+    if settings.add_optimization_profile(added) < 0:
+        raise BackendError(f"the builder refuses the shapes {dict(profile)}")
+    found = {name: tuple(tuple(int(size) for size in shape) for shape in added.get_shape(name)) for name in profile}
+    if found != dict(profile):
+        raise BackendError(f"the builder took other shapes than {dict(profile)}: {found}")
+    free = {tensor.name for index in range(network.num_inputs) if -1 in tuple((tensor := network.get_input(index)).shape)}
+    if free != set(profile):
+        raise BackendError(f"no shapes are known for {', '.join(sorted(free - set(profile)))}")
+    return found
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Set the event on Ctrl-C and raise KeyboardInterrupt at the end: an exception must not pass through the library."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if event.is_set():
+        raise KeyboardInterrupt
+
+
+def _monitor(module: Any, on_progress: Callable[[str, float], None], interrupted: threading.Event) -> Any:
+    """Return the library's progress monitor, which tells the outermost phase's progress and stops the build if asked to."""
+
+    class Monitor(module.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.steps[phase] = max(steps, 1)
+                on_progress(phase, 0.0)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self.steps:
+                on_progress(phase, min((step + 1) / self.steps[phase], 1.0))
+            return not interrupted.is_set()
+
+        def phase_finish(self, phase: str) -> None:
+            if self.steps.pop(phase, None) is not None:
+                on_progress(phase, 1.0)
+
+    return Monitor()
+
+
+def _cache_path(config: BuildConfig) -> Path:
+    return config.timing_cache or config.bundle / TIMING_CACHE
+
+
+def _timing_cache(settings: Any, config: BuildConfig) -> Any:
+    """Give the builder what earlier builds timed; TensorRT-RTX builds ahead of any GPU and times nothing."""
+    if config.engine != "tensorrt":
+        return None
+    path = _cache_path(config)
+    cache = settings.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    settings.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def write_whole(path: Path, data: memoryview) -> None:
+    """Write a file that appears under its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _unfinished(path) as new:
+        new.write_bytes(data)
+        new.replace(path)
+
+
+@contextlib.contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    new = path.with_name(f".{path.name}.new")
+    try:
+        yield new
+    finally:
+        new.unlink(missing_ok=True)
