@@ -24,6 +24,7 @@ from leanvlm.demo.scenes import SHAPES, SIZE, Background, Photo, Scene
 __all__ = [
     "Renderer",
     "Tables",
+    "blend",
     "draw_ground",
     "draw_object",
     "draw_photo",
@@ -214,7 +215,7 @@ def object_distance(rows: Tensor, x: Tensor, y: Tensor, shape: str | None = None
 
 def draw_object(image: Tensor, rows: Tensor, x: Tensor, y: Tensor, shape: str | None = None) -> Tensor:
     """Draw one object (R, 10) over each of the images (R, 3, 336, 336); for `shape` see `object_distance`."""
-    return _blend(image, rows[:, 7:10, None, None], object_distance(rows, x, y, shape))
+    return blend(image, rows[:, 7:10, None, None], object_distance(rows, x, y, shape))
 
 
 def draw_sign(image: Tensor, rows: Tensor, digits: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -225,7 +226,7 @@ def draw_sign(image: Tensor, rows: Tensor, digits: Tensor, x: Tensor, y: Tensor)
     ink = torch.maximum(_digit_ink(rows, digits, x, y), border)
     level = _LIGHT + ink * (_DARK - _LIGHT)
     level = torch.where(inverted > 0.5, _LIGHT + _DARK - level, level)
-    return _blend(image, level[:, None], distance)
+    return blend(image, level[:, None], distance)
 
 
 def sign_slots(rows: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,7 +265,7 @@ def _sample_digits(digits: Tensor, digit: Tensor, u: Tensor, v: Tensor) -> Tenso
     return line(top) * (1 - low_share) + line(top + 1) * low_share
 
 
-def _blend(image: Tensor, color: Tensor, distance: Tensor) -> Tensor:
+def blend(image: Tensor, color: Tensor, distance: Tensor) -> Tensor:
     """Lay a colour (R, 3 or 1, ...) over images where the distance (R, 336, 336), in pixels, is negative."""
     alpha = torch.clamp(0.5 - distance, 0, 1)
     return image + alpha[:, None] * (color - image)
