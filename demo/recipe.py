@@ -62,7 +62,7 @@ class Recipe:
     drop_from: float = 0.12
     drop_share: float = 0.3
     least_kept: int = 32
-    checked: int = 64
+    checked: int = 200
 
     def __post_init__(self) -> None:
         if self.steps < 1:
