@@ -4,8 +4,11 @@ A scene holds up to 12 coloured shapes on a plain or textured ground and, in 42 
 digits. `(seed, kind)` determines it fully. The order in which random numbers are drawn is part of the format: the
 built-in model's measured accuracy belongs to exactly these scenes, so a change of that order makes a new data set.
 
+Each kind of scene also exists on photographed ground: `simple-photo` has the objects of `simple` at the same seed, so that
+the two differ in nothing but the ground.
+
 Positions and lengths are pixels of a 336 x 336 image, x to the right and y down. Seeds below 10**9 are held out from
-training.
+training, and so are the photographs that stand behind them.
 """
 
 import colorsys
@@ -17,25 +20,37 @@ from typing import Literal, NamedTuple
 
 __all__ = [
     "COLORS",
+    "HELD_OUT_PHOTOGRAPHS",
     "KINDS",
+    "PHOTO_KINDS",
     "SHAPES",
     "SIGN_SHARE",
     "SIZE",
+    "TRAINING_PHOTOGRAPHS",
+    "TRAINING_SEED",
     "Background",
     "Kind",
+    "Photo",
     "Scene",
     "SceneObject",
     "Sign",
     "make_scene",
+    "plain_kind",
 ]
 
-Kind = Literal["simple", "medium", "complex"]
+Kind = Literal["simple", "medium", "complex", "simple-photo", "medium-photo", "complex-photo"]
 RGB = tuple[float, float, float]
 
 SIZE = 336
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "hexagon")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
 KINDS: tuple[Kind, ...] = ("simple", "medium", "complex")
+PHOTO_KINDS: tuple[Kind, ...] = ("simple-photo", "medium-photo", "complex-photo")
+# The least seed of a training scene.
+TRAINING_SEED = 10**9
+# Files in demo/photographs; the two lists never mix, so a held-out ground was never trained on.
+TRAINING_PHOTOGRAPHS = ("astronaut", "brick", "coffee", "grass", "hubble", "retina", "rocket")
+HELD_OUT_PHOTOGRAPHS = ("camera", "chelsea", "gravel")
 
 _RGB: dict[str, RGB] = {
     "red": (214, 38, 38),
@@ -52,7 +67,7 @@ SIGN_SHARE = 0.42
 
 @dataclass(frozen=True)
 class Background:
-    """The ground: a colour, plus a linear gradient, a stripe or check pattern and noise, each possibly absent.
+    """A computed ground: a colour, plus a linear gradient, a stripe or check pattern and noise, each possibly absent.
 
     Attributes:
         base: Colour at the centre, 0-255.
@@ -77,6 +92,29 @@ class Background:
     noise_index: int
     noise_shift: tuple[int, int]
     tint: RGB
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photographed ground: a turned and scaled part of a photograph, which is mirrored at its edges.
+
+    Attributes:
+        name: Which photograph.
+        center: What lies at the image's centre, in shares of the photograph's width and height (x, y), 0-1.
+        scale: Width of the image in widths of the photograph, 0.4-1.
+        angle: Direction in the photograph of the image's x axis, in radians.
+        mirrored: Whether left and right are exchanged.
+        base: Mean colour, 0-255.
+        strength: Standard deviation in levels, 12-30.
+    """
+
+    name: str
+    center: tuple[float, float]
+    scale: float
+    angle: float
+    mirrored: bool
+    base: RGB
+    strength: float
 
 
 @dataclass(frozen=True)
@@ -133,7 +171,7 @@ class Scene:
 
     kind: Kind
     seed: int
-    background: Background
+    background: Background | Photo
     sign: Sign | None
     objects: tuple[SceneObject, ...]
 
@@ -163,24 +201,34 @@ class _Box(NamedTuple):
     half_height: float
 
 
+def plain_kind(kind: Kind) -> Kind:
+    """The kind of the same objects on computed ground."""
+    plain: Kind = kind.removesuffix("-photo")  # type: ignore[assignment]
+    return plain
+
+
 def make_scene(seed: int, kind: Kind) -> Scene:
     """Draw the scene that a seed stands for.
 
     Args:
         seed: Any integer; the same one gives another scene in each kind.
-        kind: "simple" (1-2 objects, quiet ground), "medium" (3-4) or "complex" (5-12 small ones, textured ground).
-            An object for which no free place is found is left out.
+        kind: "simple" (1-2 objects, quiet ground), "medium" (3-4) or "complex" (5-12 small ones, textured ground), or
+            one of these with "-photo". An object for which no free place is found is left out.
 
     Raises:
-        ValueError: `kind` is not one of `KINDS`.
+        ValueError: `kind` is not one of `KINDS` and `PHOTO_KINDS`.
     """
-    if kind not in _LAYOUTS:
-        raise ValueError(f"unknown kind of scene {kind!r}; known: {', '.join(KINDS)}")
-    layout = _LAYOUTS[kind]
-    rng = random.Random(f"{kind}-{seed}")
-    background = _draw_background(rng, layout.textures)
+    plain = plain_kind(kind)
+    if kind not in (*KINDS, *PHOTO_KINDS):
+        raise ValueError(f"unknown kind of scene {kind!r}; known: {', '.join((*KINDS, *PHOTO_KINDS))}")
+    layout = _LAYOUTS[plain]
+    rng = random.Random(f"{plain}-{seed}")
+    background: Background | Photo = _draw_background(rng, layout.textures)
+    if kind != plain:
+        names = HELD_OUT_PHOTOGRAPHS if seed < TRAINING_SEED else TRAINING_PHOTOGRAPHS
+        background = _draw_photo(random.Random(f"{kind}-{seed}"), names)
     count = rng.randint(*layout.objects)
-    radius = _SMALL_RADIUS if kind == "simple" and rng.random() < 0.25 else layout.radius
+    radius = _SMALL_RADIUS if plain == "simple" and rng.random() < 0.25 else layout.radius
     shapes, colors = _draw_palette(rng, count)
     taken: list[_Box] = []
     sign = _draw_sign(rng, taken, layout.digit_height) if rng.random() < SIGN_SHARE else None
@@ -213,6 +261,20 @@ def _draw_background(rng: random.Random, textures: Sequence[str]) -> Background:
         noise_index=noise_index,
         noise_shift=noise_shift,
         tint=tint,
+    )
+
+
+def _draw_photo(rng: random.Random, names: Sequence[str]) -> Photo:
+    # Lightness and strength leave black and white shapes visible.
+    red, green, blue = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.2), rng.uniform(0.42, 0.68))
+    return Photo(
+        name=rng.choice(names),
+        center=(rng.random(), rng.random()),
+        scale=rng.uniform(0.4, 1.0),
+        angle=rng.uniform(-math.pi, math.pi),
+        mirrored=rng.random() < 0.5,
+        base=(255 * red, 255 * green, 255 * blue),
+        strength=rng.uniform(12, 30),
     )
 
 

@@ -19,25 +19,32 @@ from typing import NamedTuple
 from leanvlm.demo.layout import (
     COLORS,
     KINDS,
+    PHOTO_KINDS,
     SHAPES,
     SIGN_SHARE,
     SIZE,
+    TRAINING_SEED,
     Background,
     Kind,
+    Photo,
     Scene,
     SceneObject,
     Sign,
     make_scene,
+    plain_kind,
 )
 
 __all__ = [
     "COLORS",
     "FAMILIES",
     "KINDS",
+    "PHOTO_KINDS",
     "SHAPES",
     "SIZE",
+    "TRAINING_SEED",
     "Background",
     "Kind",
+    "Photo",
     "Question",
     "Scene",
     "SceneObject",
@@ -303,8 +310,8 @@ def questions(scene: Scene, rng: random.Random, slots: int = 8) -> list[Question
 
 
 def question_rng(scene: Scene) -> random.Random:
-    """The generator with which a scene's held-out questions are drawn."""
-    return random.Random(f"q-{scene.kind}-{scene.seed}")
+    """The generator with which a scene's questions are drawn; the ground makes no difference to them."""
+    return random.Random(f"q-{plain_kind(scene.kind)}-{scene.seed}")
 
 
 def held_out_questions(scene: Scene, slots: int = 8) -> list[Question]:

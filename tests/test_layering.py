@@ -18,7 +18,7 @@ HEAVY = ("torch", "transformers", "onnx", "onnxscript", "optimum")
 # Part of the library to the parts that it may import.
 ALLOWED = {
     "runtime": {"runtime"},
-    "demo": {"demo"},
+    "demo": {"demo", "runtime"},
     "exporter": {"demo", "exporter", "runtime"},
     "calibration": {"calibration", "demo", "exporter", "runtime"},
 }
@@ -68,6 +68,7 @@ def loaded_after(code: str, folder: Path) -> set[str]:
         "import leanvlm.runtime.preprocess",
         "import leanvlm.runtime.backends.ort",
         "import leanvlm.demo.scenes",
+        "import leanvlm.demo.batches",
         "import leanvlm.exporter",
         SHOW_HELP,
     ],

@@ -20,9 +20,12 @@ from leanvlm.demo.scenes import (
     COLORS,
     FAMILIES,
     KINDS,
+    PHOTO_KINDS,
     SHAPES,
     SIZE,
+    TRAINING_SEED,
     Kind,
+    Photo,
     Question,
     Scene,
     Sign,
@@ -39,7 +42,15 @@ GOLDEN = {
     "simple": "701ea2f2838b510f07fb6d4b9e117ab66e73a60332110b3c79188868755dbbb0",
     "medium": "75758d548cf890d2bbec23d4f38873fee7cf5fb424c67ac1fe6e67f5f99fa033",
     "complex": "d3e4fd366a1eb7f0fd18ee55f75988623c47e25b7a51bece340c1a57624601b7",
+    "simple-photo": "a16c32990dd9655587ea802ba695bf5a60758f9526c7391fddb607cf334269ed",
+    "medium-photo": "74af65812d0a9f13967e26b2e3123f31d28d3553ac7f23426b2093b5f2509ca8",
+    "complex-photo": "c62d3b8c736fc29914314c8fedfb61853e09a7c0503f1bddc75fe6d03de0ac50",
 }
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer("cpu")
 
 
 @functools.cache
@@ -70,7 +81,7 @@ def counted(scene: Scene, words: str) -> int:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GOLDEN)
 def test_scenes_and_questions_never_change(kind: Kind) -> None:
     scenes = [make_scene(seed, kind) for seed in range(50)]
     rows = [[dataclasses.asdict(s), [dataclasses.asdict(q) for q in held_out_questions(s)]] for s in scenes]
@@ -80,6 +91,45 @@ def test_scenes_and_questions_never_change(kind: Kind) -> None:
 def test_a_seed_is_one_scene_in_each_kind() -> None:
     assert make_scene(3, "medium") == make_scene(3, "medium") != make_scene(4, "medium")
     assert make_scene(3, "simple").background != make_scene(3, "medium").background
+
+
+@pytest.mark.parametrize(("kind", "photo"), list(zip(KINDS, PHOTO_KINDS, strict=True)))
+def test_photographed_ground_changes_nothing_else(kind: Kind, photo: Kind, renderer: Renderer) -> None:
+    plain, on_photo = make_scene(5, kind), make_scene(5, photo)
+    assert isinstance(on_photo.background, Photo)
+    assert dataclasses.replace(on_photo, kind=kind, background=plain.background) == plain
+    assert held_out_questions(on_photo) == held_out_questions(plain)
+    first, second = renderer.images([on_photo, plain]).int()
+    for thing in plain.objects:
+        x = int(thing.cx + (0.7 * thing.radius if thing.shape == "ring" else 0))
+        np.testing.assert_array_equal(first[:, int(thing.cy), x].numpy(), second[:, int(thing.cy), x].numpy())
+
+
+def test_held_out_photographs_stand_behind_held_out_seeds_only() -> None:
+    grounds = [[make_scene(first + i, "simple-photo").background for i in range(200)] for first in (0, TRAINING_SEED)]
+    held_out, trained = ({ground.name for ground in part if isinstance(ground, Photo)} for part in grounds)
+    assert not held_out & trained
+    folder = SAMPLES_DIR.parent / "photographs"
+    assert held_out | trained == {file.stem for file in folder.glob("*.jpg")}
+    uses = re.findall(r"^\| (\w+) \|.*\| (training|held-out scenes) \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    assert {name for name, use in uses if use == "training"} == trained
+    assert {name for name, use in uses if use != "training"} == held_out
+
+
+def test_photograph_is_turned_scaled_and_mirrored(renderer: Renderer) -> None:
+    name = "chelsea"
+    with Image.open(SAMPLES_DIR.parent / "photographs" / f"{name}.jpg") as picture:
+        levels = np.asarray(picture.convert("RGB"), np.float64)
+    levels -= levels.mean((0, 1))
+    levels = 128 + 20 * (levels / levels.std()).clip(-2.5, 2.5)
+    quarter = Photo(name, (0.5, 0.5), 0.75, math.pi / 2, False, (128, 128, 128), 20)
+    mirrored = dataclasses.replace(quarter, angle=0, mirrored=True)
+    scenes = [Scene("simple-photo", 0, ground, None, ()) for ground in (quarter, mirrored)]
+    turned, flipped = renderer.images(scenes).permute(0, 2, 3, 1).numpy()
+    middle = levels[56:392, 56:392]  # 336 of 448 pixels: one photographed pixel for each drawn one
+    # Down in the photograph is right in the image.
+    np.testing.assert_allclose(turned, np.rot90(middle), atol=1)
+    np.testing.assert_allclose(flipped, middle[:, ::-1], atol=1)
 
 
 def test_unknown_kind_is_refused_with_the_known_ones() -> None:
@@ -204,11 +254,6 @@ def test_sample_is_what_its_seed_draws(kind: Kind, seed: int) -> None:
         "caption": caption(scene),
         "questions": [{"kind": q.kind, "question": q.text, "answer": q.answer} for q in drawn],
     }
-
-
-@pytest.fixture(scope="module")
-def renderer() -> Renderer:
-    return Renderer("cpu")
 
 
 def test_batch_row_equals_the_scene_drawn_alone(renderer: Renderer) -> None:
