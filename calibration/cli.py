@@ -92,7 +92,9 @@ def eval_command(
     pruner: Annotated[list[str] | None, typer.Option(help="For --model: name, or name:field=value,…; may be repeated.")] = None,
     budget: Annotated[str | None, typer.Option(help="Image tokens kept, such as 64,128; a bundle's own by default.")] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Scenes of each kind.")] = 100,
-    kinds: Annotated[str, typer.Option(help="Kinds of scenes: simple, medium, complex.")] = "simple,complex",
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of scenes: simple, medium, complex; each also with -photo.")
+    ] = "simple,complex",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the counts as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a chart of accuracy over budget (PNG).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads, for bundles.")] = None,

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from leanvlm.calibration.scores import CAPTION, Result, Scores, score_caption
-from leanvlm.demo.scenes import KINDS, Question, Scene, held_out_questions, make_scene
+from leanvlm.demo.scenes import KINDS, PHOTO_KINDS, Question, Scene, held_out_questions, make_scene
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import read_manifest
 from leanvlm.runtime.session import GenerateOptions, Session, load, user_message
@@ -47,15 +47,16 @@ class Exam:
     def __post_init__(self) -> None:
         if self.scenes < 1:
             raise InputError(f"--scenes {self.scenes} is not possible; give at least 1")
-        if not self.kinds or not set(self.kinds) <= set(KINDS):
-            raise InputError(f"--kinds {','.join(self.kinds)!r} is not possible; known: {', '.join(KINDS)}")
+        known = (*KINDS, *PHOTO_KINDS)
+        if not self.kinds or not set(self.kinds) <= set(known):
+            raise InputError(f"--kinds {','.join(self.kinds)!r} is not possible; known: {', '.join(known)}")
 
     def batches(self, size: int) -> Iterator[tuple[str, list[Scene]]]:
         """Yield the scenes, up to `size` of one kind at a time."""
         for kind in self.kinds:
             for start in range(0, self.scenes, size):
                 seeds = range(start, min(start + size, self.scenes))
-                yield kind, [make_scene(seed, known) for known in KINDS if known == kind for seed in seeds]
+                yield kind, [make_scene(seed, known) for known in (*KINDS, *PHOTO_KINDS) if known == kind for seed in seeds]
 
     def questions(self, scene: Scene) -> tuple[list[Question], Question | None]:
         """Return a scene's short questions, and the one for a caption if it is to be asked."""

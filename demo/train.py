@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("base", "small"), default="base", help="base: 14 MiB of weights; small: 3 MiB")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=6, help="processes that draw scenes")
+    parser.add_argument("--workers", type=int, help="processes that draw scenes (default: 6; with --smoke 0)")
     parser.add_argument("--save-every", type=int, default=500, help="steps between saved states (default: %(default)s)")
     parser.add_argument("--time-limit", type=float, help="seconds after which to save and stop")
     parser.add_argument("--resume", action="store_true", help="go on from the state in the output folder")
@@ -386,12 +386,13 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile, several times slower")
     args = parser.parse_args()
     with one_line_errors():
-        if args.workers < 0 or args.save_every < 1:
+        workers: int = (0 if args.smoke else 6) if args.workers is None else args.workers
+        if workers < 0 or args.save_every < 1:
             raise InputError("--workers must be at least 0 and --save-every at least 1")
         if args.smoke:
-            recipe, device, workers = smoke(args.seed), "cpu", 0
+            recipe, device = smoke(args.seed), "cpu"
         elif torch.cuda.is_available():
-            recipe, device, workers = Recipe(size=args.size, steps=args.steps, seed=args.seed), "cuda", args.workers
+            recipe, device = Recipe(size=args.size, steps=args.steps, seed=args.seed), "cuda"
         else:
             raise InputError("training needs a CUDA device; --smoke tries it on the CPU")
         torch.set_float32_matmul_precision("high")

@@ -22,6 +22,8 @@ ALLOWED = {
     "exporter": {"demo", "exporter", "runtime"},
     "calibration": {"calibration", "demo", "exporter", "runtime"},
 }
+# A command that measures the built-in model with what measures every model; nothing of the demo imports it.
+COMMANDS = {"demo": {"evaluate.py": {"leanvlm.calibration", "leanvlm.exporter"}}}
 MODULES = {"runtime": leanvlm.runtime, "demo": leanvlm.demo, "exporter": leanvlm.exporter, "calibration": leanvlm.calibration}
 
 SHOW_HELP = """
@@ -89,7 +91,8 @@ def test_imports_go_one_way(part: str) -> None:
         f"{source.name}: {name}"
         for source in sources(part)
         for name in imported(source)
-        if name.startswith("leanvlm.") and ".".join(name.split(".")[:2]) not in allowed
+        if name.startswith("leanvlm.")
+        and ".".join(name.split(".")[:2]) not in allowed | COMMANDS.get(part, {}).get(source.name, set())
     }
     assert not wrong
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from leanvlm.demo import MODEL_DIR, train
+from leanvlm.demo import MODEL_DIR, evaluate, train
 from leanvlm.demo.batches import IGNORED, QUESTION_TOKENS, QUESTIONS, Batch, Mixture, Script, draw_batch, drawn, make_batch
 from leanvlm.demo.canvas import Canvas
 from leanvlm.demo.checkpoint import named_weights, read_folder, write_folder
@@ -257,6 +257,18 @@ def test_smoke_run_learns_and_writes_a_checkpoint(
     _, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+
+
+def test_evaluation_ends_in_one_line_of_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate", "--scenes", "2", "--kinds", "simple,complex-photo", "--pruner", "random"])
+    evaluate.main()
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["scenes"] == 2
+    assert last["right"].keys() == {"simple", "complex-photo"}
+    expected = examine(read_folder(MODEL_DIR), 2, CPU)
+    for kind, methods in last["right"].items():
+        assert methods.keys() == {"none 576", "random 64"}
+        assert methods["none 576"]["answers"] == pytest.approx(100 * expected[kind]["answers"], abs=0.01)
 
 
 SHORT = Recipe(size="tiny", steps=6, mixture=Mixture(images=2, kinds=("simple",)), warm_up=2, drop_from=0, checked=1)
