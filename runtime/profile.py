@@ -3,7 +3,8 @@
 Wall times: preprocess, the vision graph, splice, prefill, sample and decode. The vision graph is one call, so its time is
 divided among vision, project and prune by their shares in a separate pass: with ONNX Runtime's node profiler on the processor,
 with graphs that end before a stage on a GPU; those three are marked. Peak memory is that of a fresh process that opens one
-budget only.
+budget only. On a Jetson the board's own figures come from a further pass over each budget, so that reading them slows down
+nothing that is timed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from leanvlm.runtime import tegrastats
 from leanvlm.runtime.answer import STAGES, Answer, Timings
 from leanvlm.runtime.errors import BackendError
 from leanvlm.runtime.gpu import gpus
@@ -78,13 +81,14 @@ def measure(config: ProfileConfig, on_step: Callable[[str], None] = lambda step:
                 answer = answer_once(session, config.prompt, image, budget, config.max_new_tokens)
                 if run >= 0:
                     answers[budget].append(answer)
+        boards = {budget: _board(session, config, image, budget, on_step) for budget in budgets}
         figures: dict[str, Any] = {}
         for budget in budgets:
             on_step(f"profiling the nodes of budget {budget}")
             shares = session.backend.vision_shares(budget, preprocess([image], session.manifest.image), NODE_RUNS)
             on_step(f"measuring the memory of budget {budget}")
             peak = peak_memory(config, budget)
-            figures[str(budget)] = _figures(answers[budget], shares, peak)
+            figures[str(budget)] = {**_figures(answers[budget], shares, peak), **boards[budget]}
         return {**_conditions(config, session), "budgets": figures, "speedup": _speedup(figures, asked, whole)}
 
 
@@ -127,6 +131,17 @@ def read_image(path: Path | None) -> bytes:
     buffer = BytesIO()
     pattern.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
+
+
+def _board(
+    session: Session, config: ProfileConfig, image: bytes, budget: int, on_step: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return a Jetson's own figures while it answers, under `board`; nothing on other machines."""
+    if not tegrastats.available():
+        return {}
+    on_step(f"reading the board's sensors at budget {budget}")
+    board = tegrastats.watch(partial(answer_once, session, config.prompt, image, budget, config.max_new_tokens))
+    return {"board": asdict(board)} if board else {}
 
 
 def _figures(answers: Sequence[Answer], shares: dict[str, float], peak: dict[str, int | None]) -> dict[str, Any]:
@@ -184,6 +199,7 @@ def _speedup(figures: dict[str, Any], asked: int, whole: int) -> float:
 
 def _conditions(config: ProfileConfig, session: Session) -> dict[str, Any]:
     """Return what a figure is worth nothing without."""
+    mode = tegrastats.power_mode()
     versions = {"leanvlm": version("leanvlm"), "python": platform.python_version(), **session.backend.versions()}
     return {
         "schema": SCHEMA,
@@ -196,6 +212,7 @@ def _conditions(config: ProfileConfig, session: Session) -> dict[str, Any]:
         "max_new_tokens": config.max_new_tokens,
         "pruner": session.manifest.pruner.name,
         "precision": session.manifest.precision,
+        **({"power_mode": mode} if mode else {}),
     }
 
 

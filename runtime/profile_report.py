@@ -23,6 +23,18 @@ COLOURS = {
 }
 SHARED = ("vision", "project", "prune")
 SHARED_NOTE = "share of the vision graph's wall time, from a separate pass"
+# Title, the figure that must be known, and how a board's figures are written.
+BOARD_ROWS = (
+    ("memory in use, MB", "ram_peak_mb", "{ram_peak_mb} of {ram_total_mb}"),
+    ("swap in use, MB", "swap_peak_mb", "{swap_peak_mb}"),
+    ("GPU load, %", "gpu_load_mean", "{gpu_load_mean:.0f} ({gpu_load_peak:.0f})"),
+    ("GPU clock, MHz", "gpu_mhz_mean", "{gpu_mhz_mean:.0f}"),
+    ("memory clock, MHz", "emc_mhz_mean", "{emc_mhz_mean:.0f}"),
+    ("power, W", "power_mean_w", "{power_mean_w:.1f} ({power_peak_w:.1f})"),
+    ("energy per answer, J", "energy_per_answer_j", "{energy_per_answer_j:.2f}"),
+    ("hottest sensor, °C", "temperature_peak_c", "{temperature_peak_c:.1f} ({hottest_sensor})"),
+)
+BOARD_NOTE = "figures of the whole board, from a separate pass with tegrastats; load and power: mean (peak)"
 
 
 def print_table(figures: dict[str, Any]) -> None:
@@ -44,9 +56,15 @@ def print_table(figures: dict[str, Any]) -> None:
     table.add_row("peak memory, MB", *(f"{v['peak_memory_bytes'] / 1e6:.0f}" for v in budgets.values()))
     if any(v["peak_device_bytes"] for v in budgets.values()):
         table.add_row("peak GPU memory, MB", *(_megabytes(v["peak_device_bytes"]) for v in budgets.values()))
+    board = _board_rows(figures)
+    table.add_section()
+    for title, cells in board:
+        table.add_row(f"board: {title}", *cells)
     console.print(table)
     print(f"* {SHARED_NOTE}")
-    print(f"{figures['device']}; {figures['threads']} threads; {_versions(figures)}")
+    if board:
+        print(f"board: {BOARD_NOTE}")
+    print(_conditions(figures))
     print(f"time to first token: {figures['speedup']:.2f} times sooner than unpruned")
 
 
@@ -58,6 +76,9 @@ def write_html(figures: dict[str, Any], path: Path) -> None:
     legend = " ".join(f'<span><i style="background:{c}"></i>{s}</span>' for s, c in COLOURS.items())
     rows = "\n".join(_row(stage, [v["stages_ms"][stage] for v in budgets.values()]) for stage in STAGES)
     heads = "".join(f"<th>{v['image_tokens']['kept']} of {v['image_tokens']['total']}</th>" for v in budgets.values())
+    board = "\n".join(f"<tr><td>{title}</td>{_cells(cells)}</tr>" for title, cells in _board_rows(figures))
+    if board:
+        board = f"<h2>Board</h2><table><tr><th></th>{heads}</tr>{board}</table><p>{BOARD_NOTE}.</p>\n"
     path.write_text(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>leanvlm profile</title><style>
 body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
@@ -65,12 +86,12 @@ body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;paddin
 i{{display:inline-block;width:.8rem;height:.8rem;margin:0 .3rem 0 .8rem}}
 td,th{{padding:.15rem 1rem;text-align:right}} td:first-child,th:first-child{{text-align:left}}
 </style><h1>{escape(figures["bundle"])}</h1>
-<p>{escape(figures["device"])}; {figures["threads"]} threads; {escape(_versions(figures))}; {figures["runs"]} runs.
+<p>{escape(_conditions(figures))}; {figures["runs"]} runs.
 The first token comes <b>{figures["speedup"]:.2f} times</b> sooner than unpruned.</p>
 <h2>Time to first token of the median run, ms</h2>{bars}<p>{legend}</p>
 <h2>Stages, ms: p50 (p90)</h2><table><tr><th>stage</th>{heads}</tr>{rows}</table>
 <p>vision, project and prune: {SHARED_NOTE}.</p>
-</html>
+{board}</html>
 """,
         encoding="utf-8",
     )
@@ -87,7 +108,21 @@ def _bar(values: dict[str, Any], longest: float) -> str:
 
 
 def _row(stage: str, values: list[dict[str, float]]) -> str:
-    return f"<tr><td>{stage}</td>{''.join(f'<td>{_both(v)}</td>' for v in values)}</tr>"
+    return f"<tr><td>{stage}</td>{_cells([_both(v) for v in values])}</tr>"
+
+
+def _cells(values: list[str]) -> str:
+    return "".join(f"<td>{value}</td>" for value in values)
+
+
+def _board_rows(figures: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Return a Jetson's own figures as titles and their values at each budget; empty on other machines."""
+    boards = [values.get("board", {}) for values in figures["budgets"].values()]
+    return [
+        (title, [form.format_map(board) if board.get(key) is not None else "not known" for board in boards])
+        for title, key, form in BOARD_ROWS
+        if any(board.get(key) is not None for board in boards)
+    ]
 
 
 def _megabytes(count: int | None) -> str:
@@ -98,5 +133,7 @@ def _both(value: dict[str, float]) -> str:
     return f"{value['p50']:.2f} ({value['p90']:.2f})"
 
 
-def _versions(figures: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
+def _conditions(figures: dict[str, Any]) -> str:
+    mode = f"power mode {figures['power_mode']}; " if "power_mode" in figures else ""
+    versions = ", ".join(f"{name} {number}" for name, number in figures["versions"].items())
+    return f"{figures['device']}; {figures['threads']} threads; {mode}{versions}"
