@@ -82,14 +82,19 @@ def measure(config: ProfileConfig, on_step: Callable[[str], None] = lambda step:
                 if run >= 0:
                     answers[budget].append(answer)
         boards = {budget: _board(session, config, image, budget, on_step) for budget in budgets}
-        figures: dict[str, Any] = {}
+        preprocessed = preprocess([image], session.manifest.image)
+        shares = {}
         for budget in budgets:
             on_step(f"profiling the nodes of budget {budget}")
-            shares = session.backend.vision_shares(budget, preprocess([image], session.manifest.image), NODE_RUNS)
-            on_step(f"measuring the memory of budget {budget}")
-            peak = peak_memory(config, budget)
-            figures[str(budget)] = {**_figures(answers[budget], shares, peak), **boards[budget]}
-        return {**_conditions(config, session), "budgets": figures, "speedup": _speedup(figures, asked, whole)}
+            shares[budget] = session.backend.vision_shares(budget, preprocessed, NODE_RUNS)
+        conditions = _conditions(config, session)
+    # The session is closed: its weights may leave no room for those of the process whose memory is measured.
+    figures: dict[str, Any] = {}
+    for budget in budgets:
+        on_step(f"measuring the memory of budget {budget}")
+        peak = peak_memory(config, budget)
+        figures[str(budget)] = {**_figures(answers[budget], shares[budget], peak), **boards[budget]}
+    return {**conditions, "budgets": figures, "speedup": _speedup(figures, asked, whole)}
 
 
 def peak_memory(config: ProfileConfig, budget: int) -> dict[str, int | None]:
