@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 CUDA = "libcuda.so.1"
@@ -104,8 +105,8 @@ def process_memory(device: int = 0, pid: int | None = None) -> int | None:
     """Return the memory that a process holds on a GPU, in bytes: its allocations, contexts and loaded code.
 
     NVML counts processes by their numbers outside of containers. A process that is not among them is taken to be the one
-    compute process on the device, if there is exactly one; so inside a container the answer is right while nothing else runs
-    on the GPU.
+    compute process on the device, if there is exactly one and nobody here has its number; so inside a container the answer is
+    right while nothing else runs on the GPU. Where that one is another process of this machine, the answer is 0.
 
     Args:
         device: The GPU's number as nvidia-smi counts, from 0; `CUDA_VISIBLE_DEVICES` does not apply.
@@ -118,8 +119,11 @@ def process_memory(device: int = 0, pid: int | None = None) -> int | None:
         used = _used_memory(nvml, device)
     finally:
         _done(nvml, "nvmlShutdown")
-    alone = next(iter(used.values())) if len(used) == 1 else None
-    found = used.get(os.getpid() if pid is None else pid, alone)
+    asked = os.getpid() if pid is None else pid
+    found = used.get(asked)
+    if found is None and len(used) == 1:
+        (other,) = used
+        found = 0 if Path(f"/proc/{other}").exists() else used[other]
     return None if found == NVML_VALUE_NOT_AVAILABLE else found
 
 

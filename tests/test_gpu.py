@@ -224,14 +224,15 @@ def test_a_library_is_loaded_by_its_name() -> None:
     [
         ({7: 70, os.getpid(): 5_000_000_000, 9: 90}, None, 5_000_000_000),
         ({7: 70, 9: 90}, 9, 90),
-        ({7: 70}, None, 70),
+        ({2**31: 70}, None, 70),
+        ({1: 70}, None, 0),
         ({7: 70, 9: 90}, None, None),
         ({}, None, None),
         ({7: 2**64 - 1, 9: 90}, 7, None),
         ({pid: pid for pid in range(1, 257)}, 200, 200),
         ({pid: pid for pid in range(1, 258)}, 200, None),
     ],
-    ids=["this one", "another", "the only one", "not among several", "none", "not told", "a full table", "too many"],
+    ids=["this one", "another", "the only one", "the only one is another of this machine", "not among several", "none", "not told", "a full table", "too many"],
 )
 def test_the_memory_of_a_process(processes: dict[int, int], pid: int | None, expected: int | None, install: Install) -> None:
     nvml = fake_nvml(processes)
