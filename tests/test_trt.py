@@ -161,7 +161,7 @@ def test_a_truncated_engine_is_the_librarys_to_refuse(opened: Open, bundle: Path
     write_manifest(bundle, replace(manifest, engines=tuple(map(cut, manifest.engines))))
     with (
         load(bundle) as again,
-        pytest.raises(BackendError, match="TensorRT refuses engines/87/vision_64.engine: the engine's magic"),
+        pytest.raises(BackendError, match=r"TensorRT refuses engines/87/vision_64\.engine: the engine's magic"),
     ):
         again.encode_images(images[:1], 64)
 
