@@ -17,9 +17,10 @@ HARDWARE = ("none", "ampere+", "same")
 # As trtexec spells them.
 LEVELS = {"ampere+": "ampere+", "same": "sameComputeCapability"}
 ENGINES = Path("engines")
-# A build holds the weights as they are in the file, as the parser keeps them and as the engine has them; measured with
-# TensorRT-RTX 1.7 (see bench/LOG.md). To that come the library and its workspace.
-WEIGHT_COPIES, BESIDE = 3.5, 1_200_000_000
+# A build holds the weights as the file, the parser and the builder have them, and once and a half more for every profile, each of
+# which packs its own; to that come the libraries. Measured with TensorRT-RTX 1.7: bench/results/build-memory.json.
+COPIES, COPIES_A_PROFILE, BESIDE = 2.0, 1.5, 500_000_000
+ENGINE_BESIDE = 25_000_000
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,9 @@ def plan_build(config: BuildConfig, manifest: Manifest, module: Any) -> BuildPla
             jobs.append(EngineJob(graph, budget, sm, (vision_profile(graph, limits),), file))
         profiles = decoder_profiles(manifest.decoder, limits, manifest.default_budget)
         jobs.append(EngineJob(manifest.decoder.graph, None, sm, profiles, folder / "decoder.engine"))
-    sizes = {job.graph.file: _weights(manifest, job.graph) for job in jobs}
-    memory = int(WEIGHT_COPIES * max(sizes.values())) + BESIDE
-    disk = sum(sizes[job.graph.file] for job in jobs)
+    sizes = [(len(job.profiles), _weights(manifest, job.graph)) for job in jobs]
+    memory = max(int((COPIES + COPIES_A_PROFILE * count) * size) for count, size in sizes) + BESIDE
+    disk = sum(count * size + ENGINE_BESIDE for count, size in sizes)
     plan = BuildPlan(config, manifest, tuple(jobs), memory, disk)
     _check_room(plan)
     return plan
