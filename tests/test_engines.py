@@ -98,7 +98,11 @@ def test_every_graph_for_every_gpu_of_the_built_in_model(bundle: Path) -> None:
     assert max(share for _, _, share in seen) == 1.0
     # Nothing unfinished stays, and a second build replaces its engines alone.
     assert not list(bundle.rglob(".*.new"))
-    again = built(config_of(bundle, sms=(89,), budgets=(64,)))
+    again = built(config_of(bundle, sms=(89,), budgets=(64,), single_profile=True))
+    (single,) = (engine for engine in again.engines if engine.file == "engines/89/decoder.engine")
+    assert single.bytes < 0.7 * decoder.bytes
+    assert single.profiles[0]["inputs_embeds"] == prefill["inputs_embeds"]
+    assert single.profiles[0]["past_key_values.0.key"] == ((1, 4, 0, 64), (1, 4, 256, 64), (1, 4, 1000, 64))
     assert len(again.engines) == len(manifest.engines)
     assert {e.file for e in again.engines} == {e.file for e in manifest.engines}
 

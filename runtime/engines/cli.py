@@ -35,6 +35,9 @@ def build_command(
         str, typer.Option("--hardware-compatibility", help="none, ampere+ or same: other GPUs that may run it.")
     ] = "none",
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="Let later versions run it.")] = False,
+    single_profile: Annotated[
+        bool, typer.Option("--single-profile", help="One profile for prompts and tokens: half the decoder's engine.")
+    ] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="File of timings; the bundle's own by default.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built, and what it needs.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build with less memory free than estimated.")] = False,
@@ -50,6 +53,7 @@ def build_command(
         workspace,
         hardware,
         version_compatible,
+        single_profile,
         timing_cache,
         force,
     )
