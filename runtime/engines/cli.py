@@ -62,7 +62,8 @@ def build_command(
     plan = plan_build(config, manifest, builder.module)
     console = stderr_console()
     console.print(_needs(plan))
-    for job in plan.jobs:
+    # The decoder's lines name every cache of every profile, so they come only when asked for.
+    for job in plan.jobs if dry_run else [job for job in plan.jobs if job.budget is not None]:
         console.print(f"  {command_line(job, config)}")
     if dry_run:
         return
@@ -83,7 +84,7 @@ def _needs(plan: BuildPlan) -> str:
     title = plan.config.library.title
     return (
         f"{count} {title} engines for sm {sms}: about {memory:.1f} GB of memory at once and {disk:.2f} GB on the disk; "
-        "the same by hand, in the bundle's folder:"
+        "the same by hand, in the bundle's folder (the decoder's lines: --dry-run):"
     )
 
 
