@@ -226,7 +226,7 @@ def _conditions(config: ProfileConfig, session: Session) -> dict[str, Any]:
 
 def _device(device: str) -> str:
     """Return the name of the GPU, with the processor that drives it, or of the processor alone."""
-    found = gpus() if device == "cuda" else []
+    found = gpus() if device != "cpu" else []
     return f"{found[0].name}, {_processor()}" if found else _processor()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from leanvlm.exporter import dialect, tolerances
+from leanvlm.exporter import ExportConfig, dialect, tolerances
+from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.dialect import check_dialect, foreign_nodes, target_opset
 from leanvlm.exporter.passes.levels_shape import shape_behind_cast
 from leanvlm.exporter.passes.stage_names import name_by_layer
 from leanvlm.exporter.passes.topk_count import fix_topk_counts
 from leanvlm.exporter.portable_decoder import trace_decoder
+from leanvlm.exporter.reference import Reference, relative_difference
+from leanvlm.exporter.verify import probe_images
 from leanvlm.runtime import load
+from leanvlm.runtime.backends.portable import PortableDecoder
+from leanvlm.runtime.engines.profiles import Limits, usual_limits
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.manifest import read_manifest
+from leanvlm.runtime.preprocess import preprocess
+from leanvlm.runtime.splice import splice
 
 Array = npt.NDArray[Any]
 HEADS, KV_HEADS, HEAD, WIDTH, LAYERS, VOCABULARY = 6, 3, 16, 96, 3, 80
@@ -273,3 +281,46 @@ def test_a_decoders_nodes_are_named_by_their_layers(traced: Traced) -> None:
     names = [str(node.name) for node in model.graph]
     assert count == len(names) == len(set(names))
     assert any(name.startswith("/decoder/layers:1/self_attn/q_proj/MatMul") for name in names)
+
+
+@pytest.fixture(scope="module")
+def built_in() -> Any:
+    """The built-in checkpoint in fp32, as transformers runs it."""
+    checkpoint = open_checkpoint(ExportConfig("demo"))
+    return Reference(checkpoint, load_model(checkpoint).float())
+
+
+@pytest.mark.parametrize(("prompt", "capacity"), [(1, 2048), (104, 137), (1024, 2048)])
+def test_the_files_at_the_profiles_ends(tensorrt_bundle: Path, built_in: Any, prompt: int, capacity: int) -> None:
+    """Prompts of the least, a usual and the largest length, then 32 steps over caches up to the largest."""
+    manifest = read_manifest(tensorrt_bundle)
+    assert usual_limits(manifest, Limits()).prompt == 1024
+    session = onnxruntime.InferenceSession(tensorrt_bundle / "decoder.onnx", providers=["CPUExecutionProvider"])
+    decoder = PortableDecoder(session, manifest.decoder)
+    ids = np.random.default_rng(prompt).integers(4, 600, prompt + STEPS)
+    embeddings = built_in.embed(ids)
+    wanted = built_in.logits(embeddings, np.arange(len(ids)), STEPS + 1)
+    limit = tolerances.LOGITS["fp16"] * np.abs(wanted).max()
+    decoder.start(capacity)
+    decoder.load(splice([embeddings[:prompt]], [], "compact"))
+    scores = decoder.prefill()
+    for step in range(STEPS + 1):
+        assert np.abs(scores.logits() - wanted[step]).max() <= limit
+        if step < STEPS:
+            scores = decoder.step(embeddings[prompt + step], prompt + step)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_vision_file_at_its_profiles_ends(tensorrt_bundle: Path, built_in: Any, batch: int) -> None:
+    manifest = read_manifest(tensorrt_bundle)
+    images = [image.rotate(90 * turn) for turn in (0, 1) for image in probe_images()][:batch]
+    with pytest.warns(UserWarning, match="runs on cpu"):
+        session = load(tensorrt_bundle, device="cpu")
+    with session:
+        outputs = session.vision(64).run({"pixel_values": preprocess(images, manifest.image)})
+    normal = preprocess(images, replace(manifest.image, layout="float32"))
+    features = built_in.vision(normal).features.numpy()
+    kept = np.take_along_axis(features, outputs["keep_indices"][:, :, None], axis=1)
+    assert outputs["image_features"].shape == (batch, 64, manifest.decoder.hidden_size)
+    found = outputs["image_features"].astype(np.float32)
+    assert relative_difference(found, kept) <= tolerances.FEATURES["fp16"]

@@ -113,6 +113,16 @@ def test_a_longer_answer_gets_a_larger_cache_and_the_logits_are_there(opened: Op
     assert len(sampled.token_ids) == 4
 
 
+def test_steps_run_one_by_one_where_nothing_can_be_captured(
+    opened: Open, images: list[Image.Image], device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[object] = []
+    monkeypatch.setattr(device, "capture", tried.append)
+    assert opened().generate(PROMPT, images[:1]).text == "a yellow hexagon"
+    assert len(tried) == 1
+    assert device.launches == 0
+
+
 def test_sizes_outside_the_profiles_are_refused_with_what_to_build(opened: Open, images: list[Image.Image]) -> None:
     session = opened(Limits(images=1, prompt=600, positions=640))
     with pytest.raises(BackendError, match=r"vision_64.engine takes pixel_values from .* to \[1, 3.*--max-images"):

@@ -111,6 +111,7 @@ class TrtContext:
         self._bound: dict[str, int] = {}
         self._graph: Any = None
         self._runs = 0
+        self._capturing = True
         if profile and not context.set_optimization_profile_async(profile, device.stream):
             raise BackendError(f"{engine.spec.file} has no profile {profile}: {rebuild(engine.spec)}")
 
@@ -138,13 +139,15 @@ class TrtContext:
                 raise BackendError(f"{self._engine.spec.file} has no tensor {name}")
 
     def run(self, *, replayed: bool) -> None:
-        """Run on what is bound. With `replayed`, the second run is captured as a CUDA graph and later ones replay it."""
+        """Run on what is bound. With `replayed`, a run after the first is captured as a CUDA graph and later ones replay it."""
         unbound = [t.name for t in (*self._engine.spec.inputs, *self._engine.spec.outputs) if t.name not in self._bound]
         if unbound:
             raise BackendError(f"{self._engine.spec.file}: nothing is bound to {unbound[0]}")
         self._runs += 1
-        if replayed and self._graph is None and self._runs == 2 and self._capturable():
+        if replayed and self._graph is None and self._runs > 1 and self._capturing and self._capturable():
             self._graph = self._device.capture(self._enqueue)
+            # What cannot be captured once is not tried again.
+            self._capturing = self._graph is not None
         if replayed and self._graph is not None:
             self._device.launch(self._graph)
         else:

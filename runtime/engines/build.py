@@ -67,6 +67,7 @@ def _build(job: EngineJob, plan: BuildPlan, builder: Builder, on_progress: Calla
     network = maker.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, builder.logger)
     _parse(parser, config.bundle / job.graph.file, job)
+    _check_locations(network, job)
     inputs = tuple(_spec(network.get_input(index), job.graph.inputs) for index in range(network.num_inputs))
     outputs = tuple(_spec(network.get_output(index), job.graph.outputs) for index in range(network.num_outputs))
     check_ends(job.graph, inputs, outputs)
@@ -115,6 +116,13 @@ def _parse(parser: Any, path: Path, job: EngineJob) -> None:
     raise GraphError(
         f"{job.graph.file}: the parser refuses {operator} {name} (stage {stage}): {' '.join(error.desc().split())}"
     )
+
+
+def _check_locations(network: Any, job: EngineJob) -> None:
+    """Refuse a network that would want an input in the processor's memory, as TensorRT wants what shapes are made of."""
+    wanted = [tensor.name for index in range(network.num_inputs) if (tensor := network.get_input(index)).is_shape_tensor]
+    if wanted:
+        raise GraphError(f"{job.graph.file}: the parser takes {wanted[0]} for a shape; export the bundle again")
 
 
 def _spec(tensor: Any, declared: tuple[TensorSpec, ...]) -> TensorSpec:
