@@ -374,7 +374,7 @@ def file_sha256(path: Path) -> str:
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Compare the sha256 of every file of the bundle with the manifest.
+    """Compare the sha256 of every file of the bundle, and of the engines that are there, with the manifest.
 
     Raises:
         BundleError: A file differs.
@@ -382,3 +382,7 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
     for name, spec in manifest.files.items():
         if file_sha256(folder / name) != spec.sha256:
             raise BundleError(f"{name} does not match its sha256 in {MANIFEST}: copy or export the bundle again")
+    for engine in manifest.engines:
+        path = inside(folder, engine.file)
+        if path.is_file() and file_sha256(path) != engine.sha256:
+            raise BundleError(f"{engine.file} does not match its sha256 in {MANIFEST}: copy or build it again")

@@ -16,8 +16,8 @@ from PIL import Image
 from leanvlm.runtime import load
 from leanvlm.runtime.backends import trt
 from leanvlm.runtime.engines.profiles import Limits
-from leanvlm.runtime.errors import BackendError, InputError, MissingExtraError
-from leanvlm.runtime.manifest import EngineSpec, read_manifest, write_manifest
+from leanvlm.runtime.errors import BackendError, BundleError, InputError, MissingExtraError
+from leanvlm.runtime.manifest import EngineSpec, read_manifest, verify_files, write_manifest
 from leanvlm.runtime.session import Session, user_message
 
 SM = 87
@@ -176,6 +176,18 @@ def test_a_truncated_engine_is_the_librarys_to_refuse(opened: Open, bundle: Path
         pytest.raises(BackendError, match=r"TensorRT refuses engines/87/vision_64\.engine: the engine's magic"),
     ):
         again.encode_images(images[:1], 64)
+
+
+def test_verifying_a_bundle_verifies_its_engines(opened: Open, bundle: Path) -> None:
+    opened()
+    manifest = read_manifest(bundle)
+    verify_files(bundle, manifest)
+    path = bundle / "engines/87/decoder.engine"
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(BundleError, match=r"engines/87/decoder\.engine does not match its sha256"):
+        verify_files(bundle, manifest)
+    path.unlink()
+    verify_files(bundle, manifest)
 
 
 def test_no_engines_no_gpu_no_library(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
