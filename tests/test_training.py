@@ -18,6 +18,7 @@ from leanvlm.demo import MODEL_DIR, evaluate, train
 from leanvlm.demo.batches import IGNORED, QUESTION_TOKENS, QUESTIONS, Batch, Mixture, Script, draw_batch, drawn, make_batch
 from leanvlm.demo.canvas import Canvas
 from leanvlm.demo.checkpoint import named_weights, read_folder, write_folder
+from leanvlm.demo.examine import examine
 from leanvlm.demo.muon import Muon, orthogonalised
 from leanvlm.demo.network import SIZES, Twin, normalised
 from leanvlm.demo.objective import Tokens, choose
@@ -25,7 +26,7 @@ from leanvlm.demo.packing import pack
 from leanvlm.demo.recipe import Recipe
 from leanvlm.demo.render import Renderer
 from leanvlm.demo.scenes import COLORS, KINDS, PHOTO_KINDS, SHAPES, Kind, Scene, held_out_questions, make_scene
-from leanvlm.demo.train import Options, examine
+from leanvlm.demo.train import Options
 from leanvlm.runtime.errors import InputError
 
 CPU = torch.device("cpu")
@@ -126,11 +127,12 @@ def test_patch_labels_are_where_the_objects_are_drawn() -> None:
     assert (labels.shapes[covered == 0] == 0).all()
     assert (labels.shapes[covered > 0.6] > 0).all()
     for row, scene in enumerate(scenes):
-        for thing in scene.objects:
+        for number, thing in enumerate(scene.objects, 1):
             x = thing.cx + (0.7 * thing.radius if thing.shape == "ring" else 0)
             patch = int(thing.cy // 14) * 24 + int(x // 14)
             assert labels.shapes[row, patch] == SHAPES.index(thing.shape) + 1
             assert labels.colors[row, patch] == COLORS.index(thing.color) + 1
+            assert labels.objects[row, patch] == number
         digits = set(labels.digits[row].tolist()) - {0, 1}
         assert digits == {int(digit) + 2 for digit in (scene.sign.text if scene.sign else "")}
 
