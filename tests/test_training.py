@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from leanvlm.demo import MODEL_DIR, evaluate, train
+from leanvlm.demo import MODEL_DIR, SMALL_DIR, evaluate, train
 from leanvlm.demo.batches import IGNORED, QUESTION_TOKENS, QUESTIONS, Batch, Mixture, Script, draw_batch, drawn, make_batch
 from leanvlm.demo.canvas import Canvas
 from leanvlm.demo.checkpoint import named_weights, read_folder, write_folder
@@ -271,6 +272,21 @@ def test_evaluation_ends_in_one_line_of_json(monkeypatch: pytest.MonkeyPatch, ca
     for kind, methods in last["right"].items():
         assert methods.keys() == {"none 576", "random 64"}
         assert methods["none 576"]["answers"] == pytest.approx(100 * expected[kind]["answers"], abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "folder"), [("demo", MODEL_DIR), ("demo-small", SMALL_DIR)])
+def test_card_says_what_evaluation_finds(
+    model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate", "--model", model, "--scenes", "200"])
+    evaluate.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["right"]
+    pattern = r"^\| (answers|recall|absent), ([a-z-]+), (none 576|attention 64) \| ([\d.]+) \|"
+    card = re.findall(pattern, (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(card) == 4 * 2 * 3
+    for quantity, kind, method, value in card:
+        assert found[kind][method][quantity] == pytest.approx(float(value), abs=0.2), (quantity, kind, method)
 
 
 SHORT = Recipe(size="tiny", steps=6, mixture=Mixture(images=2, kinds=("simple",)), warm_up=2, drop_from=0, checked=1)
