@@ -31,6 +31,7 @@ class Request:
     prompt: str | None
     budget: int | None
     device: str | None
+    provider: str | None
     threads: int | None
     overlay: Path | None
     as_json: bool
@@ -44,7 +45,7 @@ def ask(request: Request) -> None:
         check_picture_path(request.overlay)
         if len(request.images) != 1:
             raise InputError("--overlay draws one image; give exactly one --image")
-    with load(request.bundle, device=request.device, threads=request.threads) as session:
+    with load(request.bundle, device=request.device, provider=request.provider, threads=request.threads) as session:
         generation = session.stream(request.prompt, request.images, budget=request.budget, **request.options)
         if not request.as_json:
             for piece in generation:
@@ -121,7 +122,7 @@ def chat(request: Request) -> None:
     console = stderr_console()
     sampling = SamplingConfig(*(request.options[key] for key in ("temperature", "top_p", "seed")))
     options = GenerateOptions(request.options["max_new_tokens"], sampling, tuple(request.options["stop"]))
-    with load(request.bundle, device=request.device, threads=request.threads) as session:
+    with load(request.bundle, device=request.device, provider=request.provider, threads=request.threads) as session:
         conversation = Chat(session, session.manifest.budget(request.budget), options)
         waiting = list(request.images)
         for path in waiting:

@@ -34,6 +34,9 @@ ELSEWHERE = {
 
 Bundle = Annotated[Path, typer.Argument(help="Folder that `leanvlm export` wrote.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's own by default.")]
+Provider = Annotated[
+    str | None, typer.Option(help="tensorrt or nv-tensorrt-rtx: run a TensorRT bundle with ONNX Runtime's provider.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.")]
 Budget = Annotated[int | None, typer.Option(help="Image tokens kept; one of the bundle's.")]
 
@@ -65,6 +68,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="String that ends the answer; may be repeated.")] = None,
     budget: Budget = None,
     device: Device = None,
+    provider: Provider = None,
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     overlay: Annotated[Path | None, typer.Option(help="Write a picture of the kept tokens (PNG).")] = None,
@@ -73,7 +77,7 @@ def run(
     from leanvlm.runtime.ask import Request, ask, chat
 
     request = Request(
-        bundle, tuple(image or ()), prompt, budget, device, threads, overlay, as_json,
+        bundle, tuple(image or ()), prompt, budget, device, provider, threads, overlay, as_json,
         {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop or ()},
     )  # fmt: skip
     if prompt is None:
@@ -94,6 +98,7 @@ def profile(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in each run.")] = 32,
     budget: Budget = None,
     device: Device = None,
+    provider: Provider = None,
     threads: Threads = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with a chart.")] = None,
@@ -105,7 +110,7 @@ def profile(
     for option, path in (("--json", json_file), ("--html", html)):
         if path is not None:
             check_writable(option, path)
-    config = ProfileConfig(bundle, image, prompt, runs, warmup, max_new_tokens, budget, device, threads)
+    config = ProfileConfig(bundle, image, prompt, runs, warmup, max_new_tokens, budget, device, provider, threads)
     console = stderr_console()
     with console.status("opening the bundle") as status:
         figures = measure(config, status.update)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from leanvlm.runtime import gpu
+from leanvlm.runtime.engines.library import LIBRARIES
 
 EXPORT = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-genai", "optimum")
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
@@ -58,6 +59,8 @@ def dlopen(library: str) -> None:
 
 def _runtimes() -> list[str]:
     found = {name: v for name in ONNXRUNTIMES if (v := installed(name))}
+    if not found and JETSON.is_file() and find_spec("tensorrt"):
+        return ["no ONNX Runtime: engines run without it, bundles for cpu need pip install 'leanvlm[cpu]'"]
     if not found:
         return ["! running needs ONNX Runtime: pip install 'leanvlm[cpu]', or 'leanvlm[gpu]' for an NVIDIA GPU"]
     lines = [f"{name} {number}" for name, number in found.items()]
@@ -181,8 +184,29 @@ def _export() -> list[str]:
 
 
 def _tensorrt() -> list[str]:
-    names = [name for name in ("tensorrt_rtx", "tensorrt") if find_spec(name)]
-    return [f"TensorRT modules: {', '.join(names)}"] if names else ["no TensorRT: pip install 'leanvlm[rtx]' adds RTX"]
+    found = [known for known in LIBRARIES.values() if find_spec(known.module)]
+    if not found:
+        # On Jetson the package is the system's; an environment sees it only if it is made so.
+        mend = "sudo apt install python3-libnvinfer, and make the environment with --system-site-packages"
+        return [f"no TensorRT: {mend}" if JETSON.is_file() else "no TensorRT: pip install 'leanvlm[rtx]' adds RTX"]
+    lines = ["engines: " + ", ".join(f"{known.title} {_version_of(known.module)}" for known in found)]
+    if not _importable("cuda.bindings") and not _importable("cuda.cudart"):
+        lines.append("building works; running engines also needs cuda-python: pip install 'leanvlm[trt]'")
+    elif gpu.library(gpu.CUDA) is None:
+        lines.append("building works; running engines needs an NVIDIA GPU with its driver")
+    return lines
+
+
+def _importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # Of its parent.
+        return False
+
+
+def _version_of(module: str) -> str:
+    # A distribution's name and its module's are spelled alike; the system's packages may have no distribution.
+    return installed(module) or "of the system"
 
 
 def _onnxruntime() -> Any:

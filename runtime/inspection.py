@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from leanvlm.runtime.answer import Pruning
+from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.overlay import check_picture_path, save_overlay
 from leanvlm.runtime.preprocess import load_image
@@ -31,6 +32,7 @@ def describe(folder: Path, manifest: Manifest) -> str:
         **_gate_file(manifest),
         "decoder": f"{decoder.layers} layers, {decoder.kv_heads} KV heads of {decoder.head_dim}, "
         f"context {decoder.context_length}",
+        **_engines(manifest),
         "verified": _verified(manifest),
     }
     return "\n".join(f"{name:<9} {text}" for name, text in rows.items())
@@ -39,6 +41,17 @@ def describe(folder: Path, manifest: Manifest) -> str:
 def _gate_file(manifest: Manifest) -> dict[str, str]:
     gate = manifest.pruner.gate
     return {} if gate is None else {"gate": f"{gate.get('file')}, from {gate.get('images')} {gate.get('source')}"}
+
+
+def _engines(manifest: Manifest) -> dict[str, str]:
+    """Say for which GPUs there are engines, by which library and version."""
+    held: dict[str, list[str]] = {}
+    for engine in manifest.engines:
+        sms = held.setdefault(f"{LIBRARIES[engine.engine].title} {engine.version}, sm", [])
+        sms += [str(engine.sm)] if str(engine.sm) not in sms else []
+    if not held:
+        return {"engines": "none yet: leanvlm build"} if manifest.target in LIBRARIES else {}
+    return {"engines": "; ".join(f"{title} {', '.join(sms)}" for title, sms in held.items())}
 
 
 def inspect_image(folder: Path, image: Path, budget: int | None, overlay: Path | None, device: str | None = None) -> str:

@@ -16,10 +16,11 @@ def main() -> None:
     """Read the request from the first argument, as JSON."""
     asked = json.loads(sys.argv[1])
     image = read_image(Path(asked["image"]) if asked["image"] else None)
-    with load(asked["bundle"], device=asked["device"], threads=asked["threads"]) as session:
+    options = {key: asked[key] for key in ("device", "provider", "threads")}
+    with load(asked["bundle"], **options) as session:
         answer_once(session, asked["prompt"], image, asked["budget"], asked["max_new_tokens"])
         # ONNX Runtime's arena gives nothing back, so what is taken now is the most that was.
-        device = process_memory() if session.backend.device == "cuda" else None
+        device = process_memory() if session.backend.device != "cpu" else None
     print(json.dumps({"resident": peak_resident_bytes(), "device": device}))
 
 

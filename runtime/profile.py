@@ -50,6 +50,7 @@ class ProfileConfig:
         max_new_tokens: Tokens of each run; end tokens are passed over so that all runs are alike.
         budget: The pruned budget; None is the bundle's default.
         device: None is the bundle's own.
+        provider: What ONNX Runtime runs a bundle for TensorRT with; None runs its engines.
         threads: Processor threads.
     """
 
@@ -61,6 +62,7 @@ class ProfileConfig:
     max_new_tokens: int = 32
     budget: int | None = None
     device: str | None = None
+    provider: str | None = None
     threads: int | None = None
 
 
@@ -71,7 +73,7 @@ def measure(config: ProfileConfig, on_step: Callable[[str], None] = lambda step:
         LeanVLMError: The bundle, image or prompt cannot be used.
     """
     image = read_image(config.image)
-    with load(config.bundle, device=config.device, threads=config.threads) as session:
+    with load(config.bundle, device=config.device, provider=config.provider, threads=config.threads) as session:
         asked, whole = session.manifest.budget(config.budget), session.manifest.tokens_per_crop
         budgets = [asked] if asked == whole else [asked, whole]
         answers: dict[int, list[Answer]] = {budget: [] for budget in budgets}
@@ -110,6 +112,7 @@ def peak_memory(config: ProfileConfig, budget: int) -> dict[str, int | None]:
         "max_new_tokens": config.max_new_tokens,
         "budget": budget,
         "device": config.device,
+        "provider": config.provider,
         "threads": config.threads,
     }
     command = [sys.executable, "-m", "leanvlm.runtime.peak", json.dumps(arguments)]
@@ -166,7 +169,7 @@ def _figures(answers: Sequence[Answer], shares: dict[str, float], peak: dict[str
     median = sorted(timings, key=lambda t: t.time_to_first_token)[(len(timings) - 1) // 2]
     pruning = answers[0].pruning[0]
     return {
-        "stages_ms": {stage: _quantiles(samples[stage]) for stage in STAGES},
+        "stages_ms": {stage: _quantiles(samples[stage]) for stage in STAGES if stage in samples},
         "first_token_stages_ms": _until_first_token(median, shares),
         "vision_graph_ms": _quantiles(graph),
         "shares_of_vision_graph": shares,

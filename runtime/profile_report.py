@@ -22,6 +22,7 @@ COLOURS = {
     "sample": "#CC79A7",
 }
 SHARED = ("vision", "project", "prune")
+WHOLE_NOTE = "the whole vision engine, with project and prune in it"
 SHARED_NOTE = "share of the vision graph's wall time, from a separate pass"
 # Title, the figure that must be known, and how a board's figures are written.
 BOARD_ROWS = (
@@ -46,7 +47,8 @@ def print_table(figures: dict[str, Any]) -> None:
     for values in budgets.values():
         kept, total = values["image_tokens"]["kept"], values["image_tokens"]["total"]
         table.add_column(f"{kept} of {total} tokens", justify="right")
-    for stage in STAGES:
+    stages, note = _stages(figures)
+    for stage in stages:
         mark = " *" if stage in SHARED else ""
         table.add_row(stage + mark, *(_both(v["stages_ms"][stage]) for v in budgets.values()))
     table.add_section()
@@ -61,11 +63,17 @@ def print_table(figures: dict[str, Any]) -> None:
     for title, cells in board:
         table.add_row(f"board: {title}", *cells)
     console.print(table)
-    print(f"* {SHARED_NOTE}")
+    print(f"* {note}")
     if board:
         print(f"board: {BOARD_NOTE}")
     print(_conditions(figures))
     print(f"time to first token: {figures['speedup']:.2f} times sooner than unpruned")
+
+
+def _stages(figures: dict[str, Any]) -> tuple[list[str], str]:
+    """Return the stages that were told apart, in order, and what is to be said of those of the vision graph."""
+    measured = next(iter(figures["budgets"].values()))["stages_ms"]
+    return [stage for stage in STAGES if stage in measured], SHARED_NOTE if "prune" in measured else WHOLE_NOTE
 
 
 def write_html(figures: dict[str, Any], path: Path) -> None:
@@ -73,8 +81,9 @@ def write_html(figures: dict[str, Any], path: Path) -> None:
     budgets = figures["budgets"]
     longest = max(v["time_to_first_token_ms"] for v in budgets.values())
     bars = "\n".join(_bar(values, longest) for values in budgets.values())
+    stages, note = _stages(figures)
     legend = " ".join(f'<span><i style="background:{c}"></i>{s}</span>' for s, c in COLOURS.items())
-    rows = "\n".join(_row(stage, [v["stages_ms"][stage] for v in budgets.values()]) for stage in STAGES)
+    rows = "\n".join(_row(stage, [v["stages_ms"][stage] for v in budgets.values()]) for stage in stages)
     heads = "".join(f"<th>{v['image_tokens']['kept']} of {v['image_tokens']['total']}</th>" for v in budgets.values())
     board = "\n".join(f"<tr><td>{title}</td>{_cells(cells)}</tr>" for title, cells in _board_rows(figures))
     if board:
@@ -90,7 +99,7 @@ td,th{{padding:.15rem 1rem;text-align:right}} td:first-child,th:first-child{{tex
 The first token comes <b>{figures["speedup"]:.2f} times</b> sooner than unpruned.</p>
 <h2>Time to first token of the median run, ms</h2>{bars}<p>{legend}</p>
 <h2>Stages, ms: p50 (p90)</h2><table><tr><th>stage</th>{heads}</tr>{rows}</table>
-<p>vision, project and prune: {SHARED_NOTE}.</p>
+<p>{", ".join(stage for stage in stages if stage in SHARED)}: {note}.</p>
 {board}</html>
 """,
         encoding="utf-8",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from leanvlm.runtime.engines.profiles import Limits, decoder_profiles, usual_limits, vision_profile
+from leanvlm.runtime.engines.profiles import Limits, decoder_profiles, usual_limits, vision_profile, whole_profile
 from leanvlm.runtime.manifest import EngineSpec, GraphSpec, Manifest, file_sha256
 
 VERSION = "10.9.0"
@@ -164,7 +164,9 @@ def add_engines(
     """Write engine files of this kind for every graph of a bundle, and return their entries for the manifest."""
     sizes = usual_limits(manifest, limits or Limits())
     entries = []
-    profiles = decoder_profiles(manifest.decoder, sizes, manifest.default_budget)
+    single = changes.pop("single", False)
+    shapes = (manifest.decoder, sizes, manifest.default_budget)
+    profiles = (whole_profile(*shapes),) if single else decoder_profiles(*shapes)
     jobs = [(graph, budget, (vision_profile(graph, sizes),)) for budget, graph in manifest.vision.items()]
     for graph, budget, found in [*jobs, (manifest.decoder.graph, None, profiles)]:
         entries.append(_engine(bundle, graph, budget, found, sm, changes))

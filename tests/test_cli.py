@@ -296,7 +296,7 @@ def test_the_readme_names_every_command(leanvlm: Command) -> None:
     assert named == set(re.findall(r"^  ([a-z]+) ", listing, re.M))
 
 
-@pytest.mark.parametrize("command", ["run", "profile", "inspect", "doctor", "export"])
+@pytest.mark.parametrize("command", ["run", "profile", "inspect", "build", "doctor", "export"])
 def test_every_command_has_help(leanvlm: Command, command: str) -> None:
     result = leanvlm(command, "--help")
     assert result.returncode == 0

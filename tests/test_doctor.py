@@ -60,6 +60,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
         failures: dict[str, str] | None = None,
         smi: Callable[..., Any] | None = None,
         jetson: str | None = None,
+        modules: tuple[str, ...] = (),
+        part: str = "running",
     ) -> list[str]:
         reasons = failures or {}
 
@@ -80,10 +82,11 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
         monkeypatch.setattr(gpu, "gpus", lambda: list(gpus))
         monkeypatch.setattr(gpu, "driver_cuda", lambda: driver)
         monkeypatch.setattr(gpu, "library", lambda name: None if name in reasons else SimpleNamespace())
+        monkeypatch.setattr(doctor, "find_spec", lambda name: name if name in modules else None)
         lines = doctor.report().splitlines()
         assert lines[0].startswith("leanvlm ")
-        assert lines[-2].startswith("exporting")
-        return lines[1:-2]
+        (exporting,) = (number for number, line in enumerate(lines) if line.startswith("exporting"))
+        return lines[1:exporting] if part == "running" else lines[exporting + 1 :]
 
     return report
 
@@ -295,3 +298,31 @@ def test_exporting_lists_the_build_of_genai(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_library_that_is_not_there_is_an_error() -> None:
     with pytest.raises(OSError, match="libnothing-of-this-name"):
         doctor.dlopen("libnothing-of-this-name.so.1")
+
+
+def test_engines_and_what_they_lack(machine: Machine) -> None:
+    nothing = {"libcuda.so.1": not_found("libcuda.so.1")}
+    assert machine({}, part="engines") == ["no TensorRT: pip install 'leanvlm[rtx]' adds RTX"]
+    built = machine({"tensorrt_rtx": "1.7.1"}, modules=("tensorrt_rtx",), part="engines")
+    assert built == [
+        "engines: TensorRT-RTX 1.7.1",
+        "building works; running engines also needs cuda-python: pip install 'leanvlm[trt]'",
+    ]
+    modules = ("tensorrt_rtx", "cuda.bindings")
+    driverless = machine({"tensorrt_rtx": "1.7.1"}, modules=modules, failures=nothing, part="engines")
+    assert driverless[1:] == ["building works; running engines needs an NVIDIA GPU with its driver"]
+    assert machine({"tensorrt_rtx": "1.7.1"}, modules=modules, part="engines") == ["engines: TensorRT-RTX 1.7.1"]
+
+
+def test_a_jetson_needs_the_systems_tensorrt_and_no_onnxruntime(machine: Machine) -> None:
+    release = "# R36 (release), REVISION: 4.3\n"
+    (line,) = machine({}, jetson=release, part="engines")
+    assert "sudo apt install python3-libnvinfer" in line
+    assert "--system-site-packages" in line
+    running = machine({}, jetson=release, modules=("tensorrt", "cuda.cudart"))
+    assert running == [
+        "no ONNX Runtime: engines run without it, bundles for cpu need pip install 'leanvlm[cpu]'",
+        "Jetson: R36 (release), REVISION: 4.3",
+    ]
+    found = machine({}, jetson=release, modules=("tensorrt", "cuda.cudart"), part="engines")
+    assert found == ["engines: TensorRT of the system"]

@@ -232,7 +232,17 @@ def test_a_library_is_loaded_by_its_name() -> None:
         ({pid: pid for pid in range(1, 257)}, 200, 200),
         ({pid: pid for pid in range(1, 258)}, 200, None),
     ],
-    ids=["this one", "another", "the only one", "the only one is another of this machine", "not among several", "none", "not told", "a full table", "too many"],
+    ids=[
+        "this one",
+        "another",
+        "the only one",
+        "another of this machine",
+        "not among several",
+        "none",
+        "not told",
+        "a full table",
+        "too many",
+    ],
 )
 def test_the_memory_of_a_process(processes: dict[int, int], pid: int | None, expected: int | None, install: Install) -> None:
     nvml = fake_nvml(processes)

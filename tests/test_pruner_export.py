@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from leanvlm.exporter import ExportConfig, tolerances
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
+from leanvlm.exporter.dialect import foreign_nodes
 from leanvlm.exporter.graphs import OUTPUTS, VisionGraph
+from leanvlm.exporter.passes.topk_count import fix_topk_counts
 from leanvlm.exporter.pruners import PRUNERS, VisionTokens, parse
 from leanvlm.exporter.pruners.agile import select_tokens
 from leanvlm.exporter.pruners.base import ScoredBlock
@@ -34,7 +36,7 @@ Array = npt.NDArray[Any]
 SPECS = [*sorted(PRUNERS), "agile:gate=entropy", "hybrid:gate=erank", "vispruner:gate=erank"]
 INPUTS = ("features", "hidden", "keys", "attention", "unsplit_attention")
 FORBIDDEN = {"Loop", "If", "Scan", "NonZero", "Compress", "Unique", "ScatterElements", "ScatterND", "Scatter"}
-GRID, KEEP, WIDTH = (24, 24), 192, 256
+GRID, KEEP, WIDTH = (24, 24), 64, 256
 EXPORT_SECONDS = 60.0
 
 
@@ -59,14 +61,16 @@ def tensors(tokens: VisionTokens) -> dict[str, Tensor]:
 def graph_of(spec: str, keep: int, grid: tuple[int, int], width: int, opset: int) -> onnx.ModelProto:
     chooser, example = Chooser(spec, keep, grid).eval(), tensors(exact_tokens(2, grid, 0, width))
     names = ("indices", "merged")[: len(chooser(*example.values()))]
-    return ir.to_proto(trace(chooser, example, output_names=names, opset=opset))
+    traced = trace(chooser, example, output_names=names, opset=opset)
+    fix_topk_counts(traced)
+    return ir.to_proto(traced)
 
 
 @cache
 def exported(spec: str) -> tuple[onnx.ModelProto, float]:
-    """Return the full-size graph of a pruner and the seconds of processor time that its export took."""
+    """Return the full-size graph of a pruner, as for TensorRT, and the seconds of processor time that its export took."""
     start = time.process_time()
-    return graph_of(spec, KEEP, GRID, WIDTH, opset=18), time.process_time() - start
+    return graph_of(spec, KEEP, GRID, WIDTH, opset=20), time.process_time() - start
 
 
 def session_of(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -82,6 +86,7 @@ def test_full_size_graph(spec: str) -> None:
     ops = Counter(node.op_type for node in proto.graph.node)
     assert seconds < EXPORT_SECONDS
     assert not FORBIDDEN & set(ops)
+    assert list(foreign_nodes(ir.from_proto(proto))) == []
     assert {node.domain for node in proto.graph.node} == {""}
     assert not proto.functions
     assert max((len(node.input) for node in proto.graph.node if node.op_type == "Concat"), default=0) <= 32
@@ -102,7 +107,7 @@ def test_full_size_graph_chooses_as_torch_does(spec: str) -> None:
             np.testing.assert_allclose(merged, other.numpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("opset", [18, 23])
 @pytest.mark.parametrize("spec", SPECS)
 def test_other_opsets(spec: str, opset: int) -> None:
     grid = (5, 6)
@@ -133,7 +138,6 @@ def test_merged_tokens_are_projected_in_the_vision_graph(tiny_llava: Path, name:
         assert relative_difference(found["image_features"][b], wanted) < tolerances.MERGED["fp32"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_builds_as_a_tensorrt_rtx_engine(spec: str) -> None:
     """An engine for an RTX 30 (SM 8.6) can be built on any machine."""

@@ -141,7 +141,9 @@ def test_engines_that_do_not_match_are_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("changes", [{"hardware": "ampere+", "sm": 86}, {"version": "10.8.0", "version_compatible": True}])
+@pytest.mark.parametrize(
+    "changes", [{"hardware": "ampere+", "sm": 86}, {"version": "10.8.0", "version_compatible": True}, {"single": True}]
+)
 def test_compatible_engines_run(opened: Open, images: list[Image.Image], changes: dict[str, Any]) -> None:
     assert opened(**changes).generate(PROMPT, images[:1]).text == "a yellow hexagon"
 
@@ -161,7 +163,7 @@ def test_a_truncated_engine_is_the_librarys_to_refuse(opened: Open, bundle: Path
     write_manifest(bundle, replace(manifest, engines=tuple(map(cut, manifest.engines))))
     with (
         load(bundle) as again,
-        pytest.raises(BackendError, match="TensorRT refuses engines/87/vision_64.engine: the engine's magic"),
+        pytest.raises(BackendError, match=r"TensorRT refuses engines/87/vision_64\.engine: the engine's magic"),
     ):
         again.encode_images(images[:1], 64)
 

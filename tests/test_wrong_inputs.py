@@ -226,7 +226,7 @@ def listed(name: str) -> Change:
         (write(MANIFEST, "[1]"), "has schema None"),
         (edit(MANIFEST, schema=99), "has schema 99; this version of leanvlm reads schema 1"),
         (edit(MANIFEST, decoder=None), "is not a valid manifest"),
-        (edit(MANIFEST, target="tensorrt"), "bundles for tensorrt cannot be run by this version"),
+        (edit(MANIFEST, target="tensorrt"), "this bundle has no engines yet: run leanvlm build"),
         (edit(MANIFEST, min_onnxruntime="99.0"), "needs ONNX Runtime 99.0 or newer"),
         (listed("../secret"), "'../secret', which is outside the bundle"),
         (listed("/etc/passwd"), "'/etc/passwd', which is outside the bundle"),

@@ -52,7 +52,8 @@ class PruMergePruner:
         if self.keep >= count:
             return keep_all(tokens)
         rank = rank_by(attention)
-        outliers = (attention > _outlier_bound(attention, rank)).sum(dim=1, keepdim=True).clamp(max=self.keep)
+        # Counted in floating point, exactly: TensorRT's parser clips and adds up nothing else.
+        outliers = (attention > _outlier_bound(attention, rank)).float().sum(dim=1, keepdim=True).clamp(max=self.keep).long()
         salient = rank < outliers
         chosen = salient | _even_sample(~salient, self.keep - outliers, count - outliers)
         indices = chosen_indices(chosen, self.keep)
@@ -76,8 +77,10 @@ def _outlier_bound(attention: Tensor, rank: Tensor) -> Tensor:
 
 def _even_sample(rest: Tensor, wanted: Tensor, size: Tensor) -> Tensor:
     """Mark `wanted` (B, 1) of the `size` (B, 1) true places of `rest` (B, N) at even strides: (B, N) bool."""
-    place = rest.to(torch.int64).cumsum(dim=1)
-    return rest & (place * wanted // size > (place - 1) * wanted // size)
+    place = rest.float().cumsum(dim=1).to(torch.int64)
+    # Where place is 0, rest is false: so cutting off is as good as rounding down, and is one operator.
+    upto, before = (torch.div(p * wanted, size, rounding_mode="trunc") for p in (place, place - 1))
+    return rest & (upto > before)
 
 
 def _neighbours(keys: Tensor, indices: Tensor, number: int) -> Tensor:
@@ -91,4 +94,4 @@ def _neighbours(keys: Tensor, indices: Tensor, number: int) -> Tensor:
     over, equal = similarity > least, similarity == least
     # Of those that equal the last one, only as many as there is room for, by place.
     room = number - over.sum(dim=2, keepdim=True)
-    return over | (equal & (equal.to(torch.int64).cumsum(dim=2) <= room))
+    return over | (equal & (equal.float().cumsum(dim=2) <= room))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from leanvlm.runtime.errors import BackendError, InputError
+from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.splice import Prompt
 
@@ -118,12 +118,9 @@ def open_backend(
             files, which is slower and takes half the memory.
 
     Raises:
-        BackendError: The target has no backend here, or the device is not there.
+        BackendError: The device, the provider or the engines are not there.
         InputError: A provider for another target, or together with a device.
     """
-    if manifest.target not in BACKENDS:
-        known = ", ".join(BACKENDS)
-        raise BackendError(f"bundles for {manifest.target} cannot be run by this version; it runs those for {known}")
     place, options = BACKENDS[manifest.target], {"device": device, "threads": threads, "prepack": prepack}
     if provider is not None and manifest.target not in ENGINE_TARGETS:
         targets = " or ".join(ENGINE_TARGETS)

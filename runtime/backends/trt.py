@@ -220,7 +220,9 @@ class TrtDecoder:
         self._spec = spec
         self._device = device
         self._dtype = np.dtype(spec.kv_dtype)
-        self._contexts = {profile: engine.context(profile, device) for profile in (PREFILL, DECODE)}
+        # An engine may have one profile for both; each still has its context, so that the step's graph stays captured.
+        last = len(engine.spec.profiles) - 1
+        self._contexts = {profile: engine.context(min(profile, last), device) for profile in (PREFILL, DECODE)}
         self._names = [tensor.name for tensor in spec.graph.inputs if tensor.name.startswith(PAST)]
         ends = {tensor.name: tensor for tensor in spec.graph.outputs}
         self._scores = {n: Buffer(device, _sizes(ends[n].shape), ends[n].dtype) for n in ("logits", "next_token", "top_logit")}

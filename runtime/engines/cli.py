@@ -35,6 +35,9 @@ def build_command(
         str, typer.Option("--hardware-compatibility", help="none, ampere+ or same: other GPUs that may run it.")
     ] = "none",
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="Let later versions run it.")] = False,
+    single_profile: Annotated[
+        bool, typer.Option("--single-profile", help="One profile for prompts and tokens: half the decoder's engine.")
+    ] = False,
     timing_cache: Annotated[Path | None, typer.Option(help="File of timings; the bundle's own by default.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built, and what it needs.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build with less memory free than estimated.")] = False,
@@ -50,6 +53,7 @@ def build_command(
         workspace,
         hardware,
         version_compatible,
+        single_profile,
         timing_cache,
         force,
     )
@@ -58,7 +62,8 @@ def build_command(
     plan = plan_build(config, manifest, builder.module)
     console = stderr_console()
     console.print(_needs(plan))
-    for job in plan.jobs:
+    # The decoder's lines name every cache of every profile, so they come only when asked for.
+    for job in plan.jobs if dry_run else [job for job in plan.jobs if job.budget is not None]:
         console.print(f"  {command_line(job, config)}")
     if dry_run:
         return
@@ -79,7 +84,7 @@ def _needs(plan: BuildPlan) -> str:
     title = plan.config.library.title
     return (
         f"{count} {title} engines for sm {sms}: about {memory:.1f} GB of memory at once and {disk:.2f} GB on the disk; "
-        "the same by hand, in the bundle's folder:"
+        "the same by hand, in the bundle's folder (the decoder's lines: --dry-run):"
     )
 
 

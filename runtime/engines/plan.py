@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from leanvlm.runtime.engines.library import FUSED, LIBRARIES, Library, known_sms, number, this_sm
-from leanvlm.runtime.engines.profiles import Limits, Profile, decoder_profiles, shapes_text, usual_limits, vision_profile
+from leanvlm.runtime.engines.profiles import (
+    Limits,
+    Profile,
+    decoder_profiles,
+    shapes_text,
+    usual_limits,
+    vision_profile,
+    whole_profile,
+)
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import GraphSpec, Manifest
 
@@ -17,9 +25,10 @@ HARDWARE = ("none", "ampere+", "same")
 # As trtexec spells them.
 LEVELS = {"ampere+": "ampere+", "same": "sameComputeCapability"}
 ENGINES = Path("engines")
-# A build holds the weights as they are in the file, as the parser keeps them and as the engine has them; measured with
-# TensorRT-RTX 1.7 (see bench/LOG.md). To that come the library and its workspace.
-WEIGHT_COPIES, BESIDE = 3.5, 1_200_000_000
+# A build holds the weights as the file, the parser and the builder have them, and once and a half more for every profile, each
+# of which packs its own; to that come the libraries. Measured with TensorRT-RTX 1.7: bench/results/build-memory.json.
+COPIES, COPIES_A_PROFILE, BESIDE = 2.0, 1.5, 500_000_000
+ENGINE_BESIDE = 25_000_000
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class BuildConfig:
         workspace: The most memory that a layer may use while it runs, in MB; None leaves it to the library.
         hardware: `none`, `ampere+` or `same`: let TensorRT engines run on other GPUs too, at some cost.
         version_compatible: Let later versions run the engines.
+        single_profile: Build the decoder's engine with one profile for prompts and single tokens, which halves it.
         timing_cache: File that keeps what was timed, for the next build; None is the bundle's own.
         force: Build although less memory is free than the estimate says.
     """
@@ -47,6 +57,7 @@ class BuildConfig:
     workspace: int | None = None
     hardware: str = "none"
     version_compatible: bool = False
+    single_profile: bool = False
     timing_cache: Path | None = None
     force: bool = False
 
@@ -115,14 +126,19 @@ def plan_build(config: BuildConfig, manifest: Manifest, module: Any) -> BuildPla
             graph = manifest.vision[budget]
             file = folder / f"{Path(graph.file).stem}.engine"
             jobs.append(EngineJob(graph, budget, sm, (vision_profile(graph, limits),), file))
-        profiles = decoder_profiles(manifest.decoder, limits, manifest.default_budget)
+        profiles = _decoder_profiles(config, manifest, limits)
         jobs.append(EngineJob(manifest.decoder.graph, None, sm, profiles, folder / "decoder.engine"))
-    sizes = {job.graph.file: _weights(manifest, job.graph) for job in jobs}
-    memory = int(WEIGHT_COPIES * max(sizes.values())) + BESIDE
-    disk = sum(sizes[job.graph.file] for job in jobs)
+    sizes = [(len(job.profiles), _weights(manifest, job.graph)) for job in jobs]
+    memory = max(int((COPIES + COPIES_A_PROFILE * count) * size) for count, size in sizes) + BESIDE
+    disk = sum(count * size + ENGINE_BESIDE for count, size in sizes)
     plan = BuildPlan(config, manifest, tuple(jobs), memory, disk)
     _check_room(plan)
     return plan
+
+
+def _decoder_profiles(config: BuildConfig, manifest: Manifest, limits: Limits) -> tuple[Profile, ...]:
+    shapes = (manifest.decoder, limits, manifest.default_budget)
+    return (whole_profile(*shapes),) if config.single_profile else decoder_profiles(*shapes)
 
 
 def _check_target(config: BuildConfig, manifest: Manifest, module: Any) -> None:
