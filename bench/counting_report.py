@@ -48,7 +48,9 @@ def _explanation(data: dict[str, Any], answers: Answers) -> str:
         "most of it, at least a fifth. *Lost*: an asked object has none of the kept tokens. *The model*: each has one at "
         "least, and the answer is wrong all the same. The oracle takes patches of all objects in turn, from their centres "
         "outwards, so it loses nothing. "
-        + (f"{merging} merge other tokens into the kept ones, which this does not see.\n" if merging else "\n")
+        + (f"{merging} merge other tokens into the kept ones, which this does not see. " if merging else "")
+        + "The last column is of different questions for each method: who loses objects in many of them is left with the easy "
+        "ones.\n"
     )
 
 

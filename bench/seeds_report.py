@@ -75,8 +75,8 @@ def _conditions(studies: Studies, scenes: int) -> str:
     asked = ", ".join(f"{scenes} {row['kind']} scenes with {sum(row['asked'][:scenes])} short questions" for row in results)
     heads = ["training seed", "model", "weights", "reference rank", "commit", "raw counts"]
     return (
-        "The same recipe from several seeds of weights, scenes and dropping; the shipped model is one of them, chosen as its card "
-        f"says. Each is asked about the same {asked}. The conditions of each run are in its file.\n\n"
+        "The same recipe from several seeds of weights, scenes and dropping; the shipped model is one of them, chosen as "
+        f"its card says. Each is asked about the same {asked}. The conditions of each run are in its file.\n\n"
         + table(heads, rows)
     )
 
