@@ -5,6 +5,8 @@ EXTRA ?= export
 # Further arguments for pip, such as an index with smaller PyTorch wheels.
 PIP_ARGS ?=
 
+OLDEST_TRANSFORMERS := 5.2.*
+
 BIN := .venv/bin
 READY := .venv/.ready
 LIBRARY := calibration demo exporter runtime
@@ -16,10 +18,10 @@ BUNDLE := out/demo-64
 OVERLAY := out/kept.png
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint types wheel clean
+.PHONY: help demo train evaluate test test-slow test-gpu test-transformers lint types wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("make: exporting needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -35,6 +37,12 @@ demo: $(READY) ## export the built-in model, ask it about a sample image, profil
 	@echo 'The image with the kept patches marked: $(OVERLAY)'
 	@echo 'Ask something else: $(BIN)/leanvlm run $(BUNDLE) --image $(IMAGE)'
 
+train: $(READY) ## train the built-in model anew into out/trained (an NVIDIA GPU, minutes)
+	$(BIN)/python -m leanvlm.demo.train --output out/trained
+
+evaluate: $(READY) ## measure again what the built-in model's card says (minutes)
+	$(BIN)/python -m leanvlm.demo.evaluate
+
 test: $(READY) ## run the tests
 	$(BIN)/pytest
 
@@ -43,6 +51,12 @@ test-slow: $(READY) ## run the tests that take minutes
 
 test-gpu: $(READY) ## run the tests that need a CUDA device; set up with EXTRA=gpu-export
 	$(BIN)/pytest -m gpu
+
+# Only what transformers itself needs is put before the environment's packages; PyTorch is the same.
+test-transformers: $(READY) ## run the built-in models with the oldest transformers that is supported
+	rm -rf .venv-oldest
+	$(BIN)/pip install --quiet --disable-pip-version-check --target .venv-oldest 'transformers==$(OLDEST_TRANSFORMERS)' $(PIP_ARGS)
+	PYTHONPATH=.venv-oldest $(BIN)/pytest tests/test_transformers.py
 
 lint: $(READY) ## check style and format
 	$(BIN)/ruff check $(CHECKED)

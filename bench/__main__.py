@@ -1,4 +1,4 @@
-"""`python -m bench study|prune|latency` measure; `python -m bench report` writes RESULTS.md and its pictures from that."""
+"""`python -m bench study|counting|prune|latency` measure; `python -m bench report` writes RESULTS.md from that."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from bench.checkpoint import SMALL, Sizes, make_checkpoint
+from bench.counting import CountingOptions, measure_counting
 from bench.latency import LatencyOptions, measure_latency
 from bench.prune import PruneOptions, measure_prune
 from bench.report import write_report
@@ -20,10 +21,15 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("report", help="write RESULTS.md from bench/results")
     options = commands.add_parser("study", help="compare pruners on the built-in model (about 10 minutes on two cores)")
+    options.add_argument("--models", nargs="+", default=["demo"], help="demo, demo-small, or folders that training wrote")
     options.add_argument("--scenes", type=int, default=SCENES, help="scenes of each kind")
     options.add_argument("--captions", type=int, default=CAPTIONS, help="captions of each kind")
     options.add_argument("--pruners", nargs="+", default=None, help="name, or name:field=value,…; by default all")
     options.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="image tokens kept")
+    counting = commands.add_parser("counting", help="split wrong counts into lost objects and the model's own mistakes")
+    counting.add_argument("--scenes", type=int, default=CountingOptions.scenes, help="complex scenes")
+    counting.add_argument("--budget", type=int, default=CountingOptions.budget, help="image tokens kept")
+    counting.add_argument("--pruners", nargs="+", default=None, help="name, or name:field=value,…; by default all")
     prune = commands.add_parser("prune", help="time the prune stage at LLaVA-1.5-7B's widths")
     prune.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     prune.add_argument("--budget", type=int, default=64, help="image tokens kept")
@@ -51,7 +57,11 @@ def main() -> None:
     with one_line_errors():
         if args.command == "study":
             methods = tuple(args.pruners or default_methods())
-            study(StudyOptions(args.scenes, args.captions, methods, parse_budgets(args.budgets)))
+            for model in args.models:
+                asked = StudyOptions(args.scenes, args.captions, methods, parse_budgets(args.budgets), model)
+                study(asked, asked.file)
+        if args.command == "counting":
+            measure_counting(CountingOptions(args.scenes, args.budget, tuple(args.pruners or default_methods())))
         if args.command == "prune":
             measure_prune(PruneOptions(args.device, args.budget, args.runs))
         if args.command == "checkpoint":
@@ -67,9 +77,9 @@ def main() -> None:
         if args.command == "latency":
             bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
             static, genai, device = not args.no_static, args.genai, args.device
-            asked = LatencyOptions(args.checkpoint, bundles, args.output, args.runs, static=static, genai=genai, device=device)
-            print(measure_latency(asked))
-        if args.command in ("report", "study", "prune"):
+            timed = LatencyOptions(args.checkpoint, bundles, args.output, args.runs, static=static, genai=genai, device=device)
+            print(measure_latency(timed))
+        if args.command in ("report", "study", "counting", "prune"):
             write_report()
 
 

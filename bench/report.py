@@ -11,7 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.cells import Cells, budgets_of, cells_of, kinds_of, methods_of, table, unpruned
+from bench.counting_report import counting_section
 from bench.latency_report import latency_pictures, latency_section
+from bench.seeds_report import SEEDS_PICTURE, seeds_picture, seeds_section
 from bench.statistics import Interval, chair_difference, mean_difference, right_difference
 from leanvlm.calibration.scores import Result, Scores
 from leanvlm.calibration.tables import plot_results
@@ -27,21 +30,31 @@ Written by `python -m bench report` from the JSON files in `results/`, which hol
 were taken under. Do not edit; what was tried and why is in [LOG.md](LOG.md).
 """
 
-Cells = dict[tuple[str, str, int], Scores]
-
 
 def write_report() -> None:
     """Write RESULTS.md, and the pictures beside each JSON file that has some."""
     for path, data in _files():
-        if data["kind"] in PICTURES:
+        if data["kind"] in PICTURES and not _is_other_seed(data):
             PICTURES[data["kind"]](path.with_suffix(".png"), data)
+    seeds_picture(SEEDS_PICTURE, _seeds())
     REPORT.write_text(render_report(), encoding="utf-8")
 
 
 def render_report() -> str:
     """Return the text of RESULTS.md."""
-    parts = [HEAD, *(SECTIONS[data["kind"]](path, data) for path, data in _files())]
-    return "\n".join(parts)
+    parts = [HEAD, *(SECTIONS[data["kind"]](path, data) for path, data in _files() if not _is_other_seed(data))]
+    return "\n".join([*parts, *seeds_section(_seeds())])
+
+
+def _is_other_seed(data: dict[str, Any]) -> bool:
+    """Whether it is a study of a model that is not built in: it has its place in the comparison of seeds alone."""
+    return data["kind"] == "study" and not data["model"]["id"].startswith("leanvlm-")
+
+
+def _seeds() -> list[tuple[Path, dict[str, Any]]]:
+    """The studies of the shipped model and of models that differ from it in their seed, by seed."""
+    studies = [(path, data) for path, data in _files() if data["kind"] == "study" and data["model"].get("size") == "base"]
+    return sorted(studies, key=lambda study: int(study[1]["model"]["seed"]))
 
 
 def _files() -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -53,15 +66,15 @@ def _files() -> Iterator[tuple[Path, dict[str, Any]]]:
 
 def study_section(path: Path, data: dict[str, Any]) -> str:
     """Return the chapter of a study: conditions, accuracy, captions, complexity and claims."""
-    cells = _cells(data)
+    cells = cells_of(data)
     parts = [
         "## Study: which pruner keeps the answers\n",
         _conditions(path, data, cells),
         f"![Accuracy over budget](results/{path.stem}.png)\n",
         _claims(cells, data["complexity"]),
-        *(_accuracy(kind, cells) for kind in _kinds(cells)),
-        *(_families(kind, cells) for kind in _kinds(cells)),
-        *(_captions(kind, cells) for kind in _kinds(cells)),
+        *(_accuracy(kind, cells) for kind in kinds_of(cells)),
+        *(_families(kind, cells) for kind in kinds_of(cells)),
+        *(_captions(kind, cells) for kind in kinds_of(cells)),
         _complexity(data["complexity"]),
     ]
     return "\n".join(part for part in parts if part)
@@ -100,44 +113,14 @@ SECTIONS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
     "study": study_section,
     "prune": prune_section,
     "latency": latency_section,
+    "counting": counting_section,
 }
 PICTURES: dict[str, Callable[[Path, dict[str, Any]], None]] = {"study": study_picture, "latency": latency_pictures}
 
 
-def _cells(data: dict[str, Any]) -> Cells:
-    results = [Result.from_dict(row) for row in data["results"]]
-    return {(result.kind, result.method, result.budget): result.scores for result in results}
-
-
-def _kinds(cells: Cells) -> list[str]:
-    return list(dict.fromkeys(kind for kind, _, _ in cells))
-
-
-def _budgets(cells: Cells) -> list[int]:
-    return sorted({budget for _, method, budget in cells if method != "none"}, reverse=True)
-
-
-def _methods(cells: Cells, kind: str) -> list[str]:
-    """Methods, the one with most right answers over all budgets first."""
-
-    def right(method: str) -> int:
-        return sum(sum(scores.right) for (k, m, _), scores in cells.items() if (k, m) == (kind, method))
-
-    return sorted(dict.fromkeys(method for _, method, _ in cells if method != "none"), key=right, reverse=True)
-
-
-def _unpruned(cells: Cells, kind: str) -> tuple[int, Scores]:
-    return next((budget, scores) for (k, method, budget), scores in cells.items() if (k, method) == (kind, "none"))
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" | ".join(heads), "|".join(["---", *["--:"] * (len(heads) - 1)]), *(" | ".join(row) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
-
-
 def _conditions(path: Path, data: dict[str, Any], cells: Cells) -> str:
     run, model = data["conditions"], data["model"]
-    first = {kind: _unpruned(cells, kind)[1] for kind in _kinds(cells)}
+    first = {kind: unpruned(cells, kind)[1] for kind in kinds_of(cells)}
     counts = ", ".join(
         f"{len(s.right)} {kind} scenes with {sum(s.asked)} short questions and {len(s.captions)} captions"
         for kind, s in first.items()
@@ -154,11 +137,11 @@ def _conditions(path: Path, data: dict[str, Any], cells: Cells) -> str:
 
 
 def _accuracy(kind: str, cells: Cells) -> str:
-    budgets = _budgets(cells)
-    count, unpruned = _unpruned(cells, kind)
-    rows = [[method, *(_share(cells[kind, method, budget]) for budget in budgets)] for method in _methods(cells, kind)]
-    title = f"### {kind.capitalize()} scenes: right answers, %\n\nUnpruned, {count} tokens: {_share(unpruned)}.\n\n"
-    return title + _table(["tokens kept", *map(str, budgets)], rows)
+    budgets = budgets_of(cells)
+    count, whole = unpruned(cells, kind)
+    rows = [[method, *(_share(cells[kind, method, budget]) for budget in budgets)] for method in methods_of(cells, kind)]
+    title = f"### {kind.capitalize()} scenes: right answers, %\n\nUnpruned, {count} tokens: {_share(whole)}.\n\n"
+    return title + table(["tokens kept", *map(str, budgets)], rows)
 
 
 def _share(scores: Scores) -> str:
@@ -167,24 +150,24 @@ def _share(scores: Scores) -> str:
 
 
 def _families(kind: str, cells: Cells) -> str:
-    budgets = _budgets(cells)
+    budgets = budgets_of(cells)
     budget = DETAIL_BUDGET if DETAIL_BUDGET in budgets else budgets[-1]
-    families = list(_unpruned(cells, kind)[1].kinds)
+    families = list(unpruned(cells, kind)[1].kinds)
     rows = []
-    for method in _methods(cells, kind):
+    for method in methods_of(cells, kind):
         counts = [cells[kind, method, budget].kinds[family] for family in families]
         rows.append([method, *(f"{100 * right / asked:.1f}" for right, asked in counts)])
-    asked = [f"{family} ({_unpruned(cells, kind)[1].kinds[family][1]})" for family in families]
+    asked = [f"{family} ({unpruned(cells, kind)[1].kinds[family][1]})" for family in families]
     title = f"### {kind.capitalize()} scenes at {budget} tokens, by kind of question (and how many): right answers, %\n\n"
-    return title + _table(["", *asked], rows)
+    return title + table(["", *asked], rows)
 
 
 def _captions(kind: str, cells: Cells) -> str:
-    budgets = [budget for budget in _budgets(cells) if budget <= DETAIL_BUDGET] or _budgets(cells)
-    if not _unpruned(cells, kind)[1].captions:
+    budgets = [budget for budget in budgets_of(cells) if budget <= DETAIL_BUDGET] or budgets_of(cells)
+    if not unpruned(cells, kind)[1].captions:
         return ""
-    rows = [["none", *_caption_columns(_unpruned(cells, kind)[1]) * len(budgets)]]
-    for method in _methods(cells, kind):
+    rows = [["none", *_caption_columns(unpruned(cells, kind)[1]) * len(budgets)]]
+    for method in methods_of(cells, kind):
         rows.append([method, *(text for budget in budgets for text in _caption_columns(cells[kind, method, budget]))])
     heads = [f"{name} at {budget}" for budget in budgets for name in ("absent", "captions", "recall")]
     title = (
@@ -192,7 +175,7 @@ def _captions(kind: str, cells: Cells) -> str:
         "there (CHAIR-i). Captions: share of captions that mention such an object (CHAIR-s). Recall: share of the objects "
         "mentioned.\n\n"
     )
-    return title + _table(["", *heads], rows)
+    return title + table(["", *heads], rows)
 
 
 def _caption_columns(scores: Scores) -> list[str]:
@@ -203,7 +186,7 @@ def _complexity(complexity: dict[str, dict[str, list[float]]]) -> str:
     rows = []
     for kind, values in complexity.items():
         rows.append([kind, *(_mean_sd(values[name]) for name in ("effective_rank", "entropy"))])
-    return "### Complexity of the scenes, mean ± standard deviation\n\n" + _table(
+    return "### Complexity of the scenes, mean ± standard deviation\n\n" + table(
         ["", "effective rank", "attention entropy, nats"], rows
     )
 
@@ -215,7 +198,7 @@ def _mean_sd(values: list[float]) -> str:
 
 
 def _claims(cells: Cells, complexity: dict[str, dict[str, list[float]]]) -> str:
-    budgets = _budgets(cells)
+    budgets = budgets_of(cells)
     rows = [*_order_claims(cells, budgets), *_best_claims(cells, budgets), *_hallucination_claims(cells, budgets)]
     if not rows:
         return ""
@@ -227,7 +210,7 @@ def _claims(cells: Cells, complexity: dict[str, dict[str, list[float]]]) -> str:
         f"above 0, the opposite where it lies below. Of {intervals} such intervals about {intervals / 20:.0f} miss the truth "
         "by chance alone. The best other method is chosen after looking, which favours it.\n\n"
     )
-    return text + _table(heads, rows) + "\n" + "\n".join(_complexity_claims(complexity)) + "\n"
+    return text + table(heads, rows) + "\n" + "\n".join(_complexity_claims(complexity)) + "\n"
 
 
 def _order_claims(cells: Cells, budgets: list[int]) -> Iterator[list[str]]:
@@ -246,8 +229,8 @@ def _order_claims(cells: Cells, budgets: list[int]) -> Iterator[list[str]]:
 
 
 def _best_claims(cells: Cells, budgets: list[int]) -> Iterator[list[str]]:
-    for kind in _kinds(cells):
-        others = [method for method in _methods(cells, kind) if not method.startswith("agile")]
+    for kind in kinds_of(cells):
+        others = [method for method in methods_of(cells, kind) if not method.startswith("agile")]
         if (kind, "agile", budgets[0]) in cells and others:
             best = others[0]
             pairs = [(cells[kind, "agile", budget], cells[kind, best, budget]) for budget in budgets]
@@ -255,7 +238,7 @@ def _best_claims(cells: Cells, budgets: list[int]) -> Iterator[list[str]]:
 
 
 def _hallucination_claims(cells: Cells, budgets: list[int]) -> Iterator[list[str]]:
-    for kind in _kinds(cells):
+    for kind in kinds_of(cells):
         methods = ("divprune", "attention")
         if all((kind, method, budgets[0]) in cells and cells[kind, method, budgets[0]].captions for method in methods):
             pairs = [(cells[kind, "divprune", budget], cells[kind, "attention", budget]) for budget in budgets]

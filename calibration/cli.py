@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from leanvlm.demo import BUILT_IN
 from leanvlm.exporter.config import ExportConfig, parse_budgets
 from leanvlm.runtime.console import check_writable, stderr_console
 from leanvlm.runtime.errors import InputError
@@ -21,7 +22,7 @@ SHOWN = 10
 
 calibrate = typer.Typer(help="Fit to a model what belongs to it.", rich_markup_mode=None)
 
-Scenes = Annotated[int | None, typer.Option(min=1, help="Built-in scenes to use; for --model demo.")]
+Scenes = Annotated[int | None, typer.Option(min=1, help="Built-in scenes to use; for --model demo and demo-small.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Token = Annotated[str | None, typer.Option(help="Access token for the Hub.", envvar="HF_TOKEN")]
 Offline = Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")]
@@ -48,7 +49,7 @@ def gate_command(
     picture = output.with_suffix(".png")
     for path in (output, picture):
         check_writable("--output", path)
-    if images is None and model != "demo":
+    if images is None and model not in BUILT_IN:
         raise InputError("--images is missing; give a folder with at least 8 images such as the model will see")
     if images is not None and scenes is not None:
         raise InputError("--scenes and --images exclude each other")

@@ -7,6 +7,7 @@ synthetic spectra. They are fitted anew to a model where that proves better on i
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -36,8 +37,8 @@ MIN_IMAGES = 8
 MIN_REFIT = 32
 # Tokens of so many images stay in memory to compare choices: 0.6 GB for a decoder 4096 wide.
 COMPARED = 64
-# The model's training draws seeds of 10**9 and more; evaluation uses small ones.
-TRAINING_SEED = 10**9 + 777
+# No training run has this seed.
+SCENES_SEED = -1
 
 Array = npt.NDArray[np.float64]
 
@@ -81,7 +82,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class TrainingScenes:
-    """Scenes of the kinds that the built-in model was trained on.
+    """Scenes as the built-in models were trained on: of all kinds in training's proportions, with photographed ground or not.
 
     Attributes:
         count: How many.
@@ -107,12 +108,14 @@ class TrainingScenes:
         return self.count
 
     def __iter__(self) -> Iterator[Image.Image]:
+        from leanvlm.demo.batches import Mixture, draw_scenes
         from leanvlm.demo.render import render
-        from leanvlm.demo.scenes import KINDS, make_scene
 
+        scenes = draw_scenes(Mixture(images=self.count), SCENES_SEED, step=0)
+        # Photographed grounds come first there; any part of these images should be like the whole.
+        random.Random(SCENES_SEED).shuffle(scenes)
         for start in range(0, self.count, BATCH):
-            numbers = range(start, min(start + BATCH, self.count))
-            yield from render([make_scene(TRAINING_SEED + i, KINDS[i % len(KINDS)]) for i in numbers])
+            yield from render(scenes[start : start + BATCH])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Lines:
         y_label: With its unit.
         series: Name to points (x, y); x values are set at even distances.
         level: A name and a height for a horizontal line to compare with.
+        ranges: Name to vertical bars (x, lowest, highest) at its points.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Lines:
     y_label: str
     series: dict[str, list[Point]]
     level: tuple[str, float] | None = None
+    ranges: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ def _draw_frame(canvas: Canvas, frame: _Frame, panel: Lines | Histogram, y_label
 def _draw_lines(canvas: Canvas, left: float, panel: Lines, names: Sequence[str]) -> None:
     places = {x: k for k, x in enumerate(sorted({x for points in panel.series.values() for x, _ in points}))}
     values = [y for points in panel.series.values() for _, y in points] + ([panel.level[1]] if panel.level else [])
+    values += [end for bars in panel.ranges.values() for _, *ends in bars for end in ends]
     frame = _Frame(left, (-0.3, len(places) - 0.7), _span(values))
     _draw_frame(canvas, frame, panel, panel.y_label, {k: f"{x:g}" for x, k in places.items()})
     if panel.level is not None:
@@ -205,6 +208,8 @@ def _draw_lines(canvas: Canvas, left: float, panel: Lines, names: Sequence[str])
         canvas.line(placed, colour, 1.8, dash)
         for point in placed:
             canvas.marker(point, marker, colour)
+        for x, low, high in panel.ranges.get(name, []):
+            canvas.line([frame.place(places[x], low), frame.place(places[x], high)], colour, 1.2)
 
 
 def _draw_histogram(canvas: Canvas, left: float, panel: Histogram, names: Sequence[str]) -> None:

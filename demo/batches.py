@@ -38,6 +38,7 @@ __all__ = [
     "Mixture",
     "Script",
     "draw_batch",
+    "draw_scenes",
     "drawn",
     "make_batch",
 ]
@@ -159,15 +160,20 @@ def _ask(batch: Batch, row: int, scene: Scene, script: Script) -> None:
         batch.families[row, slot] = FAMILIES.index(question.kind)
 
 
-def draw_batch(mixture: Mixture, seed: int, step: int, script: Script) -> Batch:
-    """Draw the batch of one step of training."""
+def draw_scenes(mixture: Mixture, seed: int, step: int) -> list[Scene]:
+    """Draw the scenes of one step of training; those with photographed ground come first."""
     rng = random.Random(f"batch-{seed}-{step}")
     photos = round(mixture.photo_share * mixture.images)
     scenes = []
     for index in range(mixture.images):
         kind: Any = rng.choice(mixture.kinds) + ("-photo" if index < photos else "")
         scenes.append(make_scene(TRAINING_SEED + rng.getrandbits(48), kind))
-    return make_batch(scenes, script)
+    return scenes
+
+
+def draw_batch(mixture: Mixture, seed: int, step: int, script: Script) -> Batch:
+    """Draw the batch of one step of training."""
+    return make_batch(draw_scenes(mixture, seed, step), script)
 
 
 def drawn(mixture: Mixture, seed: int, steps: range, workers: int) -> Generator[Batch, None, None]:

@@ -38,11 +38,13 @@ class PatchLabels:
         shapes: (B, 576) 0 nothing, 1-8 `SHAPES`, 9 the sign.
         colors: (B, 576) 0 nothing or the sign, 1-8 `COLORS`.
         digits: (B, 576) 0 nothing, 1 a sign without a digit, 2-11 the digits.
+        objects: (B, 576) 0 nothing or the sign, else the object's place in drawing order, from 1.
     """
 
     shapes: Tensor
     colors: Tensor
     digits: Tensor
+    objects: Tensor
 
 
 class Canvas:
@@ -96,17 +98,18 @@ class Canvas:
         side = SIZE // PATCH
         most = torch.full((len(signs), side, side), _LEAST_COVER, device=self._device)
         shapes = torch.zeros(len(signs), side, side, dtype=torch.long, device=self._device)
-        colors = torch.zeros_like(shapes)
-        for layer in self._move(scenes.objects).unbind():
+        colors, objects = torch.zeros_like(shapes), torch.zeros_like(shapes)
+        for number, layer in enumerate(self._move(scenes.objects).unbind(), 1):
             cover = self._cover(layer.clone(), self._probe_x, self._probe_y)
             more = cover > most
             most = torch.where(more, cover, most)
             shapes = torch.where(more, layer[:, 5, None, None].long() + 1, shapes)
             colors = torch.where(more, layer[:, 6, None, None].long() + 1, colors)
+            objects = torch.where(more, number, objects)
         digits = _sign_digits(signs, self._middle_x, self._middle_y)
         shapes = torch.where(digits > 0, SHAPE_CLASSES - 1, shapes)
-        colors = torch.where(digits > 0, 0, colors)
-        return PatchLabels(shapes.flatten(1), colors.flatten(1), digits.flatten(1))
+        colors, objects = (torch.where(digits > 0, 0, labels) for labels in (colors, objects))
+        return PatchLabels(*(labels.flatten(1) for labels in (shapes, colors, digits, objects)))
 
     def _move(self, rows: Any) -> Tensor:
         return to_device(rows, self._device)

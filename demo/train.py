@@ -22,22 +22,21 @@ import tokenizers
 import torch
 from torch import Tensor, nn
 
-from leanvlm.demo.batches import Batch, Script, drawn, make_batch
+from leanvlm.demo.batches import Batch, Script, drawn
 from leanvlm.demo.canvas import PATCHES, Canvas, to_device
 from leanvlm.demo.checkpoint import read_folder, write_folder, write_json
+from leanvlm.demo.examine import examine
 from leanvlm.demo.muon import Muon
-from leanvlm.demo.network import SIZES, Twin, normalised
-from leanvlm.demo.objective import LOSSES, Objective, Tokens, answered, choose
+from leanvlm.demo.network import SIZES, Twin
+from leanvlm.demo.objective import LOSSES, Objective, Tokens, choose
 from leanvlm.demo.recipe import Recipe, smoke
-from leanvlm.demo.render import Renderer
-from leanvlm.demo.scenes import FAMILIES, KINDS, PHOTO_KINDS, make_scene
+from leanvlm.demo.scenes import FAMILIES
 from leanvlm.runtime.console import one_line_errors, stderr_console
 from leanvlm.runtime.errors import InputError
 
 STATE = "state.pt"
 RECORD = "training.json"
 REPORT_EVERY = 100
-CHECK_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -335,40 +334,6 @@ def _machine(options: Options) -> dict[str, str]:
     cuda = torch.version.cuda or "none"
     versions = {"torch": torch.__version__, "numpy": np.__version__, "tokenizers": tokenizers.__version__}
     return {"device": options.device, "gpu": gpu, "cuda": cuda, "python": platform.python_version(), **versions}
-
-
-@torch.no_grad()
-def examine(twin: Twin, scenes: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Ask a model about held-out scenes, all image tokens kept, in fp32.
-
-    Args:
-        twin: The model.
-        scenes: How many of each kind, from seed 0.
-        device: Where the model is.
-
-    Returns:
-        Kind of scenes to the share of exact answers, 0-1: by family, and for all but the captions as "answers".
-    """
-    script, renderer = Script(), Renderer(device)
-    head = torch.tensor(script.head, device=device)
-    order = torch.arange(PATCHES, device=device)[None]
-    _, positions, visible = Tokens(len(head), device).keep(order, PATCHES)
-    results: dict[str, dict[str, float]] = {}
-    for kind in (*KINDS, *PHOTO_KINDS):
-        right, asked = np.zeros(len(FAMILIES)), np.zeros(len(FAMILIES))
-        for start in range(0, scenes, CHECK_BATCH):
-            shown = [make_scene(seed, kind) for seed in range(start, min(start + CHECK_BATCH, scenes))]
-            batch = make_batch(shown, script)
-            states, _ = twin.vision(normalised(renderer.images(shown), torch.float32))
-            ids, targets = to_device(batch.ids, device), to_device(batch.targets, device)
-            exact = answered(twin.answer(head, twin.project(states), ids, positions, visible), targets).cpu().numpy()
-            for number in range(len(FAMILIES)):
-                mine = batch.families == number
-                right[number] += (exact & mine).sum()
-                asked[number] += mine.sum()
-        shares = {family: round(float(r / a), 4) for family, r, a in zip(FAMILIES, right, asked, strict=True) if a}
-        results[kind] = {"answers": round(float(right[:-1].sum() / asked[:-1].sum()), 4), **shares}
-    return results
 
 
 def main() -> None:

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, DEMO, ExportConfig
+from leanvlm.demo import BUILT_IN
+from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, ExportConfig
 from leanvlm.exporter.models import Family, FamilySpec, family_for
 from leanvlm.runtime.errors import CheckpointError, LeanVLMError
 from leanvlm.runtime.manifest import SourceSpec, file_sha256
@@ -84,10 +85,9 @@ def open_checkpoint(config: ExportConfig) -> Checkpoint:
         CheckpointError: It is not there, or has no safetensors weights or no readable configuration.
         UnsupportedModelError: No family handles it.
     """
-    if config.model == DEMO:
-        from leanvlm.demo import ERANK_REF, MODEL_DIR
-
-        return _read(MODEL_DIR, "leanvlm-demo", None, ERANK_REF)
+    if config.model in BUILT_IN:
+        folder, erank_ref = BUILT_IN[config.model]
+        return _read(folder, f"leanvlm-{config.model}", None, erank_ref)
     folder = Path(config.model).expanduser()
     if folder.exists() or config.model.startswith((".", "/", "~")):
         return _read(folder, folder.resolve().name, None, DEFAULT_ERANK_REF)

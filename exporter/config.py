@@ -14,7 +14,6 @@ ALIASES = {
     "llava-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
 }
-DEMO = "demo"
 # The gate's reference is the mean effective rank of a model's training images, so it belongs to a model.
 DEFAULT_ERANK_REF = 90.0
 
@@ -24,7 +23,7 @@ class ExportConfig:
     """One export, as the command line's options spell it.
 
     Attributes:
-        model: `demo`, an alias, a Hub id or a folder with a Hugging Face checkpoint.
+        model: `demo`, `demo-small`, an alias, a Hub id or a folder with a Hugging Face checkpoint.
         budgets: Image tokens kept per crop, at least 1; the first is the bundle's default. N is always added.
         output: Folder to write; None means `<model's name>-<budgets>` in the current folder.
         pruner: Spec string, such as `agile:gate=entropy`.

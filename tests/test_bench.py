@@ -8,11 +8,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from leanvlm.calibration.scores import CaptionScore, Scores
+from leanvlm.calibration.scores import CaptionScore, Result, Scores
+from leanvlm.demo.canvas import Canvas
+from leanvlm.demo.packing import pack
+from leanvlm.demo.scenes import held_out_questions, make_scene
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the checkout: bench is not installed")
@@ -23,6 +28,7 @@ def bench() -> Iterator[ModuleType]:
     """The package `bench`, importable from the checkout's root."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
+        import bench.counting
         import bench.report
         import bench.statistics
         import bench.study
@@ -78,6 +84,74 @@ def test_hallucination_counts_mentions_not_captions(bench: ModuleType) -> None:
 def test_means_of_two_samples(bench: ModuleType) -> None:
     found = bench.statistics.mean_difference([2.0] * 30, [1.0] * 20)
     assert (found.value, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_separation_is_the_chance_of_a_higher_value(bench: ModuleType) -> None:
+    assert bench.statistics.separation([3, 2], [1, 2]).value == pytest.approx(3.5 / 4)
+    rng = np.random.default_rng(1)
+    first, second = rng.normal(1, 1, 300), rng.normal(0, 1, 300)
+    found = bench.statistics.separation(first.tolist(), second.tolist())
+    # For two normal laws one deviation apart it is the normal distribution function of 1 / sqrt(2).
+    assert found.value == pytest.approx(0.760, abs=0.04)
+    # Hanley and McNeil (1982).
+    area = found.value
+    ties = 299 * (area / (2 - area) - area**2) + 299 * (2 * area**2 / (1 + area) - area**2)
+    error = ((area * (1 - area) + ties) / 300**2) ** 0.5
+    assert (found.low, found.high) == pytest.approx((area - 1.96 * error, area + 1.96 * error), abs=0.3 * error)
+
+
+def test_questions_ask_for_as_many_objects_as_their_answers_say(bench: ModuleType) -> None:
+    asked = [(scene, q) for seed in range(60) for scene in [make_scene(seed, "complex")] for q in held_out_questions(scene)]
+    counts = [(scene, question) for scene, question in asked if question.kind == "count"]
+    assert {question.subtype for _, question in counts} == {"all", "shape", "color"}
+    assert all(len(bench.counting.asked_objects(scene, question)) == int(question.answer) for scene, question in counts)
+
+
+def test_oracle_gives_every_object_its_turn(bench: ModuleType) -> None:
+    scene = make_scene(3, "complex")
+    owners = Canvas(torch.device("cpu"), compiled=False).labels(pack([scene])).objects[0].tolist()
+    chosen = bench.counting.oracle(scene, owners, 64)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == 64
+    sizes = [owners.count(number) for number in range(1, len(scene.objects) + 1)]
+    kept = [[owners[patch] for patch in chosen].count(number) for number in range(1, len(scene.objects) + 1)]
+    # Nobody has two more than another who could have had more.
+    assert all(mine <= other + 1 for mine in kept for other, size in zip(kept, sizes, strict=True) if other < size)
+    assert all(bench.counting.oracle(scene, owners, keep)[:1] for keep in (1, 575))
+
+
+def test_wrong_counts_are_split(bench: ModuleType, tmp_path: Path) -> None:
+    options = bench.counting.CountingOptions(4, 16, ("agile", "random"))
+    path = tmp_path / "counting.json"
+    bench.counting.measure_counting(options, path)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    answers = {row["method"]: row["answers"] for row in data["results"]}
+    assert answers.keys() == {"none", "agile", "random", "oracle"}
+    assert len({tuple(objects for _, objects, _ in rows) for rows in answers.values()}) == 1
+    assert all(least > 0 for _, _, least in answers["none"] + answers["oracle"])
+    assert any(least == 0 for _, _, least in answers["random"])
+    text = bench.report.counting_section(path, data)
+    assert "| random | " in text
+    assert str(tmp_path) not in text
+
+
+def test_seeds_are_compared_on_the_scenes_that_all_have_seen(bench: ModuleType, tmp_path: Path) -> None:
+    def study(seed: int, rights: list[int]) -> tuple[Path, dict[str, Any]]:
+        rows = [
+            Result(method, budget, kind, scores(rights if method == "agile" else [8] * len(rights)), "m").to_dict()
+            for method, budget in (("none", 576), ("agile", 64))
+            for kind in ("simple", "complex")
+        ]
+        model = {"id": "m", "sha256": "0" * 64, "erank_ref": 1.0, "size": "base", "seed": seed}
+        values = {kind: {"effective_rank": [1.0, 2.0], "entropy": [2.0, 1.0]} for kind in ("simple", "complex")}
+        return tmp_path / "s.json", {"model": model, "conditions": {"commit": "c"}, "results": rows, "complexity": values}
+
+    studies = [study(0, [8, 4, 0, 0]), study(1, [6, 2])]
+    text = "\n".join(bench.report.seeds_section(studies))
+    assert "| agile | 62.5 (50.0 to 75.0) |" in text
+    assert "Unpruned, 576 tokens: 100.0 (100.0 to 100.0)" in text
+    bench.report.seeds_picture(tmp_path / "seeds.png", studies)
+    assert (tmp_path / "seeds.png").is_file()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from leanvlm.demo import MODEL_DIR, evaluate, train
+from leanvlm.demo import MODEL_DIR, SMALL_DIR, evaluate, train
 from leanvlm.demo.batches import IGNORED, QUESTION_TOKENS, QUESTIONS, Batch, Mixture, Script, draw_batch, drawn, make_batch
 from leanvlm.demo.canvas import Canvas
 from leanvlm.demo.checkpoint import named_weights, read_folder, write_folder
+from leanvlm.demo.examine import examine
 from leanvlm.demo.muon import Muon, orthogonalised
 from leanvlm.demo.network import SIZES, Twin, normalised
 from leanvlm.demo.objective import Tokens, choose
@@ -25,7 +27,7 @@ from leanvlm.demo.packing import pack
 from leanvlm.demo.recipe import Recipe
 from leanvlm.demo.render import Renderer
 from leanvlm.demo.scenes import COLORS, KINDS, PHOTO_KINDS, SHAPES, Kind, Scene, held_out_questions, make_scene
-from leanvlm.demo.train import Options, examine
+from leanvlm.demo.train import Options
 from leanvlm.runtime.errors import InputError
 
 CPU = torch.device("cpu")
@@ -126,11 +128,12 @@ def test_patch_labels_are_where_the_objects_are_drawn() -> None:
     assert (labels.shapes[covered == 0] == 0).all()
     assert (labels.shapes[covered > 0.6] > 0).all()
     for row, scene in enumerate(scenes):
-        for thing in scene.objects:
+        for number, thing in enumerate(scene.objects, 1):
             x = thing.cx + (0.7 * thing.radius if thing.shape == "ring" else 0)
             patch = int(thing.cy // 14) * 24 + int(x // 14)
             assert labels.shapes[row, patch] == SHAPES.index(thing.shape) + 1
             assert labels.colors[row, patch] == COLORS.index(thing.color) + 1
+            assert labels.objects[row, patch] == number
         digits = set(labels.digits[row].tolist()) - {0, 1}
         assert digits == {int(digit) + 2 for digit in (scene.sign.text if scene.sign else "")}
 
@@ -269,6 +272,21 @@ def test_evaluation_ends_in_one_line_of_json(monkeypatch: pytest.MonkeyPatch, ca
     for kind, methods in last["right"].items():
         assert methods.keys() == {"none 576", "random 64"}
         assert methods["none 576"]["answers"] == pytest.approx(100 * expected[kind]["answers"], abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "folder"), [("demo", MODEL_DIR), ("demo-small", SMALL_DIR)])
+def test_card_says_what_evaluation_finds(
+    model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate", "--model", model, "--scenes", "200"])
+    evaluate.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["right"]
+    pattern = r"^\| (answers|recall|absent), ([a-z-]+), (none 576|attention 64) \| ([\d.]+) \|"
+    card = re.findall(pattern, (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(card) == 4 * 2 * 3
+    for quantity, kind, method, value in card:
+        assert found[kind][method][quantity] == pytest.approx(float(value), abs=0.2), (quantity, kind, method)
 
 
 SHORT = Recipe(size="tiny", steps=6, mixture=Mixture(images=2, kinds=("simple",)), warm_up=2, drop_from=0, checked=1)
