@@ -23,6 +23,8 @@ from torch import Tensor
 from leanvlm.calibration.plot import Histogram, save_plot
 from leanvlm.calibration.rank_fit import Spectrum, fit_rank, predict_rank, spectrum
 from leanvlm.calibration.vision import VisionSide
+from leanvlm.demo.batches import Mixture, draw_scenes
+from leanvlm.demo.scenes import Scene
 from leanvlm.exporter.gate_file import GateFile
 from leanvlm.exporter.pruners.agile import select_tokens
 from leanvlm.exporter.pruners.base import VisionTokens
@@ -107,13 +109,17 @@ class TrainingScenes:
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[Image.Image]:
-        from leanvlm.demo.batches import Mixture, draw_scenes
-        from leanvlm.demo.render import render
-
+    def scenes(self) -> list[Scene]:
+        """Draw them."""
         scenes = draw_scenes(Mixture(images=self.count), SCENES_SEED, step=0)
         # Photographed grounds come first there; any part of these images should be like the whole.
         random.Random(SCENES_SEED).shuffle(scenes)
+        return scenes
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        from leanvlm.demo.render import render
+
+        scenes = self.scenes()
         for start in range(0, self.count, BATCH):
             yield from render(scenes[start : start + BATCH])
 

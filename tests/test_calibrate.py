@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import LlavaForConditionalGeneration
 from leanvlm.calibration.gate import MIN_IMAGES, Folder, TrainingScenes, errors, fit_gate, measure
 from leanvlm.calibration.plot import Histogram, Lines, save_plot
 from leanvlm.calibration.vision import VisionSide
+from leanvlm.demo import BUILT_IN
 from leanvlm.exporter import ExportConfig
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.gate_file import GateFile, read_gate_file
@@ -76,6 +78,24 @@ def test_what_is_compared_and_counted(tiny_gate: GateFile) -> None:
     assert tiny_gate.figures["trial"] is None  # too few images to judge a fit
 
 
+@pytest.mark.parametrize("model", BUILT_IN)
+def test_built_in_models_have_the_references_of_their_training_scenes(model: str) -> None:
+    checkpoint = open_checkpoint(ExportConfig(model))
+    found = measure(VisionSide(checkpoint, load_model(checkpoint)), TrainingScenes(24), lambda count: None).exact
+    error = found.std(ddof=1) / len(found) ** 0.5
+    assert checkpoint.erank_ref == pytest.approx(found.mean(), abs=3 * error)
+    assert checkpoint.erank_ref == BUILT_IN[model][1] != 90.0
+
+
+def test_training_scenes_are_mixed_like_those_of_training() -> None:
+    kinds = Counter(scene.kind for scene in TrainingScenes(100).scenes())
+    assert sum(count for kind, count in kinds.items() if kind.endswith("-photo")) == 35
+    assert kinds["complex"] + kinds["complex-photo"] > kinds["simple"] + kinds["simple-photo"] > 15
+    # So that any part is like the whole.
+    first = [scene.kind.endswith("-photo") for scene in TrainingScenes(100).scenes()][:40]
+    assert 5 < sum(first) < 25
+
+
 def test_errors_by_hand() -> None:
     found = errors(np.array([10.0, 20.0]), np.array([11.0, 20.0]))
     assert found == {"r2": 0.98, "mean_error": 0.05, "worst_error": 0.1}
@@ -133,14 +153,15 @@ def test_an_export_takes_the_file_s_values_where_the_spec_sets_none(
 
 
 def test_a_refit_travels_into_graph_and_manifest(tmp_path: Path, leanvlm: Command) -> None:
-    checkpoint = open_checkpoint(ExportConfig("demo"))
+    checkpoint = open_checkpoint(ExportConfig("demo-small"))
     weights = RANK_COEFFICIENTS.weights
     fitted = replace(RANK_COEFFICIENTS, weights=(weights[0] + 0.1, *weights[1:]))
-    path, bundle = tmp_path / "gate.json", tmp_path / "demo-64"
-    GateFile("leanvlm-demo", checkpoint.source().sha256, 8, "test", 60.0, 5.5, fitted).write(path)
-    result = leanvlm("export", "--model", "demo", "--gate-file", path, "-o", bundle)
+    path, bundle = tmp_path / "gate.json", tmp_path / "small-64"
+    GateFile("leanvlm-demo-small", checkpoint.source().sha256, 8, "test", 60.0, 5.5, fitted).write(path)
+    result = leanvlm("export", "--model", "demo-small", "--gate-file", path, "-o", bundle)
     assert result.returncode == 0, result.stderr
     manifest = read_manifest(bundle)
+    assert (manifest.source.id, manifest.source.licence) == ("leanvlm-demo-small", "apache-2.0")
     assert manifest.pruner.params["erank_ref"] == 60.0
     assert manifest.pruner.params["coefficients"]["weights"][0] == fitted.weights[0]
     assert manifest.pruner.gate is not None
