@@ -8,6 +8,7 @@ from typing import Literal
 
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import POSITIONS, PRECISIONS, TARGETS
+from leanvlm.runtime.manifest import parse_budgets as parse_budgets
 
 ALIASES = {
     "llava": "llava-hf/llava-1.5-7b-hf",
@@ -86,15 +87,3 @@ class ExportConfig:
             return Path(self.output)
         name = Path(self.model.rstrip("/")).name or "bundle"
         return Path(f"{name}-{'-'.join(map(str, self.budgets))}")
-
-
-def parse_budgets(text: str) -> tuple[int, ...]:
-    """Read `64` or `64,128`.
-
-    Raises:
-        InputError: Something that is not a whole number.
-    """
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--budget {text!r} is not a number of image tokens, such as 64 or 64,128") from error

@@ -12,10 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 import onnx_ir as ir
 
 from leanvlm.exporter.trace import OPSET
+from leanvlm.runtime.engines.library import FUSED, number
 from leanvlm.runtime.errors import UnsupportedModelError
-
-# The first TensorRT whose parser imports opset 23's Attention.
-FUSED_ATTENTION = (10, 14)
 
 FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
 NUMBERS = (*FLOATS, "INT32", "INT64")
@@ -49,15 +47,14 @@ TOPK_LIMIT = 3840
 def target_opset(target: str) -> int:
     """Return the opset of a target's graphs; for `tensorrt` it depends on the TensorRT that this machine has, if it has one."""
     found = installed_tensorrt() if target == "tensorrt" else None
-    return OPSET["tensorrt-rtx"] if found is not None and found >= FUSED_ATTENTION else OPSET[target]
+    return OPSET["tensorrt-rtx"] if found is not None and found >= FUSED else OPSET[target]
 
 
-def installed_tensorrt() -> tuple[int, int] | None:
+def installed_tensorrt() -> tuple[int, ...] | None:
     """Return the version (major, minor) of this environment's `tensorrt` package, or None."""
     try:
-        major, minor = version("tensorrt").split(".")[:2]
-        return int(major), int(minor)
-    except (PackageNotFoundError, ValueError):
+        return number(version("tensorrt"))[:2]
+    except PackageNotFoundError:
         return None
 
 

@@ -43,6 +43,7 @@ from leanvlm.exporter.trace import trace
 from leanvlm.exporter.verify import verify
 from leanvlm.runtime.backends.ort import PROVIDERS
 from leanvlm.runtime.embeddings import TENSOR
+from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
 from leanvlm.runtime.gpu import free_memory
 from leanvlm.runtime.manifest import (
@@ -64,7 +65,6 @@ MIN_ONNXRUNTIME = "1.23"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # Where the decoder's precision is not the vision graph's too.
 VISION_DTYPE = {"cpu": torch.float32, "cuda": torch.float16}
-TENSORRT_TARGETS = ("tensorrt-rtx", "tensorrt")
 # Where the host's clock cannot time a stage.
 CUT_TARGETS = ("cuda",)
 # Levels, so that a quarter of the bytes goes up and the GPU normalises them.
@@ -215,7 +215,7 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     gc.collect()
     on_step("build decoder")
     decoder = checkpoint.family.decoder(model)
-    if config.target in TENSORRT_TARGETS:
+    if config.target in LIBRARIES:
         _write_portable(decoder, config, folder)
     else:
         build_decoder(
@@ -279,7 +279,7 @@ def _write_vision(
         for rewrite in PASSES[target].values():
             rewrite(traced)
         name = f"vision_{budget}.onnx"
-        if target in TENSORRT_TARGETS:
+        if target in LIBRARIES:
             check_dialect(traced, name)
         models[name] = traced
         specs[budget] = GraphSpec(name, _tensors(traced.graph.inputs), _tensors(traced.graph.outputs))

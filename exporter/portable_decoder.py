@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from leanvlm.exporter.decoder import head_dim
 from leanvlm.exporter.trace import trace
 
 # What is added where a place must not be seen. In half precision, together with any score, it stays a number.
@@ -120,8 +121,7 @@ def trace_decoder(decoder: Any, *, opset: int, dtype: torch.dtype) -> ir.Model:
         dtype: Of embeddings, caches and products; logits are fp32.
     """
     config = decoder.config
-    head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    count, past = 7, 5
+    head, count, past = head_dim(config), 7, 5
     names = [f"{layer}.{part}" for layer in range(config.num_hidden_layers) for part in PARTS]
     inputs = {
         "inputs_embeds": torch.zeros(1, count, config.hidden_size, dtype=dtype),

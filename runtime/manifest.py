@@ -386,3 +386,15 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
         path = inside(folder, engine.file)
         if path.is_file() and file_sha256(path) != engine.sha256:
             raise BundleError(f"{engine.file} does not match its sha256 in {MANIFEST}: copy or build it again")
+
+
+def parse_budgets(text: str) -> tuple[int, ...]:
+    """Read `64` or `64,128`.
+
+    Raises:
+        InputError: Something that is not a whole number.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--budget {text!r} is not a number of image tokens, such as 64 or 64,128") from error

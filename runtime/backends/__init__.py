@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.splice import Prompt
@@ -22,7 +23,6 @@ BACKENDS: dict[str, str] = {
     "tensorrt-rtx": "leanvlm.runtime.backends.trt:TrtBackend",
     "tensorrt": "leanvlm.runtime.backends.trt:TrtBackend",
 }
-ENGINE_TARGETS = ("tensorrt-rtx", "tensorrt")
 PORTABLE = "leanvlm.runtime.backends.portable:PortableBackend"
 
 Array = npt.NDArray[Any]
@@ -122,10 +122,10 @@ def open_backend(
         InputError: A provider for another target, or together with a device.
     """
     place, options = BACKENDS[manifest.target], {"device": device, "threads": threads, "prepack": prepack}
-    if provider is not None and manifest.target not in ENGINE_TARGETS:
-        targets = " or ".join(ENGINE_TARGETS)
+    if provider is not None and manifest.target not in LIBRARIES:
+        targets = " or ".join(LIBRARIES)
         raise InputError(f"--provider is for bundles exported with --target {targets}; this one is for {manifest.target}")
-    if manifest.target in ENGINE_TARGETS and (device == "cpu" or provider is not None):
+    if manifest.target in LIBRARIES and (device == "cpu" or provider is not None):
         if device is not None and provider is not None:
             raise InputError(f"--device {device} and --provider {provider} exclude each other; give one")
         place, options = PORTABLE, {**options, "provider": provider}

@@ -229,6 +229,8 @@ class TrtDecoder:
         self._counts = {name: Buffer(device, (1,), np.int64) for name in ("past_length", "last_position")}
         self._caches: Buffer | None = None
         self._inputs: dict[int, dict[str, Buffer]] = {}
+        # Profile to what its context was bound to last: a step would tell it hundreds of unchanged things.
+        self._bound: dict[int, tuple[int, ...]] = {}
         self._prompt: Prompt | None = None
         self._capacity = 0
         self.length = 0
@@ -285,7 +287,10 @@ class TrtDecoder:
         buffers["position_ids"].fill(positions)
         self._counts["past_length"].fill(np.array([self.length]))
         self._counts["last_position"].fill(np.array([count - 1]))
-        self._bind(context, buffers, count, past)
+        binding = (count, past, self._capacity, caches.address, *(buffer.address for buffer in buffers.values()))
+        if self._bound.get(profile) != binding:
+            self._bind(context, buffers, count, past)
+            self._bound[profile] = binding
         context.run(replayed=profile == DECODE)
         size, rows = self._spec.head_dim * self._dtype.itemsize, len(self._names) * self._spec.kv_heads
         place = caches.address + self.length * size

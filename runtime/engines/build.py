@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,7 +20,7 @@ from leanvlm.runtime.engines.library import load_library, quiet_logger
 from leanvlm.runtime.engines.plan import ENGINES, BuildConfig, BuildPlan, EngineJob
 from leanvlm.runtime.engines.profiles import Profile
 from leanvlm.runtime.errors import BackendError, GraphError
-from leanvlm.runtime.manifest import EngineSpec, GraphSpec, Manifest, TensorSpec, file_sha256, write_manifest
+from leanvlm.runtime.manifest import EngineSpec, GraphSpec, Manifest, TensorSpec, write_manifest
 
 TIMING_CACHE = ENGINES / "timing.cache"
 # Of the library's types, those that our graphs have at their ends.
@@ -100,7 +101,7 @@ def _build(job: EngineJob, plan: BuildPlan, builder: Builder, on_progress: Calla
         hardware=config.hardware,
         version_compatible=config.version_compatible,
         bytes=path.stat().st_size,
-        sha256=file_sha256(path),
+        sha256=sha256(plan_bytes).hexdigest(),
         seconds=round(perf_counter() - begin, 2),
     )
 

@@ -16,8 +16,7 @@ from leanvlm.runtime.engines.build import Builder, build_engines
 from leanvlm.runtime.engines.library import library
 from leanvlm.runtime.engines.plan import BuildConfig, BuildPlan, EngineJob, command_line, parse_sms, plan_build
 from leanvlm.runtime.engines.profiles import Limits
-from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.manifest import Manifest, read_manifest
+from leanvlm.runtime.manifest import Manifest, parse_budgets, read_manifest
 
 
 def build_command(
@@ -48,7 +47,7 @@ def build_command(
         bundle,
         engine,
         parse_sms(sm),
-        _budgets(budget),
+        () if budget is None else parse_budgets(budget),
         Limits(max_images, max_prompt, max_positions),
         workspace,
         hardware,
@@ -69,13 +68,6 @@ def build_command(
         return
     done = _build(plan, builder, console)
     _print_table(plan, done)
-
-
-def _budgets(text: str | None) -> tuple[int, ...]:
-    try:
-        return () if text is None else tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--budget {text!r} is not a number of image tokens, such as 64 or 64,576") from error
 
 
 def _needs(plan: BuildPlan) -> str:
