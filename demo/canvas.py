@@ -17,7 +17,7 @@ from leanvlm.demo.packing import Packed
 from leanvlm.demo.render import Tables, blend, draw_ground, draw_photo, draw_sign, object_distance, sign_slots
 from leanvlm.demo.scenes import COLORS, SHAPES, SIZE
 
-__all__ = ["COLOR_CLASSES", "DIGIT_CLASSES", "PATCHES", "SHAPE_CLASSES", "Canvas", "PatchLabels"]
+__all__ = ["COLOR_CLASSES", "DIGIT_CLASSES", "NOTHING", "PATCHES", "SHAPE_CLASSES", "Canvas", "PatchLabels"]
 
 PATCH = 14
 PATCHES = (SIZE // PATCH) ** 2
@@ -25,6 +25,7 @@ PATCHES = (SIZE // PATCH) ** 2
 SHAPE_CLASSES = len(SHAPES) + 2
 COLOR_CLASSES = len(COLORS) + 1
 DIGIT_CLASSES = 12
+NOTHING = -1
 # Points at which a patch is probed, along a side; an object counts that covers more than this share of them.
 _PROBES = 3
 _LEAST_COVER = 0.2
@@ -39,12 +40,14 @@ class PatchLabels:
         colors: (B, 576) 0 nothing or the sign, 1-8 `COLORS`.
         digits: (B, 576) 0 nothing, 1 a sign without a digit, 2-11 the digits.
         objects: (B, 576) 0 nothing or the sign, else the object's place in drawing order, from 1.
+        centers: (B, 576) the patch in which the object or the sign has its centre; `NOTHING` where there is neither.
     """
 
     shapes: Tensor
     colors: Tensor
     digits: Tensor
     objects: Tensor
+    centers: Tensor
 
 
 class Canvas:
@@ -98,7 +101,7 @@ class Canvas:
         side = SIZE // PATCH
         most = torch.full((len(signs), side, side), _LEAST_COVER, device=self._device)
         shapes = torch.zeros(len(signs), side, side, dtype=torch.long, device=self._device)
-        colors, objects = torch.zeros_like(shapes), torch.zeros_like(shapes)
+        colors, objects, centers = torch.zeros_like(shapes), torch.zeros_like(shapes), torch.full_like(shapes, NOTHING)
         for number, layer in enumerate(self._move(scenes.objects).unbind(), 1):
             cover = self._cover(layer.clone(), self._probe_x, self._probe_y)
             more = cover > most
@@ -106,10 +109,12 @@ class Canvas:
             shapes = torch.where(more, layer[:, 5, None, None].long() + 1, shapes)
             colors = torch.where(more, layer[:, 6, None, None].long() + 1, colors)
             objects = torch.where(more, number, objects)
+            centers = torch.where(more, _patch_at(layer), centers)
         digits = _sign_digits(signs, self._middle_x, self._middle_y)
         shapes = torch.where(digits > 0, SHAPE_CLASSES - 1, shapes)
         colors, objects = (torch.where(digits > 0, 0, labels) for labels in (colors, objects))
-        return PatchLabels(*(labels.flatten(1) for labels in (shapes, colors, digits, objects)))
+        centers = torch.where(digits > 0, _patch_at(signs), centers)
+        return PatchLabels(*(labels.flatten(1) for labels in (shapes, colors, digits, objects, centers)))
 
     def _move(self, rows: Any) -> Tensor:
         return to_device(rows, self._device)
@@ -119,6 +124,13 @@ def to_device(rows: Any, device: torch.device) -> Tensor:
     """Copy an array to a device, without waiting for what a GPU still does."""
     tensor = torch.from_numpy(rows)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _patch_at(rows: Tensor) -> Tensor:
+    """The patch, (B, 1, 1), in which each row's centre lies; rows begin with its x and y, in pixels."""
+    side = SIZE // PATCH
+    column, row = (rows[:, :2] / PATCH).long().clamp(0, side - 1).unbind(1)
+    return (row * side + column)[:, None, None]
 
 
 def _cover(rows: Tensor, x: Tensor, y: Tensor) -> Tensor:

@@ -230,7 +230,8 @@ class AuxiliaryHeads(nn.Module):
     """What training asks of states in between; not part of the model that is written.
 
     What the scene holds and the sign's digits are read off [CLS], after the last layer and before it; shape, colour and digit
-    off each patch's state before the last layer; row and column off each projected token.
+    off each patch's state before the last layer; row and column, its own and of the centre of what it shows, off each projected
+    token.
     """
 
     def __init__(self, size: Size) -> None:
@@ -240,7 +241,7 @@ class AuxiliaryHeads(nn.Module):
         self.last = nn.Linear(width, scene)
         self.before_last = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, scene))
         self.patch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, patch))
-        self.place = nn.Sequential(nn.LayerNorm(size.width), nn.Linear(size.width, 2 * _SIDE))
+        self.place = nn.Sequential(nn.LayerNorm(size.width), nn.Linear(size.width, 4 * _SIDE))
 
 
 def slots(prefix: int) -> tuple[Tensor, Tensor]:

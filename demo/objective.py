@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from leanvlm.demo.batches import CAPTION_TOKENS, CONTENTS, IGNORED, NO_DIGIT, QUESTION_TOKENS, QUESTIONS
-from leanvlm.demo.canvas import COLOR_CLASSES, PATCHES, SHAPE_CLASSES
+from leanvlm.demo.canvas import COLOR_CLASSES, NOTHING, PATCHES, SHAPE_CLASSES, PatchLabels
 from leanvlm.demo.network import AuxiliaryHeads, Twin, normalised, slots
 from leanvlm.demo.recipe import Recipe
 
 __all__ = ["LOSSES", "Objective", "Tokens", "choose"]
 
-LOSSES = ("answers", "captions", "contents", "patches", "places")
+LOSSES = ("answers", "captions", "contents", "patches", "places", "centers")
 _SIDE = int(PATCHES**0.5)
+_MOST_OBJECTS = 12
 
 
 class Objective(nn.Module):
@@ -49,7 +50,7 @@ class Objective(nn.Module):
     def forward(
         self,
         images: Tensor,
-        labels: tuple[Tensor, Tensor, Tensor],
+        labels: tuple[Tensor, Tensor, Tensor, Tensor],
         scenes: tuple[Tensor, Tensor],
         asked: tuple[Tensor, Tensor],
         tokens: tuple[Tensor, Tensor, Tensor],
@@ -60,7 +61,7 @@ class Objective(nn.Module):
 
         Args:
             images: (B, 3, 336, 336) uint8.
-            labels: What lies under each patch: shapes, colours and digits, each (B, N).
+            labels: What lies under each patch: shapes, colours, digits and centers of `PatchLabels`, each (B, N).
             scenes: Contents (B, 65) and digits (B, 4).
             asked: Token ids and targets (B, S).
             tokens: (B, N) image tokens to read, (S,) positions and (S, P + N + S) what is seen; see `Tokens`.
@@ -68,14 +69,14 @@ class Objective(nn.Module):
             through: () 1 lets the answers' loss reach the tower, 0 stops it at the projector's output.
 
         Returns:
-            () the loss; (5,) the parts of `LOSSES`, unweighted; (B, 9) bool, which slots are answered exactly.
+            () the loss; (6,) the parts of `LOSSES`, unweighted; (B, 9) bool, which slots are answered exactly.
         """
         recipe = self._recipe
         order, positions, visible = tokens
         ids, targets = asked
         states, last = self.twin.vision(normalised(images, self.dtype))
         image_tokens = self.twin.project(states).to(self.dtype)
-        places = self._place_loss(image_tokens)
+        places, centers = self._place_losses(image_tokens, labels[3])
         # Were it not stopped when tokens are dropped, the tower would learn to smear objects over the background, and every
         # pruner would lose to chance.
         stopped = image_tokens.detach()
@@ -84,21 +85,27 @@ class Objective(nn.Module):
         logits = self.twin.answer(self.head, image_tokens, ids, positions, visible)
         answers, captions = self._answer_losses(logits, targets)
         contents = self._contents_loss(states, last, scenes)
-        patches = self._patch_loss(states, labels)
-        parts = torch.stack([answers, captions, contents, patches, places])
+        patches = self._patch_loss(states, labels[:3])
+        parts = torch.stack([answers, captions, contents, patches, places, centers])
         loss = (
             answers
             + recipe.caption_weight * captions
             + recipe.contents_weight * contents
             + patch_weight * patches
             + recipe.place_weight * places
+            + recipe.center_weight * centers
         )
         return loss, parts.detach(), answered(logits.detach(), targets)
 
-    def _place_loss(self, image_tokens: Tensor) -> Tensor:
-        guess = self.heads.place(image_tokens).float().flatten(0, 1)
-        row, column = self.row.repeat(len(image_tokens)), self.column.repeat(len(image_tokens))
-        return functional.cross_entropy(guess[:, :_SIDE], row) + functional.cross_entropy(guess[:, _SIDE:], column)
+    def _place_losses(self, image_tokens: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        guesses = self.heads.place(image_tokens).float().flatten(0, 1).split(_SIDE, dim=1)
+        own_row, own_column = self.row.repeat(len(image_tokens)), self.column.repeat(len(image_tokens))
+        there, center = centers.flatten() != NOTHING, centers.flatten().clamp(min=0)
+        wanted = (own_row, own_column, center // _SIDE, center % _SIDE)
+        row, column, *of_centers = (
+            functional.cross_entropy(guess, place, reduction="none") for guess, place in zip(guesses, wanted, strict=True)
+        )
+        return (row + column).mean(), (sum(of_centers) * there).sum() / there.sum().clamp(min=1)
 
     def _answer_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         flat = functional.cross_entropy(logits.float().flatten(0, 1), targets.clamp(min=0).flatten(), reduction="none")
@@ -160,14 +167,25 @@ class Tokens:
         return order, self._positions - (PATCHES - kept), visible
 
 
-def choose(shapes: Tensor, generator: torch.Generator) -> Tensor:
+def choose(labels: PatchLabels, generator: torch.Generator) -> Tensor:
     """Order the tokens of images by chance: (B, N) indices, first what is kept longest.
 
-    In half of the images, tokens under an object or a sign (`shapes` (B, N) above 0) are e^b times as likely to come first,
-    with b between -1 and 4 (Gumbel's trick).
+    One token of each object and of the sign comes before all others, whichever it is. So nothing that is asked about is lost
+    altogether: were it, the model would learn to guess what it does not see, and to count more than it is shown.
+
+    The others have a weight, by which chance orders them (Gumbel's trick). In a quarter of the images all have the same. In
+    the rest, those under an object or a sign have e^b times the background's, where b is drawn between -1 and 6 for the image
+    and varies by a standard deviation of 1 between its objects.
     """
-    batch = len(shapes)
-    uniform = torch.rand(shapes.shape, device=shapes.device, generator=generator).clamp(1e-9, 1 - 1e-7)
-    bias = 5 * torch.rand(batch, 1, device=shapes.device, generator=generator) - 1
-    biased = torch.rand(batch, 1, device=shapes.device, generator=generator) < 0.5
-    return (-torch.log(-torch.log(uniform)) + bias * biased * (shapes > 0)).argsort(dim=1, descending=True)
+    device, batch = labels.shapes.device, len(labels.shapes)
+    things = torch.where(labels.shapes == SHAPE_CLASSES - 1, _MOST_OBJECTS + 1, labels.objects)
+
+    def drawn(columns: int) -> Tensor:
+        return torch.rand(batch, columns, device=device, generator=generator)
+
+    chance = -torch.log(-torch.log(drawn(PATCHES).clamp(1e-9, 1 - 1e-7)))
+    bias = 7 * drawn(1) - 1 + torch.randn(batch, _MOST_OBJECTS + 2, device=device, generator=generator)
+    weight = torch.gather(bias, 1, things) * (drawn(1) < 0.75) * (things > 0)
+    best = torch.full_like(bias, -torch.inf).scatter_reduce(1, things, chance, "amax")
+    first = (chance == torch.gather(best, 1, things)) & (things > 0)
+    return (chance + weight).masked_fill(first, torch.inf).argsort(dim=1, descending=True)

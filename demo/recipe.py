@@ -21,8 +21,7 @@ class Recipe:
     """One training run.
 
     From `drop_from` on, some steps show the decoder only some of the image tokens, so that it learns to do without the
-    others. No pruner takes part: half of the images keep tokens by chance, half favour those under objects, by a factor
-    between e^-1 and e^4, from the drawn labels.
+    others. No pruner takes part: the drawn labels and chance say which are kept; see `leanvlm.demo.objective.choose`.
 
     Attributes:
         size: Which of `leanvlm.demo.network.SIZES`.
@@ -39,6 +38,8 @@ class Recipe:
         contents_weight: Of what [CLS] knows of the scene.
         patch_weight: Of what lies under each patch; twice as much in the first 30 % of the steps.
         place_weight: Of each projected token's row and column.
+        center_weight: Of the row and column of the centre of the object that it shows, so that two tokens of one object can
+            be told from two objects.
         drop_from: Share of the steps before the first dropping.
         drop_share: Share of the later steps that drop tokens.
         least_kept: Fewest tokens kept; their number is drawn uniformly in its logarithm.
@@ -46,7 +47,7 @@ class Recipe:
     """
 
     size: SizeName = "base"
-    steps: int = 4000
+    steps: int = 5500
     seed: int = 0
     mixture: Mixture = field(default_factory=Mixture)
     rate: float = 2e-3
@@ -59,8 +60,9 @@ class Recipe:
     contents_weight: float = 0.5
     patch_weight: float = 0.25
     place_weight: float = 0.3
+    center_weight: float = 0.2
     drop_from: float = 0.12
-    drop_share: float = 0.3
+    drop_share: float = 0.4
     least_kept: int = 32
     checked: int = 200
 

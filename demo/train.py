@@ -74,7 +74,7 @@ class Tally:
         self._steps = self._whole = 0
 
     def add(self, loss: Tensor, parts: Tensor, right: Tensor, families: Tensor, dropped: bool) -> None:
-        """Add one step: its loss (), parts (6,), which slots were right (B, 9), and their families (B, 9)."""
+        """Add one step: its loss (), parts (7,), which slots were right (B, 9), and their families (B, 9)."""
         family, asked = families.clamp(min=0).flatten(), (families >= 0).flatten()
         self._right[int(dropped)].index_add_(0, family, (right.flatten() & asked).float())
         self._asked[int(dropped)].index_add_(0, family, asked.float())
@@ -127,7 +127,7 @@ class Trainer:
         images, labels = self._canvas.images(batch.scenes), self._canvas.labels(batch.scenes)
         kept = recipe.kept_at(number)
         self._generator.manual_seed(recipe.seed * 1_000_003 + number)
-        tokens = self._tokens.keep(choose(labels.shapes, self._generator), kept or PATCHES)
+        tokens = self._tokens.keep(choose(labels, self._generator), kept or PATCHES)
         contents, digits, ids, targets, families = (
             to_device(array, device) for array in (batch.contents, batch.digits, batch.ids, batch.targets, batch.families)
         )
@@ -136,7 +136,7 @@ class Trainer:
         with torch.autocast(device.type, torch.bfloat16, enabled=self._half):
             loss, parts, right = self._forward(
                 images,
-                (labels.shapes, labels.colors, labels.digits),
+                (labels.shapes, labels.colors, labels.digits, labels.centers),
                 (contents, digits),
                 (ids, targets),
                 tokens,
