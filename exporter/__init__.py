@@ -24,6 +24,7 @@ def export(config: ExportConfig, on_step: Callable[[str], None] = lambda step: N
     require("torch", "export")
     require("transformers", "export")
     # Imported here so that a machine without torch can still import this package and be told what is missing.
-    from leanvlm.exporter.pipeline import export_plan, plan
+    from leanvlm.exporter.pipeline import export_plan
+    from leanvlm.exporter.plan import plan
 
     return export_plan(plan(config), on_step)

@@ -50,7 +50,8 @@ def run_export(config: ExportConfig, *, dry_run: bool) -> None:
     """Export with a progress bar on standard error; the last line on standard output is the bundle's folder."""
     require("torch", "export")
     require("transformers", "export")
-    from leanvlm.exporter.pipeline import check_output, export_plan, plan
+    from leanvlm.exporter.pipeline import export_plan
+    from leanvlm.exporter.plan import check_output, plan
 
     check_output(config)
     _quiet_libraries()

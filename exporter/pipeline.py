@@ -1,4 +1,4 @@
-"""The export, step by step: load, trace, write, build, verify, put in place.
+"""A planned export, step by step: load, trace, write, build, verify, put in place.
 
 A bundle is written to a temporary folder beside its place and renamed when it is complete and verified; whatever goes wrong
 before, the temporary folder is removed and an older bundle stays.
@@ -13,10 +13,10 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,18 +24,18 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from leanvlm.exporter.checkpoint import Checkpoint, load_model, open_checkpoint
+from leanvlm.exporter.checkpoint import Checkpoint, load_model
 from leanvlm.exporter.config import ExportConfig
-from leanvlm.exporter.decoder import DECODER, build_decoder, check_decoder, head_dim
+from leanvlm.exporter.decoder import DECODER, build_decoder, head_dim
 from leanvlm.exporter.dialect import check_dialect, target_opset
-from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.graphs import OUTPUTS, VisionGraph
 from leanvlm.exporter.passes import DECODER_PASSES, PASSES
 from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import save_sharing
 from leanvlm.exporter.passes.stage_names import STAGES
+from leanvlm.exporter.plan import DTYPES, EMBED_TOKENS, VISION_DATA, Plan, vision_dtype
 from leanvlm.exporter.portable_decoder import save_decoder, trace_decoder
-from leanvlm.exporter.pruners import PRUNERS, NoPruner, Pruner, parse
+from leanvlm.exporter.pruners import PRUNERS, NoPruner
 from leanvlm.exporter.reference import Reference
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
 from leanvlm.exporter.tokenizer import write_tokenizer
@@ -44,7 +44,7 @@ from leanvlm.exporter.verify import verify
 from leanvlm.runtime.backends.ort import PROVIDERS
 from leanvlm.runtime.embeddings import TENSOR
 from leanvlm.runtime.engines.library import LIBRARIES
-from leanvlm.runtime.errors import InputError, LeanVLMWarning
+from leanvlm.runtime.errors import LeanVLMWarning
 from leanvlm.runtime.gpu import free_memory
 from leanvlm.runtime.manifest import (
     MANIFEST,
@@ -58,24 +58,11 @@ from leanvlm.runtime.manifest import (
     write_manifest,
 )
 from leanvlm.runtime.optional import require
-from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.session import Session, load
 
 MIN_ONNXRUNTIME = "1.23"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-# Where the decoder's precision is not the vision graph's too.
-VISION_DTYPE = {"cpu": torch.float32, "cuda": torch.float16}
 # Where the host's clock cannot time a stage.
 CUT_TARGETS = ("cuda",)
-# Levels, so that a quarter of the bytes goes up and the GPU normalises them.
-LAYOUT: dict[str, Literal["float32", "uint8"]] = {
-    "cpu": "float32",
-    "cuda": "uint8",
-    "tensorrt-rtx": "uint8",
-    "tensorrt": "uint8",
-}
-EMBED_TOKENS = "embed_tokens.safetensors"
-VISION_DATA = "vision.data"
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -89,98 +76,6 @@ COPIED = (
 TOOLS = ("leanvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
 
 Step = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an export will do, known before any weight is read.
-
-    Attributes:
-        config: The request.
-        checkpoint: Where the weights are.
-        pruners: Budget to pruner, N (unpruned) last.
-        sizes: File name to estimated bytes.
-        gate: The manifest's record of the gate file, if there is one.
-    """
-
-    config: ExportConfig
-    checkpoint: Checkpoint
-    pruners: dict[int, Pruner]
-    sizes: dict[str, int]
-    gate: dict[str, Any] | None = None
-
-    @property
-    def image(self) -> ImageSpec:
-        """The checkpoint's image processor, in the layout that the target's vision graph takes."""
-        return replace(self.checkpoint.image_spec, layout=LAYOUT[self.config.target])
-
-    @property
-    def steps(self) -> int:
-        """How many steps `export` will report."""
-        return len(self.checkpoint.weight_files) + 2 * len(self.pruners) + 6
-
-    @property
-    def total_bytes(self) -> int:
-        """Estimated size of the bundle."""
-        return sum(self.sizes.values())
-
-
-def plan(config: ExportConfig) -> Plan:
-    """Check a request against its checkpoint and this machine, without reading weights.
-
-    Raises:
-        LeanVLMError: Anything that the export would fail on later and that can be known now.
-    """
-    check_output(config)
-    checkpoint = open_checkpoint(config)
-    count = checkpoint.spec.tokens_per_crop
-    for budget in config.budgets:
-        if budget > count:
-            raise InputError(f"budget {budget} is more than the {count} image tokens of this model")
-    check_decoder(checkpoint.config.text_config)
-    references, gate = _gate(config, checkpoint)
-    pruners: dict[int, Pruner] = {
-        budget: parse(config.pruner, keep=budget, **references) for budget in config.budgets if budget < count
-    }
-    for budget, pruner in pruners.items():
-        if pruner.keep != budget:
-            raise InputError(f"--pruner sets keep={pruner.keep}, --budget {budget}; give the number as --budget only")
-        if isinstance(pruner, NoPruner):
-            raise InputError(f"pruner 'none' keeps all {count} image tokens; use it with --budget {count}")
-    parse(config.pruner)
-    pruners[count] = NoPruner(keep=count)
-    result = Plan(config, checkpoint, pruners, _estimate(config, checkpoint, list(pruners)), gate)
-    _check_disk(result)
-    return result
-
-
-def _gate(config: ExportConfig, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Return the gate's reference values for this model, and the manifest's record of the file that they come from."""
-    declared = {"erank_ref": checkpoint.erank_ref}
-    if config.gate_file is None:
-        return declared, None
-    file = read_gate_file(config.gate_file)
-    file.check_source(config.gate_file, checkpoint.source())
-    fields = file.pruner_fields()
-    pruner = parse(config.pruner)
-    if not fields.keys() & vars(pruner).keys():
-        raise InputError(f"--gate-file is for a pruner with a gate, such as agile; {config.pruner!r} has none")
-    return {**declared, **fields}, file.record(config.gate_file)
-
-
-def check_output(config: ExportConfig) -> None:
-    """Check that the output folder can be written.
-
-    Raises:
-        InputError: It exists and `force` is off, or it is something other than a bundle.
-    """
-    output = config.output_folder
-    if not output.exists():
-        return
-    if not config.force:
-        raise InputError(f"{output} exists; choose another -o, or pass --force to replace it")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-        raise InputError(f"{output} exists and is not a bundle; --force replaces only bundles")
 
 
 def export_plan(request: Plan, on_step: Step = lambda step: None) -> Manifest:
@@ -293,11 +188,6 @@ def _write_vision(
     on_step("write vision")
     save_sharing(models, folder, VISION_DATA)
     return specs, cuts
-
-
-def vision_dtype(config: ExportConfig) -> torch.dtype:
-    """Return the dtype that an export's vision graphs compute in, the gate and the selection aside."""
-    return VISION_DTYPE.get(config.target) or DTYPES[config.resolved_precision]
 
 
 def _write_portable(decoder: nn.Module, config: ExportConfig, folder: Path) -> None:
@@ -417,35 +307,6 @@ def _put_in_place(folder: Path, output: Path, scratch: Path) -> None:
         if aside.exists() and not output.exists():
             aside.rename(output)
         raise
-
-
-def _estimate(config: ExportConfig, checkpoint: Checkpoint, budgets: list[int]) -> dict[str, int]:
-    """Estimate each file's size from the parameter counts."""
-    model = checkpoint.family.empty(checkpoint.config)
-    family = checkpoint.family
-
-    def count(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
-
-    table = family.embed_tokens(model).numel()
-    weights = count(family.decoder(model)) - table
-    # Rounded weights carry one scale per block of 32; norms stay as they are.
-    per_weight = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}[config.resolved_precision]
-    sizes = {f"vision_{budget}.onnx": 250_000 for budget in budgets}
-    sizes[VISION_DATA] = vision_dtype(config).itemsize * (count(family.tower(model)) + count(family.projector(model)))
-    sizes["decoder.onnx.data"] = int(weights * per_weight)
-    sizes[EMBED_TOKENS] = table * (2 if checkpoint.config.dtype == torch.float16 else 4)
-    return sizes
-
-
-def _check_disk(request: Plan) -> None:
-    place = request.config.output_folder.absolute().parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if request.total_bytes > free:
-        need, have = request.total_bytes / 1e9, free / 1e9
-        raise InputError(f"the bundle needs about {need:.1f} GB and {place} has {have:.1f} GB free; choose another -o")
 
 
 def _version(package: str) -> str | None:

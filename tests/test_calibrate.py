@@ -22,7 +22,7 @@ from leanvlm.demo import BUILT_IN
 from leanvlm.exporter import ExportConfig
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.gate_file import GateFile, read_gate_file
-from leanvlm.exporter.pipeline import plan
+from leanvlm.exporter.plan import plan
 from leanvlm.exporter.pruners import AgilePruner
 from leanvlm.exporter.pruners.gates import effective_rank
 from leanvlm.exporter.pruners.rank_coefficients import RANK_COEFFICIENTS

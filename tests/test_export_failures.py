@@ -21,6 +21,7 @@ from conftest import Command
 
 import leanvlm.exporter.pipeline as pipeline
 from leanvlm.exporter import ExportConfig
+from leanvlm.exporter.plan import Plan, plan
 from leanvlm.runtime.errors import VerificationError
 
 # All of the tiny model's image tokens: one graph to trace, not two.
@@ -69,9 +70,9 @@ def output(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def request_(tiny_llava: Path, output: Path) -> pipeline.Plan:
+def request_(tiny_llava: Path, output: Path) -> Plan:
     output.parent.mkdir()
-    return pipeline.plan(ExportConfig(str(tiny_llava), (BUDGET,), output, force=True))
+    return plan(ExportConfig(str(tiny_llava), (BUDGET,), output, force=True))
 
 
 def older_bundle(output: Path) -> dict[str, bytes]:
@@ -91,7 +92,7 @@ def no_space(*arguments: object, **options: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
 
-def test_the_writers_are_what_an_export_calls(request_: pipeline.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_writers_are_what_an_export_calls(request_: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     called: set[str] = set()
 
     def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -165,7 +166,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_work(
     assert not list(disk.iterdir())
 
 
-def test_ctrl_c_at_any_step(request_: pipeline.Plan, output: Path) -> None:
+def test_ctrl_c_at_any_step(request_: Plan, output: Path) -> None:
     steps: list[str] = []
     pipeline.export_plan(request_, steps.append)
     assert len(steps) == request_.steps
