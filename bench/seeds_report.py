@@ -68,12 +68,14 @@ def _conditions(studies: Studies, scenes: int) -> str:
     for path, data in studies:
         model, run = data["model"], data["conditions"]
         link = f"[{path.name}](results/{path.name})"
+        done, planned = model["steps"]
+        steps = str(done) if done == planned else f"{done}, stopped before {planned}"
         rows.append(
-            [str(model["seed"]), f"`{model['id']}`", model["sha256"][:12], str(model["erank_ref"]), run["commit"], link]
+            [str(model["seed"]), steps, f"`{model['id']}`", model["sha256"][:12], str(model["erank_ref"]), run["commit"], link]
         )
     results = [row for row in studies[0][1]["results"] if row["method"] == "none"]
     asked = ", ".join(f"{scenes} {row['kind']} scenes with {sum(row['asked'][:scenes])} short questions" for row in results)
-    heads = ["training seed", "model", "weights", "reference rank", "commit", "raw counts"]
+    heads = ["training seed", "steps", "model", "weights", "reference rank", "commit", "raw counts"]
     return (
         "The same recipe from several seeds of weights, scenes and dropping; the shipped model is one of them, chosen as "
         f"its card says. Each is asked about the same {asked}. The conditions of each run are in its file.\n\n"

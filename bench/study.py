@@ -135,11 +135,14 @@ def open_examinee(model: str) -> Examinee:
 
 
 def described(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what names a model in results, with the seed that it was trained from where its folder says it."""
+    """Return what names a model in results, with the seed and the steps of its training where its folder says them."""
     model = {"id": checkpoint.name, "sha256": checkpoint.source().sha256, "erank_ref": round(checkpoint.erank_ref, 2)}
     record = checkpoint.folder / "training.json"
-    recipe = json.loads(record.read_text("utf-8"))["recipe"] if record.is_file() else {}
-    return model | {name: recipe[name] for name in ("size", "seed") if name in recipe}
+    if not record.is_file():
+        return model
+    run = json.loads(record.read_text("utf-8"))
+    recipe = run["recipe"]
+    return model | {"size": recipe["size"], "seed": recipe["seed"], "steps": [run["steps"], recipe["steps"]]}
 
 
 def _rounded(quantities: Mapping[str, list[float]]) -> dict[str, list[float]]:

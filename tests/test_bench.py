@@ -142,7 +142,7 @@ def test_seeds_are_compared_on_the_scenes_that_all_have_seen(bench: ModuleType, 
             for method, budget in (("none", 576), ("agile", 64))
             for kind in ("simple", "complex")
         ]
-        model = {"id": "m", "sha256": "0" * 64, "erank_ref": 1.0, "size": "base", "seed": seed}
+        model = {"id": "m", "sha256": "0" * 64, "erank_ref": 1.0, "size": "base", "seed": seed, "steps": [5 - seed, 5]}
         values = {kind: {"effective_rank": [1.0, 2.0], "entropy": [2.0, 1.0]} for kind in ("simple", "complex")}
         return tmp_path / "s.json", {"model": model, "conditions": {"commit": "c"}, "results": rows, "complexity": values}
 
@@ -150,6 +150,8 @@ def test_seeds_are_compared_on_the_scenes_that_all_have_seen(bench: ModuleType, 
     text = "\n".join(bench.report.seeds_section(studies))
     assert "| agile | 62.5 (50.0 to 75.0) |" in text
     assert "Unpruned, 576 tokens: 100.0 (100.0 to 100.0)" in text
+    assert "| 0 | 5 | `m` |" in text
+    assert "| 1 | 4, stopped before 5 | `m` |" in text
     bench.report.seeds_picture(tmp_path / "seeds.png", studies)
     assert (tmp_path / "seeds.png").is_file()
 
@@ -159,6 +161,8 @@ def test_a_small_study_from_the_command_line_and_back(bench: ModuleType, tmp_pat
     options = bench.study.StudyOptions(2, 1, ("attention", "divprune", "agile"), (64,))
     bench.study.study(options, tmp_path / "study.json")
     data = json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))
+    assert data["model"]["seed"] == 1
+    assert data["model"]["steps"] == [5500, 5500]
     text = bench.report.study_section(tmp_path / "study.json", data)
     assert "attention beats diversity on simple scenes" in text
     assert str(tmp_path) not in text
