@@ -22,6 +22,7 @@ __all__ = [
     "COLORS",
     "HELD_OUT_PHOTOGRAPHS",
     "KINDS",
+    "MOST_OBJECTS",
     "PHOTO_KINDS",
     "SHAPES",
     "SIGN_SHARE",
@@ -191,6 +192,7 @@ _LAYOUTS: dict[Kind, _Layout] = {
     "medium": _Layout(("plain", "gradient", "noise", "stripes"), (3, 4), (20, 52), (28, 60)),
     "complex": _Layout(("noise", "noise", "stripes", "checks", "gradient+noise"), (5, 12), (14, 32), (24, 36)),
 }
+MOST_OBJECTS = max(layout.objects[1] for layout in _LAYOUTS.values())
 _SMALL_RADIUS = (14, 30)
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from leanvlm.demo.batches import CAPTION_TOKENS, CONTENTS, IGNORED, NO_DIGIT, QUESTION_TOKENS, QUESTIONS
 from leanvlm.demo.canvas import COLOR_CLASSES, NOTHING, PATCHES, SHAPE_CLASSES, PatchLabels
+from leanvlm.demo.layout import MOST_OBJECTS
 from leanvlm.demo.network import AuxiliaryHeads, Twin, normalised, slots
 from leanvlm.demo.recipe import Recipe
 
@@ -19,7 +20,6 @@ __all__ = ["LOSSES", "Objective", "Tokens", "choose"]
 
 LOSSES = ("answers", "captions", "contents", "patches", "places", "centers")
 _SIDE = int(PATCHES**0.5)
-_MOST_OBJECTS = 12
 
 
 class Objective(nn.Module):
@@ -178,13 +178,13 @@ def choose(labels: PatchLabels, generator: torch.Generator) -> Tensor:
     and varies by a standard deviation of 1 between its objects.
     """
     device, batch = labels.shapes.device, len(labels.shapes)
-    things = torch.where(labels.shapes == SHAPE_CLASSES - 1, _MOST_OBJECTS + 1, labels.objects)
+    things = torch.where(labels.shapes == SHAPE_CLASSES - 1, MOST_OBJECTS + 1, labels.objects)
 
     def drawn(columns: int) -> Tensor:
         return torch.rand(batch, columns, device=device, generator=generator)
 
     chance = -torch.log(-torch.log(drawn(PATCHES).clamp(1e-9, 1 - 1e-7)))
-    bias = 7 * drawn(1) - 1 + torch.randn(batch, _MOST_OBJECTS + 2, device=device, generator=generator)
+    bias = 7 * drawn(1) - 1 + torch.randn(batch, MOST_OBJECTS + 2, device=device, generator=generator)
     weight = torch.gather(bias, 1, things) * (drawn(1) < 0.75) * (things > 0)
     best = torch.full_like(bias, -torch.inf).scatter_reduce(1, things, chance, "amax")
     first = (chance == torch.gather(best, 1, things)) & (things > 0)

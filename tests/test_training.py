@@ -22,7 +22,7 @@ from leanvlm.demo.checkpoint import named_weights, read_folder, write_folder
 from leanvlm.demo.examine import examine
 from leanvlm.demo.muon import Muon, orthogonalised
 from leanvlm.demo.network import SIZES, Twin, normalised
-from leanvlm.demo.objective import Tokens, choose
+from leanvlm.demo.objective import Objective, Tokens, choose
 from leanvlm.demo.packing import pack
 from leanvlm.demo.recipe import Recipe
 from leanvlm.demo.render import Renderer
@@ -265,6 +265,30 @@ def test_something_of_every_object_and_of_the_sign_is_kept() -> None:
         assert (shapes[row] == SHAPE_CLASSES - 1).sum() == 1
     # Whichever token of it: the last object has twelve.
     assert len({int(place) for place in first.flatten() if objects[place] == 12}) == 12
+
+
+def test_place_losses_ask_for_each_tokens_place_and_for_the_centre_of_what_it_shows() -> None:
+    class Guess(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return tokens
+
+    objective = Objective(Twin(SIZES["tiny"]), Recipe(size="tiny"), [1], torch.float32)
+    objective.heads.place = Guess()
+    rng = np.random.default_rng(0)
+    centers = np.where(rng.random((2, 576)) < 0.2, rng.integers(0, 576, (2, 576)), NOTHING)
+    guesses = rng.normal(size=(2, 576, 4 * 24)).astype(np.float32)
+    places, of_centers = [], []
+    for image, patch in np.ndindex(2, 576):
+        parts = guesses[image, patch].reshape(4, 24).astype(np.float64)
+        row, column, center_row, center_column = parts - np.log(np.exp(parts).sum(1, keepdims=True))
+        places.append(-row[patch // 24] - column[patch % 24])
+        center = centers[image, patch]
+        if center != NOTHING:
+            of_centers.append(-center_row[center // 24] - center_column[center % 24])
+    found = objective._place_losses(torch.from_numpy(guesses), torch.from_numpy(centers))
+    assert [loss.item() for loss in found] == pytest.approx([np.mean(places), np.mean(of_centers)], rel=1e-5)
+    nothing = objective._place_losses(torch.from_numpy(guesses), torch.full((2, 576), NOTHING))
+    assert nothing[1].item() == 0
 
 
 def test_schedule_goes_by_steps() -> None:
