@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from leanvlm.calibration.scores import CAPTION, Result, Scores, score_caption
-from leanvlm.demo.scenes import KINDS, PHOTO_KINDS, Question, Scene, held_out_questions, make_scene
+from leanvlm.demo.scenes import KINDS, PHOTO_KINDS, TRAINING_SEED, Question, Scene, held_out_questions, make_scene
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import read_manifest
 from leanvlm.runtime.session import GenerateOptions, Session, load, user_message
@@ -32,21 +32,26 @@ class Exam:
     """Which scenes are asked about.
 
     Attributes:
-        scenes: Scenes of each kind, at least 1: those of the seeds from 0, which training never saw.
+        scenes: Scenes of each kind, at least 1: those of the seeds from `first`, which training never saw.
         kinds: Kinds of scenes, such as simple and complex.
         captions: For how many scenes of each kind a caption is asked for; None for all.
+        first: Seed of the first scene, at least 0.
 
     Raises:
-        InputError: An unknown kind, or none.
+        InputError: An unknown kind, or none; no scene, or one of the seeds that training draws from.
     """
 
     scenes: int = 100
     kinds: tuple[str, ...] = ("simple", "complex")
     captions: int | None = None
+    first: int = 0
 
     def __post_init__(self) -> None:
         if self.scenes < 1:
             raise InputError(f"--scenes {self.scenes} is not possible; give at least 1")
+        if not 0 <= self.first <= TRAINING_SEED - self.scenes:
+            asked = f"--first {self.first} with --scenes {self.scenes}"
+            raise InputError(f"{asked} is not possible; held-out scenes are those of the seeds 0 to {TRAINING_SEED - 1}")
         known = (*KINDS, *PHOTO_KINDS)
         if not self.kinds or not set(self.kinds) <= set(known):
             raise InputError(f"--kinds {','.join(self.kinds)!r} is not possible; known: {', '.join(known)}")
@@ -54,8 +59,9 @@ class Exam:
     def batches(self, size: int) -> Iterator[tuple[str, list[Scene]]]:
         """Yield the scenes, up to `size` of one kind at a time."""
         for kind in self.kinds:
-            for start in range(0, self.scenes, size):
-                seeds = range(start, min(start + size, self.scenes))
+            end = self.first + self.scenes
+            for start in range(self.first, end, size):
+                seeds = range(start, min(start + size, end))
                 yield kind, [make_scene(seed, known) for known in (*KINDS, *PHOTO_KINDS) if known == kind for seed in seeds]
 
     def questions(self, scene: Scene) -> tuple[list[Question], Question | None]:
@@ -63,7 +69,7 @@ class Exam:
         asked = held_out_questions(scene)
         short = [question for question in asked if question.kind != CAPTION]
         caption = next(question for question in asked if question.kind == CAPTION)
-        return short, caption if self.captions is None or scene.seed < self.captions else None
+        return short, caption if self.captions is None or scene.seed < self.first + self.captions else None
 
 
 def parse_kinds(text: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """`python -m leanvlm.demo.evaluate`: what the built-in model's card says of its answers, measured again.
 
-The questions about the first held-out scenes of each kind are asked in torch: with all image tokens, and with those that a
+The questions about held-out scenes of each kind are asked in torch: with all image tokens, and with those that a
 pruner keeps. The last line on standard output is one JSON object.
 """
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m leanvlm.demo.evaluate", description=__doc__)
     parser.add_argument("--model", default="demo", help="demo, or a folder that training wrote (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=200, help="scenes of each kind (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first scene (default: %(default)s)")
     parser.add_argument("--kinds", default=KINDS, help="kinds of scenes (default: %(default)s)")
     parser.add_argument("--pruner", action="append", help="beside the unpruned model; may be repeated (default: attention)")
     parser.add_argument("--budget", default="64", help="image tokens kept, such as 64,128 (default: %(default)s)")
@@ -65,10 +66,11 @@ def main() -> None:
     with one_line_errors():
         from leanvlm.calibration.tables import print_results
 
-        exam = Exam(args.scenes, parse_kinds(args.kinds))
+        exam = Exam(args.scenes, parse_kinds(args.kinds), first=args.first)
         results = evaluate(args.model, exam, args.pruner or ["attention"], parse_budgets(args.budget))
         print_results(results)
-        print(json.dumps({"model": args.model, "scenes": args.scenes, "right": summary(results)}), flush=True)
+        asked = {"model": args.model, "first": args.first, "scenes": args.scenes}
+        print(json.dumps({**asked, "right": summary(results)}), flush=True)
 
 
 if __name__ == "__main__":

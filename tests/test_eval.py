@@ -14,7 +14,7 @@ from leanvlm.calibration.evaluate import Exam, evaluate, parse_kinds
 from leanvlm.calibration.scores import Result, Scores, score_caption, wilson
 from leanvlm.calibration.study import Examinee, pruners_of, run_study
 from leanvlm.demo.render import render
-from leanvlm.demo.scenes import Question, caption, make_scene
+from leanvlm.demo.scenes import TRAINING_SEED, Question, caption, make_scene
 from leanvlm.exporter import ExportConfig
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.pruners import PRUNERS
@@ -122,6 +122,24 @@ def test_kinds_and_scenes_are_checked() -> None:
         Exam(kinds=("hard",))
     with pytest.raises(InputError, match="--scenes 0"):
         Exam(scenes=0)
+    for first, scenes in [(-1, 2), (TRAINING_SEED - 1, 2), (TRAINING_SEED, 1)]:
+        with pytest.raises(InputError, match=f"--first {first} with --scenes {scenes} is not possible"):
+            Exam(scenes=scenes, first=first)
+    assert Exam(scenes=1, first=TRAINING_SEED - 1).first == TRAINING_SEED - 1
+
+
+def test_exam_may_start_at_another_scene() -> None:
+    exam = Exam(scenes=3, kinds=("complex", "simple"), captions=1, first=7)
+    batches = list(exam.batches(2))
+    assert [(kind, [scene.seed for scene in scenes]) for kind, scenes in batches] == [
+        ("complex", [7, 8]),
+        ("complex", [9]),
+        ("simple", [7, 8]),
+        ("simple", [9]),
+    ]
+    scenes = [scene for kind, drawn in batches for scene in drawn if kind == "simple"]
+    assert scenes == [make_scene(seed, "simple") for seed in (7, 8, 9)]
+    assert [exam.questions(scene)[1] is not None for scene in scenes] == [True, False, False]
 
 
 def test_command_line(tmp_path: Path, demo_bundle: Path, leanvlm: Command) -> None:

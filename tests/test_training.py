@@ -326,7 +326,7 @@ def test_evaluation_ends_in_one_line_of_json(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr("sys.argv", ["evaluate", "--scenes", "2", "--kinds", "simple,complex-photo", "--pruner", "random"])
     evaluate.main()
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["scenes"] == 2
+    assert (last["first"], last["scenes"]) == (0, 2)
     assert last["right"].keys() == {"simple", "complex-photo"}
     expected = examine(read_folder(MODEL_DIR), 2, CPU)
     for kind, methods in last["right"].items():
