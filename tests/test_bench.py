@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from leanvlm.calibration.scores import CaptionScore, Result, Scores
+from leanvlm.demo import MODEL_DIR
 from leanvlm.demo.canvas import Canvas
 from leanvlm.demo.packing import pack
 from leanvlm.demo.scenes import held_out_questions, make_scene
@@ -161,8 +162,9 @@ def test_a_small_study_from_the_command_line_and_back(bench: ModuleType, tmp_pat
     options = bench.study.StudyOptions(2, 1, ("attention", "divprune", "agile"), (64,))
     bench.study.study(options, tmp_path / "study.json")
     data = json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))
-    assert data["model"]["seed"] == 1
-    assert data["model"]["steps"] == [5500, 5500]
+    record = json.loads((MODEL_DIR / "training.json").read_text(encoding="utf-8"))
+    assert data["model"]["seed"] == record["recipe"]["seed"]
+    assert data["model"]["steps"] == [record["steps"], record["recipe"]["steps"]]
     text = bench.report.study_section(tmp_path / "study.json", data)
     assert "attention beats diversity on simple scenes" in text
     assert str(tmp_path) not in text

@@ -15,6 +15,7 @@ import pytest
 from conftest import Command
 from PIL import Image
 
+from leanvlm.demo import ERANK_REF
 from leanvlm.runtime import Session, doctor
 from leanvlm.runtime.answer import STAGES
 from leanvlm.runtime.backends.ort import OrtGraph
@@ -219,7 +220,7 @@ def test_inspect_describes_the_bundle(leanvlm: Command, demo_bundle: Path) -> No
     lines = leanvlm("inspect", demo_bundle).stdout.splitlines()
     found = dict(line.split(maxsplit=1) for line in lines)
     assert found["budgets"] == "64, 576 of 576 image tokens a crop"
-    assert found["pruner"].startswith("agile (gate=erank, erank_ref=64.24")
+    assert found["pruner"].startswith(f"agile (gate=erank, erank_ref={ERANK_REF}")
     assert "greedy tokens equal to the checkpoint's: 8 of 8 at 64, 8 of 8 at 576" in found["verified"]
 
 
@@ -229,7 +230,7 @@ def test_inspect_explains_an_image(leanvlm: Command, demo_bundle: Path, sample_i
     answer = json.loads(leanvlm("run", demo_bundle, "--image", sample_image, "--prompt", "?", "--json").stdout)
     assert "kept              64 of 576 image tokens" in result.stdout
     assert f"effective rank    {answer['pruning']['effective_rank']:.2f}" in result.stdout
-    assert f"gate              erank, ratio {answer['pruning']['effective_rank'] / 64.24:.3f}" in result.stdout
+    assert f"gate              erank, ratio {answer['pruning']['effective_rank'] / ERANK_REF:.3f}" in result.stdout
     assert picture.is_file()
 
 
