@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ import pytest
 import torch
 
 from leanvlm.calibration.scores import CaptionScore, Result, Scores
-from leanvlm.demo import MODEL_DIR
+from leanvlm.demo import BUILT_IN, MODEL_DIR
 from leanvlm.demo.canvas import Canvas
 from leanvlm.demo.packing import pack
 from leanvlm.demo.scenes import held_out_questions, make_scene
+from leanvlm.exporter import ExportConfig
+from leanvlm.exporter.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="needs the checkout: bench is not installed")
@@ -43,6 +46,38 @@ def scores(right: list[int]) -> Scores:
 
 def test_results_are_what_the_counts_give(bench: ModuleType) -> None:
     assert (ROOT / "bench" / "RESULTS.md").read_text(encoding="utf-8") == bench.report.render_report()
+
+
+def test_results_and_cards_are_of_the_shipped_models() -> None:
+    def read(name: str) -> Any:
+        return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+    evaluated = read("evaluation-demo")["runs"]
+    for model, (folder, reference) in BUILT_IN.items():
+        sha256 = open_checkpoint(ExportConfig(model)).source().sha256
+        gate = read(f"gate-{model}")
+        assert (gate["sha256"], round(gate["erank_ref"], 2)) == (sha256, reference)
+        # The card's columns, in order: the first 200 scenes, then 1,000 for the larger model.
+        runs = [run["right"] for run in evaluated if run["sha256"] == sha256 and "--first" not in run["conditions"]["command"]]
+        runs.sort(key=len, reverse=True)
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        rows = re.findall(r"^\| (answers|recall|absent), ([a-z-]+), (none 576|attention 64) \| (.+) \|$", card, re.MULTILINE)
+        assert len(rows) == 4 * 2 * 3
+        for quantity, kind, method, cells in rows:
+            expected = [f"{run[kind][method][quantity]:.2f}" if kind in run else "" for run in runs]
+            assert [cell.strip() for cell in cells.split("|")] == expected
+    demo = open_checkpoint(ExportConfig("demo")).source().sha256
+    for name in ("study-demo", "counting-demo", "positions-demo"):
+        assert read(name)["model"]["sha256"] == demo
+
+
+def test_readme_shows_the_profile_that_is_kept() -> None:
+    profile = json.loads((ROOT / "bench" / "results" / "profile-demo.json").read_text(encoding="utf-8"))
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    for stage in ("prune", "prefill"):
+        cells = [profile["budgets"][budget]["stages_ms"][stage] for budget in ("64", "576")]
+        shown = [f"{cell['p50']:.2f} ({cell['p90']:.2f})" for cell in cells]
+        assert re.search(rf"│ {stage}[ *]+│ +{re.escape(shown[0])} │ +{re.escape(shown[1])} │", page)
 
 
 def test_the_study_is_complete(bench: ModuleType) -> None:
