@@ -80,8 +80,7 @@ def describe_gate(figures: Any, erank_ref: float, entropy_ref: float) -> str:
     rows = {
         "erank_ref": f"{erank_ref:.2f} (sd {rank['sd']:.2f}, {rank['least']:.2f} to {rank['most']:.2f})",
         "entropy_ref": f"{entropy_ref:.3f} nats (sd {entropy['sd']:.3f}, {entropy['least']:.3f} to {entropy['most']:.3f})",
-        "estimated rank": f"{fit['coefficients']} constants, R2 {fit['r2']:.4f}, error {fit['mean_error']:.2%} on average, "
-        f"{fit['worst_error']:.2%} at worst",
+        "estimated rank": f"R2 {fit['r2']:.4f}, error {fit['mean_error']:.2%} on average, {fit['worst_error']:.2%} at worst",
         "same tokens kept": kept or "not compared",
     }
     return "\n".join(f"{name:<17} {text}" for name, text in rows.items())

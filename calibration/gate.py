@@ -1,8 +1,7 @@
 """Fit a gate's reference values to a model: mean effective rank and mean attention entropy over images.
 
 The exported graph estimates the effective rank (`leanvlm.exporter.pruners.gates`); here it is computed exactly, so that the
-estimate's error, and what it does to the choice of tokens, is known for this model. The estimator's constants come from broad
-synthetic spectra. They are fitted anew to a model where that proves better on images that were not fitted.
+estimate's error, and what it does to the choice of tokens, is known for this model.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from leanvlm.calibration.plot import Histogram, save_plot
-from leanvlm.calibration.rank_fit import Spectrum, fit_rank, predict_rank, spectrum
 from leanvlm.calibration.vision import VisionSide
 from leanvlm.demo.batches import Mixture, draw_scenes
 from leanvlm.demo.scenes import Scene
@@ -29,14 +26,11 @@ from leanvlm.exporter.gate_file import GateFile
 from leanvlm.exporter.pruners.agile import select_tokens
 from leanvlm.exporter.pruners.base import VisionTokens
 from leanvlm.exporter.pruners.gates import attention_entropy, effective_rank, exact_effective_rank
-from leanvlm.exporter.pruners.rank_coefficients import RankCoefficients
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.preprocess import load_image
 
 BATCH = 8
 MIN_IMAGES = 8
-# With fewer, the half that is not fitted says too little.
-MIN_REFIT = 32
 # Tokens of so many images stay in memory to compare choices: 0.6 GB for a decoder 4096 wide.
 COMPARED = 64
 # No training run has this seed.
@@ -130,16 +124,14 @@ class Measured:
 
     Attributes:
         exact: (M,) effective ranks by eigenvalue decomposition.
-        estimated: (M,) by the graph's estimator with its built-in constants.
+        estimated: (M,) by the graph's estimator.
         entropy: (M,) of the class token's attention, nats.
-        spectra: Of each image's centred features.
         tokens: The tokens of the first images.
     """
 
     exact: Array
     estimated: Array
     entropy: Array
-    spectra: list[Spectrum]
     tokens: list[VisionTokens]
 
 
@@ -157,7 +149,6 @@ def measure(side: VisionSide, images: Folder | TrainingScenes, on_images: Callab
     exact: list[Tensor] = []
     estimated: list[Tensor] = []
     entropy: list[Tensor] = []
-    spectra: list[Spectrum] = []
     tokens: list[VisionTokens] = []
     seen = 0
     for batch in _batches(images):
@@ -165,15 +156,16 @@ def measure(side: VisionSide, images: Folder | TrainingScenes, on_images: Callab
         exact.append(exact_effective_rank(found.features))
         estimated.append(effective_rank(found.features))
         entropy.append(attention_entropy(found.attention))
-        spectra += [spectrum(row.numpy()) for row in found.features]
         if len(tokens) * BATCH < COMPARED:
             tokens.append(found)
         on_images(len(batch) + len(images.unreadable) - seen)
         seen = len(images.unreadable)
-    if len(spectra) < MIN_IMAGES:
-        raise InputError(f"only {len(spectra)} of {len(images)} files are usable images; the gate needs at least {MIN_IMAGES}")
-    ranks, estimates, nats = (torch.cat(values).double().numpy() for values in (exact, estimated, entropy))
-    return Measured(ranks, estimates, nats, spectra, tokens)
+    ranks, estimates, nats = (
+        torch.cat(values).double().numpy() if values else np.empty(0) for values in (exact, estimated, entropy)
+    )
+    if len(ranks) < MIN_IMAGES:
+        raise InputError(f"only {len(ranks)} of {len(images)} files are usable images; the gate needs at least {MIN_IMAGES}")
+    return Measured(ranks, estimates, nats, tokens)
 
 
 def _batches(images: Folder | TrainingScenes) -> Iterator[list[Image.Image]]:
@@ -196,18 +188,15 @@ def fit_gate(side: VisionSide, images: Folder | TrainingScenes, found: Measured,
         found: The measurements.
         budgets: Image tokens kept, for which exact and estimated choices are compared; those of N and more are left out.
     """
-    coefficients, trial = _refit(found)
-    estimated = found.estimated if coefficients is None else predict_rank(found.spectra, coefficients)
     erank_ref = float(found.exact.mean())
     source = side.checkpoint.source()
     figures = {
         "effective_rank": _spread(found.exact),
         "attention_entropy": _spread(found.entropy),
         "unreadable": len(images.unreadable),
-        "estimator": {"coefficients": "refit" if coefficients else "built-in", **errors(found.exact, estimated)},
-        "trial": trial,
+        "estimator": errors(found.exact, found.estimated),
         "kept_overlap": {
-            str(budget): _overlap(found, estimated, erank_ref, budget)
+            str(budget): _overlap(found, erank_ref, budget)
             for budget in budgets
             if budget < side.checkpoint.spec.tokens_per_crop
         },
@@ -219,21 +208,9 @@ def fit_gate(side: VisionSide, images: Folder | TrainingScenes, found: Measured,
         source=images.words,
         erank_ref=round(erank_ref, 4),
         entropy_ref=round(float(found.entropy.mean()), 5),
-        coefficients=coefficients,
         figures=figures,
         versions={name: version(name) for name in ("leanvlm", "torch", "transformers", "numpy")},
     )
-
-
-def _refit(found: Measured) -> tuple[RankCoefficients | None, dict[str, Any] | None]:
-    """Fit the estimator to every other image and judge it on the rest; keep it, fitted to all, only if it is better there."""
-    if len(found.exact) < MIN_REFIT:
-        return None, None
-    built_in = errors(found.exact[1::2], found.estimated[1::2])
-    refit = errors(found.exact[1::2], predict_rank(found.spectra[1::2], fit_rank(found.spectra[::2])))
-    trial = {"fitted_on": len(found.exact[::2]), "judged_on": len(found.exact[1::2]), "built_in": built_in, "refit": refit}
-    better = refit["worst_error"] < built_in["worst_error"]
-    return (fit_rank(found.spectra) if better else None), trial
 
 
 def errors(exact: Array, estimated: Array) -> dict[str, float]:
@@ -252,12 +229,12 @@ def errors(exact: Array, estimated: Array) -> dict[str, float]:
     return {"r2": round(r2, 5), "mean_error": round(float(relative.mean()), 6), "worst_error": round(float(relative.max()), 6)}
 
 
-def _overlap(found: Measured, estimated: Array, erank_ref: float, budget: int) -> dict[str, float]:
+def _overlap(found: Measured, erank_ref: float, budget: int) -> dict[str, float]:
     """Share of kept tokens that are the same with the estimated as with the exact rank: mean and worst image."""
     shares: list[float] = []
     for batch in found.tokens:
         rows = slice(len(shares), len(shares) + len(batch.attention))
-        exact, rough = (_choose(batch, ranks[rows] / erank_ref, budget) for ranks in (found.exact, estimated))
+        exact, rough = (_choose(batch, ranks[rows] / erank_ref, budget) for ranks in (found.exact, found.estimated))
         shares += [len(set(a) & set(b)) / budget for a, b in zip(exact, rough, strict=True)]
     return {"images": len(shares), "mean": round(float(np.mean(shares)), 5), "worst": round(min(shares), 5)}
 
@@ -275,8 +252,7 @@ def _spread(values: Array) -> dict[str, float]:
 
 def save_histogram(path: Path, gate: GateFile, found: Measured) -> None:
     """Draw the spread of both quantities over the images, with the references that the file sets."""
-    estimated = found.estimated if gate.coefficients is None else predict_rank(found.spectra, gate.coefficients)
-    ranks = {"exact": found.exact.tolist(), "estimated": estimated.tolist()}
+    ranks = {"exact": found.exact.tolist(), "estimated": found.estimated.tolist()}
     entropy = {"entropy": found.entropy.tolist()}
     title = f"{gate.images} images"
     save_plot(

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from leanvlm.exporter.pruners.rank_coefficients import RankCoefficients
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import SourceSpec, file_sha256
 
-SCHEMA = 1
+# 2: without constants of the rank estimator, which holds for every model now.
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class GateFile:
         source: What they were, in words.
         erank_ref: Mean exact effective rank of the centred projector features, over 0.
         entropy_ref: Mean entropy of the class token's attention in nats, over 0.
-        coefficients: Constants of the rank estimator fitted to this model; None where the built-in ones serve as well.
         figures: Spread of both quantities, and how well the estimate in the graph agrees with the exact rank.
         versions: Of the tools used.
     """
@@ -43,7 +42,6 @@ class GateFile:
     source: str
     erank_ref: float
     entropy_ref: float
-    coefficients: RankCoefficients | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -55,7 +53,7 @@ class GateFile:
 
     def pruner_fields(self) -> dict[str, Any]:
         """Return the pruner parameters that the file sets."""
-        return {"erank_ref": self.erank_ref, "entropy_ref": self.entropy_ref, "coefficients": self.coefficients}
+        return {"erank_ref": self.erank_ref, "entropy_ref": self.entropy_ref}
 
     def check_source(self, path: Path, source: SourceSpec) -> None:
         """Check that the file was measured on these weights.
@@ -94,7 +92,6 @@ def read_gate_file(path: Path) -> GateFile:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise InputError(f"--gate-file {path} is not a gate file of schema {SCHEMA}; `leanvlm calibrate gate` writes one")
     try:
-        fitted = data["coefficients"]
         return GateFile(
             model=str(data["model"]),
             sha256=str(data["sha256"]),
@@ -102,22 +99,8 @@ def read_gate_file(path: Path) -> GateFile:
             source=str(data["source"]),
             erank_ref=float(data["erank_ref"]),
             entropy_ref=float(data["entropy_ref"]),
-            coefficients=None if fitted is None else _coefficients(fitted),
             figures=dict(data["figures"]),
             versions=dict(data["versions"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"--gate-file {path} is not a valid gate file: {type(error).__name__}: {error}") from error
-
-
-def _coefficients(data: Mapping[str, Any]) -> RankCoefficients:
-    """Read the estimator's constants; ValueError where their numbers do not belong together."""
-    groups = {f.name: tuple(float(value) for value in data[f.name]) for f in dataclasses.fields(RankCoefficients)}
-    count = len(groups["lifts"]) + 2
-    wanted = {"centre": count, "scale": count, "weights": math.comb(count + 3, 3)}
-    for name, length in wanted.items():
-        if len(groups[name]) != length:
-            raise ValueError(f"{len(groups[name])} {name} where {length} are needed")
-    if not all(math.isfinite(value) for group in groups.values() for value in group):
-        raise ValueError("a coefficient is not finite")
-    return RankCoefficients(**groups)

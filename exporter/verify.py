@@ -9,6 +9,7 @@ the manifest; a failure leaves no bundle.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,9 +21,10 @@ from PIL import Image
 
 from leanvlm.exporter import tolerances
 from leanvlm.exporter.pruners.base import Pruner
+from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.exporter.reference import Reference, cosine, relative_difference
 from leanvlm.exporter.rounding import BITS
-from leanvlm.runtime.errors import VerificationError
+from leanvlm.runtime.errors import LeanVLMWarning, VerificationError
 from leanvlm.runtime.manifest import GraphSpec
 from leanvlm.runtime.preprocess import preprocess
 from leanvlm.runtime.session import Session, user_message
@@ -71,6 +73,7 @@ def verify(
             expected = pruner(unpruned)
         merged = None if expected.hidden is None else reference.project(expected.hidden).numpy()
         measured = _compare_vision(outputs, unpruned.features.numpy(), expected.indices.numpy(), merged)
+        measured |= _compare_rank(outputs["effective_rank"], unpruned.features)
         results["vision"][str(budget)] = measured
         _check_vision(budget, measured, _vision_precision(session.manifest.vision[budget]))
     on_step("verify decoder")
@@ -140,6 +143,22 @@ def _compare_vision(
         "ascending": bool((np.diff(found, axis=1) > 0).all()) if kept > 1 else True,
         "num_selected": [int(n) for n in outputs["num_selected"]],
     }
+
+
+def _compare_rank(estimated: Array, features: torch.Tensor) -> dict[str, Any]:
+    """Compare a graph's effective ranks (B,), if its gate wants any, with the exact ones of the reference's features."""
+    if not estimated.any():
+        return {}
+    exact = exact_effective_rank(features).numpy()
+    error = float(np.abs(estimated / exact - 1).max())
+    if error > tolerances.RANK:
+        warnings.warn(
+            f"the graph's effective rank is off by {error:.1%} on a probe picture, over {tolerances.RANK:.0%}: the gate may "
+            f"keep other tokens than the exact rank would; compare with --pruner agile:gate=entropy",
+            LeanVLMWarning,
+            stacklevel=2,
+        )
+    return {"effective_rank": {"estimated": estimated.tolist(), "exact": exact.tolist(), "error": error}}
 
 
 def _vision_precision(graph: GraphSpec) -> str:

@@ -18,7 +18,7 @@ class Pruning:
     Attributes:
         kept: K, image tokens handed to the decoder.
         total: N, image tokens before pruning.
-        effective_rank: Of the image's features; a measure of its variety.
+        effective_rank: Of the image's features, a measure of its variety; None where the pruner's gate does not want it.
         attention_entropy: Of the class token's attention, in nats; high when no part stands out.
         num_selected: Tokens kept on merit; the other `kept - num_selected` were filled up by attention.
         converged: Whether the selection reached its fixed point, which makes it exact.
@@ -28,7 +28,7 @@ class Pruning:
 
     kept: int
     total: int
-    effective_rank: float
+    effective_rank: float | None
     attention_entropy: float
     num_selected: int
     converged: bool

@@ -72,7 +72,7 @@ def _explain(manifest: Manifest, pruning: Pruning, overlay: Path | None) -> str:
         "kept": f"{pruning.kept} of {pruning.total} image tokens",
         "on merit": f"{pruning.num_selected}; {pruning.kept - pruning.num_selected} filled up by attention"
         + ("" if pruning.converged else " (the selection did not converge)"),
-        "effective rank": f"{pruning.effective_rank:.2f}",
+        **({} if pruning.effective_rank is None else {"effective rank": f"{pruning.effective_rank:.2f}"}),
         "attention entropy": f"{pruning.attention_entropy:.3f} nats",
     }
     ratio = gate_ratio(manifest, pruning)

@@ -218,13 +218,14 @@ class Session:
 
     def _features(self, outputs: Mapping[str, Any], row: int) -> ImageFeatures:
         embeddings = outputs["image_features"][row]
-        # One value that is not finite spoils the rank, so features that stay on the device need not be fetched to be checked.
-        if not np.isfinite(outputs["effective_rank"][row]):
-            raise BackendError("the vision graph returned values that are not finite")
+        # One value that is not finite spoils the sum, so features that stay on the device need not be fetched to be checked.
+        if not np.isfinite(outputs["feature_sum"][row]):
+            raise BackendError("the vision graph returned features or attention that are not finite (NaN or infinity)")
+        rank = float(outputs["effective_rank"][row])
         pruning = Pruning(
             kept=embeddings.shape[0],
             total=self.manifest.tokens_per_crop,
-            effective_rank=float(outputs["effective_rank"][row]),
+            effective_rank=rank if rank > 0 else None,
             attention_entropy=float(outputs["attention_entropy"][row]),
             num_selected=int(outputs["num_selected"][row]),
             converged=bool(outputs["converged"][row]),

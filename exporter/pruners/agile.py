@@ -17,7 +17,6 @@ from torch.nn.functional import pad
 
 from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, first_by, keep_all, precedes, require
 from leanvlm.exporter.pruners.gates import attention_entropy, rank_and_gram
-from leanvlm.exporter.pruners.rank_coefficients import RankCoefficients
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,6 @@ class AgilePruner:
         max_distance: Largest threshold, as cosine distance in 0..2.
         sweeps: Iterations of the fixed point; 360 scenes of the built-in model needed at most 17, random sets 9. Too few are
             reported as not converged.
-        coefficients: Constants of the rank estimator fitted to the model; None takes those of `gates`.
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
@@ -48,7 +46,6 @@ class AgilePruner:
     step: float = 0.01
     max_distance: float = 0.25
     sweeps: int = 18
-    coefficients: RankCoefficients | None = None
 
     def __post_init__(self) -> None:
         for name in ("keep", "erank_ref", "entropy_ref", "sweeps"):
@@ -75,7 +72,7 @@ class AgilePruner:
     def _gate(self, tokens: VisionTokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the ratio (B,), the tokens' dot products (B, N, N) and what was measured."""
         if self.gate == "erank":
-            rank, gram = rank_and_gram(tokens.features, self.coefficients)
+            rank, gram = rank_and_gram(tokens.features)
             return rank / self.erank_ref, gram, {"effective_rank": rank}
         features = tokens.features.float()
         gram = features @ features.transpose(1, 2)

@@ -24,7 +24,6 @@ from leanvlm.exporter.pruners.base import (
 )
 from leanvlm.exporter.pruners.divprune import CHOSEN, FAR, pair_distance, spread
 from leanvlm.exporter.pruners.gates import effective_rank
-from leanvlm.exporter.pruners.rank_coefficients import RankCoefficients
 from leanvlm.exporter.pruners.share import diversity_share
 
 
@@ -42,7 +41,6 @@ class HybridPruner:
         least: The adaptive share at half of `erank_ref` and below.
         most: The adaptive share at 1.5 times `erank_ref` and above.
         erank_ref: Mean effective rank over the model's training images; 90 for LLaVA-1.5.
-        coefficients: Constants of the rank estimator fitted to the model; None takes those of `gates`.
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
@@ -53,7 +51,6 @@ class HybridPruner:
     least: float = 0.25
     most: float = 0.75
     erank_ref: float = 90.0
-    coefficients: RankCoefficients | None = None
 
     def __post_init__(self) -> None:
         require(0.0 <= self.share <= 1.0, f"hybrid: share={self.share} is not in 0..1")
@@ -71,7 +68,7 @@ class HybridPruner:
             near = _nearest(distance, rank < self.keep - diverse)
             near = spread(Rows(distance), near, diverse)
             return Kept(chosen_indices(near[:, 0] == CHOSEN, self.keep))
-        erank = effective_rank(tokens.features, self.coefficients)
+        erank = effective_rank(tokens.features)
         share = diversity_share(erank, self.erank_ref, self.least, self.most)
         diverse_tokens = (share[:, None] * self.keep + 0.5).floor().clamp(max=self.keep - 1)  # (B, 1)
         near = _nearest(distance, rank < self.keep - diverse_tokens)

@@ -28,7 +28,6 @@ from leanvlm.exporter.pruners.base import (
     require,
 )
 from leanvlm.exporter.pruners.gates import effective_rank
-from leanvlm.exporter.pruners.rank_coefficients import RankCoefficients
 from leanvlm.exporter.pruners.share import diversity_share
 
 
@@ -48,7 +47,6 @@ class VisPruner:
         most: The same at 1.5 times `erank_ref` and above; not less than `least`.
         erank_ref: Mean effective rank over the model's training images; 90 for LLaVA-1.5.
         drop: Tokens that one sweep drops at most.
-        coefficients: Constants of the rank estimator fitted to the model; None takes those of `gates`.
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
@@ -60,7 +58,6 @@ class VisPruner:
     most: float = 0.75
     erank_ref: float = 90.0
     drop: int = 8
-    coefficients: RankCoefficients | None = None
 
     def __post_init__(self) -> None:
         require(0.0 <= self.ratio <= 1.0, f"vispruner: ratio={self.ratio} is not in 0..1")
@@ -87,7 +84,7 @@ class VisPruner:
         if self.gate == "none":
             important = int(self.ratio * self.keep)
             return important, self._drops(count, important), {}
-        rank = effective_rank(tokens.features, self.coefficients)
+        rank = effective_rank(tokens.features)
         share = 1.0 - diversity_share(rank, self.erank_ref, self.least, self.most)
         fewest, most = int((1.0 - self.most) * self.keep), int((1.0 - self.least) * self.keep)
         number = (share[:, None] * self.keep).floor().clamp(fewest, most).to(torch.int64)
