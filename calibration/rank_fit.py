@@ -21,9 +21,9 @@ Array = NDArray[np.float64]
 # range. Mean and worst error on LLaVA-like features of rank 58 to 124 (float64, 16 sets): 0.15 and 0.45 % with 13 products,
 # 0.5 and 1.3 % with 12, 0.15 and 0.4 % with 14.
 LIFTS = (2.8, *(3.65,) * 12, 2.5)
-# Added to every eigenvalue: fp32 leaves those that should be zero at up to 3e-8 of either sign, and the chain would make a
-# negative one larger and larger (seen on tokens that repeat exactly).
-SHIFT = 2e-7
+# Added to every eigenvalue behind the first product, as much as an eigenvalue of 2e-7 has there. fp32 leaves those that should
+# be zero at up to 3e-8 of either sign, and the chain would make a negative one larger and larger (seen on repeated tokens).
+SHIFT = 2e-7 * LIFTS[0] * LIFTS[1]
 # Relative errors count alike for eigenvalues from 1 down to KNEE, and less and less for smaller ones, as x^SLOPE.
 KNEE, SLOPE = 1e-8, 0.5
 # Where the approximation ends, and how many eigenvalues, evenly spread over their logarithms, stand for all.
@@ -33,9 +33,9 @@ RIDGE = 1e-9
 
 def chain(eigenvalues: Array, lifts: Sequence[float], shift: float) -> Array:
     """The polynomials of the graph at normalised eigenvalues (L,) in 0..1: P_0 ... P_n and P_n^2, (L, n + 2)."""
-    powers = [lifts[0] * (eigenvalues + shift)]
+    powers = [lifts[0] * eigenvalues]
     for lift in lifts[1:]:
-        powers.append(powers[-1] * (lift - powers[-1]))
+        powers.append(powers[-1] * (lift - powers[-1]) + (shift if len(powers) == 1 else 0.0))
     return np.stack([*powers, powers[-1] ** 2], 1)
 
 
@@ -44,7 +44,7 @@ def fit_rank(lifts: Sequence[float] = LIFTS, shift: float = SHIFT) -> RankCoeffi
 
     Args:
         lifts: The n + 1 factors of the chain; more of them reach smaller eigenvalues.
-        shift: What is added to every normalised eigenvalue.
+        shift: What is added to every eigenvalue behind the first product.
 
     Returns:
         The constants, rounded to seven digits.

@@ -6,10 +6,9 @@
 | out | `image_features` | float32 | (B, K, D) | embeddings of the kept tokens, raster order |
 | out | `keep_indices` | int64 | (B, K) | their places among the N tokens, ascending |
 | out | `effective_rank` | float32 | (B,) | of the centred features, estimated; 0 where the pruner's gate does not want it |
-| out | `attention_entropy` | float32 | (B,) | nats |
 | out | `num_selected` | int64 | (B,) | kept on merit, before the back-fill |
 | out | `converged` | bool | (B,) | whether the selection reached its fixed point |
-| out | `feature_sum` | float32 | (B,) | sum of all features and attentions: not finite if any of them is not |
+| out | `feature_sum` | float32 | (B,) | sum of all features (or squares) and attentions: not finite if one of them is not |
 | out | `attention` | float32 | (B, N) | the class token's attention, for pictures |
 
 B is free; N and K are fixed. Each stage is a submodule, so the nodes of a stage share a scope: /vision, /project, /prune.
@@ -21,13 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from leanvlm.exporter.pruners.base import Kept, Pruner, VisionTokens, gather_tokens
-from leanvlm.exporter.pruners.gates import attention_entropy
 
 OUTPUTS = (
     "image_features",
     "keep_indices",
     "effective_rank",
-    "attention_entropy",
     "num_selected",
     "converged",
     "feature_sum",
@@ -62,10 +59,9 @@ class PruneStage(nn.Module):
         return (
             # 13 products, for which only a gate pays.
             given.get("effective_rank", torch.zeros_like(attention[:, 0])),
-            given["attention_entropy"] if "attention_entropy" in given else attention_entropy(attention),
             given.get("num_selected", every * kept.indices.shape[1]),
             given.get("converged", every > 0),
-            features.float().sum((1, 2)) + attention.sum(1),
+            (given["energy"] if "energy" in given else features.float().sum((1, 2))) + attention.sum(1),
             attention,
         )
 

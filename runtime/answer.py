@@ -19,7 +19,6 @@ class Pruning:
         kept: K, image tokens handed to the decoder.
         total: N, image tokens before pruning.
         effective_rank: Of the image's features, a measure of its variety; None where the pruner's gate does not want it.
-        attention_entropy: Of the class token's attention, in nats; high when no part stands out.
         num_selected: Tokens kept on merit; the other `kept - num_selected` were filled up by attention.
         converged: Whether the selection reached its fixed point, which makes it exact.
         indices: (K,) places of the kept tokens on the patch grid, in raster order.
@@ -29,11 +28,17 @@ class Pruning:
     kept: int
     total: int
     effective_rank: float | None
-    attention_entropy: float
     num_selected: int
     converged: bool
     indices: npt.NDArray[np.int64]
     attention: npt.NDArray[np.float32]
+
+    @property
+    def attention_entropy(self) -> float:
+        """Entropy of the class token's attention over the patches, in nats; high when no part stands out."""
+        share = self.attention.astype(np.float64)
+        share = share[share > 0] / share.sum()
+        return float(-(share * np.log(share)).sum())
 
     def to_dict(self) -> dict[str, Any]:
         """The scalar values, for JSON."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from leanvlm.runtime.answer import Pruning
@@ -16,11 +15,7 @@ from leanvlm.runtime.session import load
 def describe(folder: Path, manifest: Manifest) -> str:
     """Return a bundle's contents as aligned lines."""
     source, decoder = manifest.source, manifest.decoder
-    params = ", ".join(
-        f"{key}={'fitted' if isinstance(value, Mapping) else value}"
-        for key, value in manifest.pruner.params.items()
-        if value is not None
-    )
+    params = ", ".join(f"{key}={value}" for key, value in manifest.pruner.params.items() if value is not None)
     rows = {
         "bundle": f"{folder} (schema {manifest.schema}, {sum(f.bytes for f in manifest.files.values()) / 1e6:.1f} MB)",
         "source": f"{source.id}{f' at {source.revision}' if source.revision else ''}, sha256 {source.sha256[:16]}…",

@@ -226,7 +226,6 @@ class Session:
             kept=embeddings.shape[0],
             total=self.manifest.tokens_per_crop,
             effective_rank=rank if rank > 0 else None,
-            attention_entropy=float(outputs["attention_entropy"][row]),
             num_selected=int(outputs["num_selected"][row]),
             converged=bool(outputs["converged"][row]),
             indices=outputs["keep_indices"][row],

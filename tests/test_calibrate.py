@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +23,7 @@ from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.gate_file import GateFile, read_gate_file
 from leanvlm.exporter.plan import plan
 from leanvlm.exporter.pruners import AgilePruner
-from leanvlm.exporter.pruners.gates import effective_rank
-from leanvlm.exporter.pruners.rank_coefficients import RANK_COEFFICIENTS
+from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.runtime import load
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.inspection import describe
@@ -75,7 +73,6 @@ def test_what_is_compared_and_counted(tiny_gate: GateFile) -> None:
     assert tiny_gate.images == MIN_IMAGES
     assert tiny_gate.figures["unreadable"] == 1
     assert set(tiny_gate.figures["kept_overlap"]) == {"8", "64"}  # 121 is every token
-    assert tiny_gate.figures["trial"] is None  # too few images to judge a fit
 
 
 @pytest.mark.parametrize("model", BUILT_IN)
@@ -103,20 +100,16 @@ def test_errors_by_hand() -> None:
 
 
 @pytest.mark.slow
-def test_a_refit_is_better_on_scenes_that_it_has_not_seen() -> None:
+def test_the_estimate_holds_on_the_built_in_scenes() -> None:
     checkpoint = open_checkpoint(ExportConfig("demo"))
     side, scenes = VisionSide(checkpoint, load_model(checkpoint)), TrainingScenes(32)
-    found = measure(side, scenes, lambda count: None)
-    gate = fit_gate(side, scenes, found, [64])
-    trial = gate.figures["trial"]
-    assert gate.coefficients is not None
-    assert trial["refit"]["worst_error"] < trial["built_in"]["worst_error"]
+    gate = fit_gate(side, scenes, measure(side, scenes, lambda count: None), [64])
     assert gate.figures["estimator"]["worst_error"] < 0.01
     assert gate.figures["kept_overlap"]["64"]["worst"] >= 0.95
 
 
 def test_file_is_read_back_equal(tmp_path: Path, tiny_gate: GateFile) -> None:
-    whole = GateFile("name", "0" * 64, 8, "here", 3.0, 2.0, RANK_COEFFICIENTS, {"a": [1]}, {"torch": "2"})
+    whole = GateFile("name", "0" * 64, 8, "here", 3.0, 2.0, {"a": [1]}, {"torch": "2"})
     for gate in (whole, tiny_gate):
         gate.write(tmp_path / "gate.json")
         assert read_gate_file(tmp_path / "gate.json") == gate
@@ -125,12 +118,11 @@ def test_file_is_read_back_equal(tmp_path: Path, tiny_gate: GateFile) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema": 2}, "schema 1"),
+        ({"schema": 1}, "schema 2"),
         ({"erank_ref": 0}, "erank_ref is 0.0"),
         ({"erank_ref": "many"}, "valid"),
         ({"entropy_ref": float("nan")}, "entropy_ref is nan"),
-        ({"sha256": None, "coefficients": {"lifts": [1.0]}}, "KeyError"),
-        ({"coefficients": {"lifts": [1.0], "centre": [1.0], "scale": [1.0], "weights": [1.0]}}, "1 centre where 3 are needed"),
+        ({"images": None}, "TypeError"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, tiny_gate: GateFile, change: dict[str, object], words: str) -> None:
@@ -152,27 +144,29 @@ def test_an_export_takes_the_file_s_values_where_the_spec_sets_none(
     assert pruner == AgilePruner(keep=8, erank_ref=tiny_gate.erank_ref, entropy_ref=3.5)
 
 
-def test_a_refit_travels_into_graph_and_manifest(tmp_path: Path, leanvlm: Command) -> None:
+def test_a_reference_travels_into_graph_and_manifest(tmp_path: Path, leanvlm: Command) -> None:
     checkpoint = open_checkpoint(ExportConfig("demo-small"))
-    weights = RANK_COEFFICIENTS.weights
-    fitted = replace(RANK_COEFFICIENTS, weights=(weights[0] + 0.1, *weights[1:]))
     path, bundle = tmp_path / "gate.json", tmp_path / "small-64"
-    GateFile("leanvlm-demo-small", checkpoint.source().sha256, 8, "test", 60.0, 5.5, fitted).write(path)
+    GateFile("leanvlm-demo-small", checkpoint.source().sha256, 8, "test", 60.0, 5.5).write(path)
     result = leanvlm("export", "--model", "demo-small", "--gate-file", path, "-o", bundle)
     assert result.returncode == 0, result.stderr
     manifest = read_manifest(bundle)
     assert (manifest.source.id, manifest.source.licence) == ("leanvlm-demo-small", "apache-2.0")
     assert manifest.pruner.params["erank_ref"] == 60.0
-    assert manifest.pruner.params["coefficients"]["weights"][0] == fitted.weights[0]
     assert manifest.pruner.gate is not None
     assert manifest.pruner.gate["file"] == "gate.json"
-    assert "coefficients=fitted" in describe(bundle, manifest)
-    # The constant term is of ln(rank): 0.1 more makes every rank exp(0.1) times larger than the graph's own estimate.
+    assert "erank_ref=60.0" in describe(bundle, manifest)
     pictures = list(TrainingScenes(8))
     tokens = VisionSide(checkpoint, load_model(checkpoint)).tokens(pictures)
     with load(bundle) as session:
-        found = [features.pruning.effective_rank for features in session.encode_images(pictures, 64)]
-    assert found == pytest.approx((effective_rank(tokens.features) * np.exp(0.1)).tolist(), rel=1e-3)
+        pruned, whole = (session.encode_images(pictures, budget) for budget in (64, 576))
+    exact = exact_effective_rank(tokens.features).tolist()
+    assert [image.pruning.effective_rank for image in pruned] == pytest.approx(exact, rel=0.02)
+    # Only the gate pays for a rank.
+    assert {image.pruning.effective_rank for image in whole} == {None}
+    checked = manifest.verification["vision"]
+    assert checked["64"]["effective_rank"]["error"] < 0.02
+    assert "effective_rank" not in checked["576"]
 
 
 def test_command_line(tmp_path: Path, tiny_llava: Path, pictures: Path, leanvlm: Command) -> None:

@@ -49,7 +49,7 @@ def clustered(rng: np.random.Generator, tokens: int, width: int) -> NDArray[np.f
 # Mean and worst relative error, with room for other draws.
 @pytest.mark.parametrize(
     ("draw", "mean", "worst"),
-    [(gaussian, 0.01, 0.02), (power, 0.006, 0.025), (exponential, 0.012, 0.05), (clustered, 0.02, 0.08)],
+    [(gaussian, 0.01, 0.02), (power, 0.01, 0.03), (exponential, 0.012, 0.05), (clustered, 0.02, 0.08)],
 )
 def test_close_to_the_decomposition(draw: Draw, mean: float, worst: float) -> None:
     rng = np.random.default_rng(11)

@@ -67,7 +67,8 @@ class AgilePruner:
             max_distance=self.max_distance,
             sweeps=self.sweeps,
         )
-        return Kept(indices, None, {**diagnostics, "num_selected": num_selected, "converged": converged})
+        energy = gram.flatten(1)[:, :: gram.shape[1] + 1].sum(1)
+        return Kept(indices, None, {**diagnostics, "energy": energy, "num_selected": num_selected, "converged": converged})
 
     def _gate(self, tokens: VisionTokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the ratio (B,), the tokens' dot products (B, N, N) and what was measured."""
