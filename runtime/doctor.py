@@ -17,6 +17,7 @@ from typing import Any
 
 from leanvlm.runtime import gpu
 from leanvlm.runtime.engines.library import LIBRARIES
+from leanvlm.runtime.optional import require
 
 EXPORT = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-genai", "optimum")
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
@@ -210,9 +211,7 @@ def _version_of(module: str) -> str:
 
 
 def _onnxruntime() -> Any:
-    import onnxruntime
-
-    return onnxruntime
+    return require("onnxruntime", "cpu")
 
 
 def _one_line(error: Exception) -> str:
