@@ -29,6 +29,7 @@ from leanvlm.exporter.passes import PASSES
 from leanvlm.exporter.pruners import parse
 from leanvlm.exporter.pruners.base import gather_tokens, top_indices
 from leanvlm.exporter.trace import OPSET, trace
+from leanvlm.runtime.optional import require
 
 RESULTS = Path(__file__).parent / "results"
 GRID, SIDE, WIDTH = (24, 24), 336, 4096
@@ -110,8 +111,7 @@ def measure_prune(options: PruneOptions) -> Path:
 
 def _on_processor(path: Path, options: PruneOptions) -> dict[str, Any]:
     """Return each stage's node time in ms, one entry a run."""
-    import onnxruntime as ort
-
+    ort = require("onnxruntime", "export")
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.enable_profiling = True
@@ -152,8 +152,7 @@ def _on_gpu(paths: dict[str, Path], options: PruneOptions) -> dict[str, Any]:
 
 def _captured(path: Path) -> tuple[Any, Any, Any]:
     """Open a graph on the GPU and run it until ONNX Runtime replays it as a CUDA graph."""
-    import onnxruntime as ort
-
+    ort = require("onnxruntime", "gpu-export")
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN come with PyTorch there.
     provider = ("CUDAExecutionProvider", {"enable_cuda_graph": "1"})
@@ -177,8 +176,7 @@ def _captured(path: Path) -> tuple[Any, Any, Any]:
 
 
 def _conditions(options: PruneOptions) -> dict[str, Any]:
-    import onnxruntime as ort
-
+    ort = require("onnxruntime", "export")
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     gpu = torch.cuda.get_device_name(0) if options.device == "cuda" else None
     return {

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from leanvlm.demo import BUILT_IN
 from leanvlm.exporter.config import ExportConfig, parse_budgets
-from leanvlm.runtime.console import check_writable, stderr_console
+from leanvlm.runtime.console import check_writable, help_without_command, stderr_console
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.optional import require
 
@@ -28,9 +28,10 @@ Token = Annotated[str | None, typer.Option(help="Access token for the Hub.", env
 Offline = Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")]
 
 
-@calibrate.callback()
-def _calibrate() -> None:
+@calibrate.callback(invoke_without_command=True)
+def _calibrate(context: typer.Context) -> None:
     """Fit to a model what belongs to it."""
+    help_without_command(context)
 
 
 @calibrate.command("gate")

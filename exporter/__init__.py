@@ -25,6 +25,6 @@ def export(config: ExportConfig, on_step: Callable[[str], None] = lambda step: N
     require("transformers", "export")
     # Imported here so that a machine without torch can still import this package and be told what is missing.
     from leanvlm.exporter.pipeline import export_plan
-    from leanvlm.exporter.plan import plan
+    from leanvlm.exporter.plan import fetch, plan
 
-    return export_plan(plan(config), on_step)
+    return export_plan(fetch(plan(config)), on_step)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from leanvlm.runtime.text import Template, TextTokenizer
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
 # Where checkpoints keep the image processor: newer transformers versions write the second only.
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "LICENSE*", "LICENCE*", "USE_POLICY.md", "README.md")
+# What is fetched from the Hub: first what says whether the export can be done, then what takes the time.
+SMALL_FILES = ("*.json", "*.jinja", "LICENSE*", "LICENCE*", "USE_POLICY.md", "README.md")
+WEIGHT_FILES = ("*.safetensors",)
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,20 @@ class Checkpoint:
         return next((name for name in LICENCE_FILES if (self.folder / name).is_file()), None)
 
 
-def open_checkpoint(config: ExportConfig) -> Checkpoint:
+def hub_id(config: ExportConfig) -> str | None:
+    """Return the Hub's name of the model that an export names, or None for a built-in one and for a folder."""
+    model = config.model
+    if model in BUILT_IN or model.startswith((".", "/", "~")) or Path(model).exists():
+        return None
+    return ALIASES.get(model, model)
+
+
+def open_checkpoint(config: ExportConfig, *, weights: bool = True) -> Checkpoint:
     """Find the checkpoint that an export names and read its configuration.
+
+    Args:
+        config: The export.
+        weights: Whether to fetch the weights of a Hub repository, once its small files have been checked; a folder has them.
 
     Raises:
         CheckpointError: It is not there, or has no safetensors weights or no readable configuration.
@@ -88,17 +102,24 @@ def open_checkpoint(config: ExportConfig) -> Checkpoint:
     if config.model in BUILT_IN:
         folder, erank_ref = BUILT_IN[config.model]
         return _read(folder, f"leanvlm-{config.model}", None, erank_ref)
-    folder = Path(config.model).expanduser()
-    if folder.exists() or config.model.startswith((".", "/", "~")):
+    name = hub_id(config)
+    if name is None:
+        folder = Path(config.model).expanduser()
         return _read(folder, folder.resolve().name, None, DEFAULT_ERANK_REF)
-    name = ALIASES.get(config.model, config.model)
-    folder = _download(name, config)
+    folder = _download(name, config, SMALL_FILES)
     revision = folder.name if folder.parent.name == "snapshots" else config.revision
+    checkpoint = _read(folder, name, revision, DEFAULT_ERANK_REF, weights=False)
+    if not weights:
+        return checkpoint
+    # Of the same commit, should the branch move meanwhile.
+    _download(name, replace(config, revision=revision), WEIGHT_FILES)
+    if config.offline and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"the weights of {name!r} are not on this machine; export once without --offline")
     return _read(folder, name, revision, DEFAULT_ERANK_REF)
 
 
-def _download(name: str, config: ExportConfig) -> Path:
-    """Fetch a Hub repository's safetensors and small files, or find them in the local cache."""
+def _download(name: str, config: ExportConfig, patterns: tuple[str, ...]) -> Path:
+    """Fetch a Hub repository's files of these names, or find them in the local cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -108,7 +129,7 @@ def _download(name: str, config: ExportConfig) -> Path:
             revision=config.revision,
             token=config.token,
             local_files_only=config.offline,
-            allow_patterns=list(HUB_FILES),
+            allow_patterns=list(patterns),
         )
     except HFValidationError as error:
         raise CheckpointError(f"{name!r} is neither a folder nor a Hub id such as llava-hf/llava-1.5-7b-hf") from error
@@ -118,7 +139,7 @@ def _download(name: str, config: ExportConfig) -> Path:
     return Path(folder)
 
 
-def _read(folder: Path, name: str, revision: str | None, erank_ref: float) -> Checkpoint:
+def _read(folder: Path, name: str, revision: str | None, erank_ref: float, *, weights: bool = True) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; --model takes demo, an alias, a Hub id or a checkpoint folder")
     if not (folder / "config.json").is_file():
@@ -126,7 +147,7 @@ def _read(folder: Path, name: str, revision: str | None, erank_ref: float) -> Ch
     family = family_for(str(_json(folder / "config.json").get("model_type", "")))
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json; save the checkpoint's tokenizer there")
-    if not list(folder.glob("*.safetensors")):
+    if weights and not list(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder} has no .safetensors weights; convert the checkpoint (pickled weights are not read)")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

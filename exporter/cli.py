@@ -51,7 +51,7 @@ def run_export(config: ExportConfig, *, dry_run: bool) -> None:
     require("torch", "export")
     require("transformers", "export")
     from leanvlm.exporter.pipeline import export_plan
-    from leanvlm.exporter.plan import check_output, plan
+    from leanvlm.exporter.plan import check_output, fetch, plan
 
     check_output(config)
     _quiet_libraries()
@@ -59,6 +59,8 @@ def run_export(config: ExportConfig, *, dry_run: bool) -> None:
     if dry_run:
         print(_describe(request))
         return
+    # The Hub's client shows bars of its own.
+    request = fetch(request)
     columns = (TextColumn("{task.description:<24}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = stderr_console()
     # Without a terminal the bar would still leave an empty line.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from leanvlm.exporter.checkpoint import Checkpoint, open_checkpoint
+from leanvlm.exporter.checkpoint import Checkpoint, hub_id, open_checkpoint
 from leanvlm.exporter.config import ExportConfig
 from leanvlm.exporter.decoder import check_decoder
 from leanvlm.exporter.gate_file import read_gate_file
@@ -18,7 +18,7 @@ from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import MANIFEST
 from leanvlm.runtime.preprocess import ImageSpec
 
-__all__ = ["DTYPES", "EMBED_TOKENS", "VISION_DATA", "Plan", "check_output", "plan", "vision_dtype"]
+__all__ = ["DTYPES", "EMBED_TOKENS", "VISION_DATA", "Plan", "check_output", "fetch", "plan", "vision_dtype"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # Where the decoder's precision is not the vision graph's too.
@@ -40,7 +40,7 @@ class Plan:
 
     Attributes:
         config: The request.
-        checkpoint: Where the weights are.
+        checkpoint: Where the weights are, or from the Hub where they will be: `fetch` brings them.
         pruners: Budget to pruner, N (unpruned) last.
         sizes: File name to estimated bytes.
         gate: The manifest's record of the gate file, if there is one.
@@ -69,13 +69,13 @@ class Plan:
 
 
 def plan(config: ExportConfig) -> Plan:
-    """Check a request against its checkpoint and this machine, without reading weights.
+    """Check a request against its checkpoint and this machine, without fetching or reading weights.
 
     Raises:
         LeanVLMError: Anything that the export would fail on later and that can be known now.
     """
     check_output(config)
-    checkpoint = open_checkpoint(config)
+    checkpoint = open_checkpoint(config, weights=False)
     count = checkpoint.spec.tokens_per_crop
     for budget in config.budgets:
         if budget > count:
@@ -103,12 +103,28 @@ def _gate(config: ExportConfig, checkpoint: Checkpoint) -> tuple[dict[str, Any],
     if config.gate_file is None:
         return declared, None
     file = read_gate_file(config.gate_file)
-    file.check_source(config.gate_file, checkpoint.source())
+    if hub_id(config) is None:
+        file.check_source(config.gate_file, checkpoint.source())
     fields = file.pruner_fields()
     pruner = parse(config.pruner)
     if not fields.keys() & vars(pruner).keys():
         raise InputError(f"--gate-file is for a pruner with a gate, such as agile; {config.pruner!r} has none")
     return {**declared, **fields}, file.record(config.gate_file)
+
+
+def fetch(request: Plan) -> Plan:
+    """Return a plan whose weights are on this machine: those of a Hub repository are fetched, and the gate file held to them.
+
+    Raises:
+        LeanVLMError: They cannot be had, or are other weights than the gate file's.
+    """
+    config = request.config
+    if hub_id(config) is None:
+        return request
+    checkpoint = open_checkpoint(replace(config, revision=request.checkpoint.revision))
+    if config.gate_file is not None:
+        read_gate_file(config.gate_file).check_source(config.gate_file, checkpoint.source())
+    return replace(request, checkpoint=checkpoint)
 
 
 def check_output(config: ExportConfig) -> None:

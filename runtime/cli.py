@@ -12,19 +12,20 @@ from typing import Annotated, Any
 
 import typer
 
-from leanvlm.runtime.console import INTERRUPTED, check_writable, one_line_errors, stderr_console
+from leanvlm.runtime.console import INTERRUPTED, check_writable, help_without_command, one_line_errors, stderr_console
 from leanvlm.runtime.errors import InputError
 
 app = typer.Typer(
     name="leanvlm",
     help="Export a vision-language model with its visual-token pruning inside the graph, and run it without PyTorch.",
-    no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-# Commands with modules of their own, which import what is heavy only when they run.
+# As the help lists them: in the order in which they are used.
+COMMANDS = ("export", "run", "profile", "inspect", "build", "calibrate", "eval", "doctor")
+# Those with modules of their own, which import what is heavy only when they run.
 ELSEWHERE = {
     "build": "leanvlm.runtime.engines.cli:build_command",
     "export": "leanvlm.exporter.cli:export_command",
@@ -47,13 +48,15 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     wanted: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
     ] = False,
 ) -> None:
     """Take the options that stand before a command."""
+    help_without_command(context)
 
 
 @app.command()
@@ -154,7 +157,7 @@ def doctor() -> None:
 
 @cache
 def _command() -> Any:
-    """Return the whole command, with those of other modules."""
+    """Return the whole command, with those of other modules, in their order."""
     for name, target in ELSEWHERE.items():
         module, attribute = target.split(":")
         found = getattr(import_module(module), attribute)
@@ -162,7 +165,9 @@ def _command() -> Any:
             app.add_typer(found, name=name)
         else:
             app.command(name)(found)
-    return typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
+    command.commands = {name: command.commands[name] for name in sorted(command.commands, key=COMMANDS.index)}
+    return command
 
 
 def main() -> None:

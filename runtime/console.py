@@ -38,6 +38,12 @@ def check_writable(option: str, path: Path) -> None:
         raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
 
 
+def help_without_command(context: Any) -> None:
+    """Print the help of a command that has others and was called without one."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the process with one line for an error that a user can mend: status 2, or 130 for Ctrl-C.

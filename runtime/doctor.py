@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from leanvlm.runtime import gpu
-from leanvlm.runtime.engines.library import LIBRARIES
+from leanvlm.runtime.engines.library import LIBRARIES, known_sms, load_library, this_sm, unsupported
+from leanvlm.runtime.kernels import CUDA_PROVIDER, without_kernels
+from leanvlm.runtime.optional import require
 
 EXPORT = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-genai", "optimum")
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
@@ -24,7 +26,6 @@ ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 GENAIS = {"onnxruntime-genai": "onnxruntime", "onnxruntime-genai-cuda": "onnxruntime-gpu"}
 
 JETSON = Path("/etc/nv_tegra_release")
-CUDA_PROVIDER = "libonnxruntime_providers_cuda.so"
 # The provider opens it only when a graph needs it.
 CUDNN = "libcudnn.so.9"
 # What the extras of onnxruntime-gpu bring.
@@ -89,22 +90,33 @@ def _genais() -> list[str]:
 
 
 def _gpus() -> list[str]:
+    found = gpu.gpus()
+    wheel = installed("onnxruntime-gpu") is not None
     if JETSON.is_file():
         release = JETSON.read_text(encoding="utf-8").partition("\n")[0]
-        return [f"Jetson: {release.lstrip('# ')}"]
-    wheel = installed("onnxruntime-gpu") is not None
-    problems = _cuda_problems() if wheel else []
+        return [f"Jetson: {release.lstrip('# ')}", *(_kernel_problems(found) if wheel else [])]
+    problems = _cuda_problems() + _kernel_problems(found) if wheel else []
     start = "bundles for cuda run on" if wheel and not problems else "GPU:"
-    seen = [f"{start} {_describe(found)}" for found in gpu.gpus()]
+    seen = [f"{start} {_describe(one)}" for one in found]
     lines = seen or _nvidia_smi()
     if not wheel and any(line.startswith("GPU:") for line in lines):
         lines.append("! this GPU is not used: pip uninstall -y onnxruntime, then pip install 'leanvlm[gpu]'")
     return list(dict.fromkeys(lines + problems))
 
 
-def _describe(found: gpu.Gpu) -> str:
-    major, minor = found.capability
-    return f"{found.name} ({found.memory / 1e9:.1f} GB, compute capability {major}.{minor})"
+def _describe(one: gpu.Gpu) -> str:
+    major, minor = one.capability
+    return f"{one.name} ({one.memory / 1e9:.1f} GB, compute capability {major}.{minor})"
+
+
+def _kernel_problems(found: list[gpu.Gpu]) -> list[str]:
+    """Say for which GPUs the installed onnxruntime-gpu was not compiled: it would fail at the first node of a graph."""
+    try:
+        ort = _onnxruntime()
+        problems = [without_kernels(ort, one) for one in found]
+    except Exception:  # As above.
+        return []
+    return [f"! {line}" for line in problems if line]
 
 
 def _nvidia_smi() -> list[str]:
@@ -194,7 +206,22 @@ def _tensorrt() -> list[str]:
         lines.append("building works; running engines also needs cuda-python: pip install 'leanvlm[trt]'")
     elif gpu.library(gpu.CUDA) is None:
         lines.append("building works; running engines needs an NVIDIA GPU with its driver")
-    return lines
+    return lines + _engine_problems([known.name for known in found])
+
+
+def _engine_problems(libraries: list[str]) -> list[str]:
+    """Compare this machine's GPU with what the installed libraries build engines for."""
+    sm = this_sm()
+    if sm is None:
+        return []
+    number = _version_of("tensorrt")
+    lines = [line] if "tensorrt" in libraries and (line := unsupported(number, sm)) else []
+    if "tensorrt-rtx" in libraries:
+        with suppress(Exception):  # As above.
+            known = known_sms(load_library(LIBRARIES["tensorrt-rtx"]))
+            if sm not in known:
+                lines.append(f"TensorRT-RTX builds no engines for sm {sm}, only for {', '.join(map(str, known))}")
+    return [f"! {line}" for line in lines]
 
 
 def _importable(module: str) -> bool:
@@ -210,9 +237,7 @@ def _version_of(module: str) -> str:
 
 
 def _onnxruntime() -> Any:
-    import onnxruntime
-
-    return onnxruntime
+    return require("onnxruntime", "cpu")
 
 
 def _one_line(error: Exception) -> str:

@@ -48,6 +48,11 @@ class Gpu:
     memory: int
     capability: tuple[int, int]
 
+    @property
+    def sm(self) -> int:
+        """Its compute capability as one number, such as 90."""
+        return 10 * self.capability[0] + self.capability[1]
+
 
 class _Process(ctypes.Structure):
     """NVML's nvmlProcessInfo_t."""

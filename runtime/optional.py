@@ -1,6 +1,7 @@
 """Imports of packages that only some of LeanVLM's work needs."""
 
 import importlib
+import os
 from types import ModuleType
 
 from leanvlm.runtime.errors import MissingExtraError
@@ -14,9 +15,18 @@ ACTIVITIES = {
     "gpu-export": "exporting for a GPU",
 }
 
+# ONNX Runtime reports its use from 1.32 on (from files in the home's cache), the Hub's client with every request.
+TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def without_telemetry() -> None:
+    """Keep libraries that are imported from now on, and child processes, from reporting; who set a variable keeps it."""
+    for name, value in TELEMETRY.items():
+        os.environ.setdefault(name, value)
+
 
 def require(module: str, extra: str, activity: str | None = None) -> ModuleType:
-    """Import an optional module.
+    """Import an optional module, with telemetry off.
 
     Args:
         module: Its dotted name, such as `torch` or `onnxruntime_genai.models`.
@@ -30,6 +40,8 @@ def require(module: str, extra: str, activity: str | None = None) -> ModuleType:
         MissingExtraError: The module's distribution is not installed. An import that fails inside an installed
             package is passed on as it is, because installing the extra would not mend it.
     """
+    # Whatever the module: PyTorch and others import ONNX Runtime by themselves.
+    without_telemetry()
     package = module.partition(".")[0]
     try:
         return importlib.import_module(module)

@@ -19,6 +19,13 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 BUDGET = 64
 
 
+def pytest_configure() -> None:
+    """Test files import ONNX Runtime themselves; the tests report nothing either."""
+    from leanvlm.runtime.optional import without_telemetry
+
+    without_telemetry()
+
+
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random LLaVA checkpoint."""

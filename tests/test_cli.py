@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -297,11 +298,40 @@ def test_the_readme_names_every_command(leanvlm: Command) -> None:
     assert named == set(re.findall(r"^  ([a-z]+) ", listing, re.M))
 
 
-@pytest.mark.parametrize("command", ["run", "profile", "inspect", "build", "doctor", "export"])
+ORDER = ["export", "run", "profile", "inspect", "build", "calibrate", "eval", "doctor"]
+
+
+@pytest.mark.parametrize("command", [*ORDER, "calibrate gate"])
 def test_every_command_has_help(leanvlm: Command, command: str) -> None:
-    result = leanvlm(command, "--help")
-    assert result.returncode == 0
+    result, short = leanvlm(*command.split(), "--help"), leanvlm(*command.split(), "-h")
+    assert result.returncode == short.returncode == 0
+    assert result.stdout == short.stdout
     assert result.stdout.startswith(f"Usage: leanvlm {command}")
+
+
+@pytest.mark.parametrize("command", ["", "calibrate"])
+def test_a_command_without_more_prints_its_help_as_it_is(leanvlm: Command, command: str) -> None:
+    bare, asked = leanvlm(*command.split()), leanvlm(*command.split(), "-h")
+    assert (bare.returncode, bare.stderr) == (0, "")
+    assert bare.stdout == asked.stdout
+    assert bare.stdout.startswith("Usage: leanvlm")
+    assert len(bare.stdout.splitlines()) > 5
+
+
+def test_commands_are_listed_in_the_order_of_use(leanvlm: Command) -> None:
+    assert re.findall(r"^  ([a-z]+) ", leanvlm("-h").stdout.partition("Commands:")[2], re.M) == ORDER
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("leanvlm ex", ["export"]), ("leanvlm calibrate ", ["gate"]), ("leanvlm export --dry", ["--dry-run"])],
+)
+def test_a_shell_completes_commands_and_options(words: str, offered: list[str]) -> None:
+    line = {"_LEANVLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    command = [sys.executable, "-c", "from leanvlm.runtime.cli import main; main()"]
+    done = subprocess.run(command, env={**os.environ, **line}, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == offered
+    assert done.stderr == ""
 
 
 def optimum(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -311,11 +341,67 @@ def optimum(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_optimum_exports_the_same_bundle(demo_bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "demo-64"
-    result = optimum("--model", "demo", "--budget", 64, "-o", output)
+    result = optimum("--model", "demo", "--budget", 64, output)
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{output}\n"
     ours, theirs = read_manifest(demo_bundle).files, read_manifest(output).files
     assert theirs == ours
+
+
+def test_optimum_takes_the_options_of_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, with their defaults, to the same request."""
+    import inspect
+    from argparse import ArgumentParser
+    from importlib import import_module
+
+    import typer
+
+    from leanvlm.exporter import cli
+
+    registered: Any = import_module("optimum.commands.register.leanvlm").LeanVLMExportCommand
+    parser = ArgumentParser(add_help=False)
+    registered.parse_args(parser)
+    app = typer.Typer(add_completion=False)
+    app.command()(cli.export_command)
+    ours: Any = typer.main.get_command(app)
+    theirs = [action for action in parser._actions if action.option_strings]
+    assert {name for action in theirs for name in action.option_strings} == {name for p in ours.params for name in p.opts}
+    defaults = {name: p.default for name, p in inspect.signature(cli.export_command).parameters.items() if name != "model"}
+    assert {action.dest: action.default for action in theirs if action.dest != "model"} == defaults
+
+    requests: list[Any] = []
+    monkeypatch.setattr(cli, "run_export", lambda config, *, dry_run: requests.append((config, dry_run)))
+    words = [
+        "--model",
+        "m",
+        "--budget",
+        "9,8",
+        "--pruner",
+        "scope",
+        "--gate-file",
+        "g",
+        "--target",
+        "cuda",
+        "--precision",
+        "int8",
+    ]
+    words += ["--positions", "original", "--force", "--dry-run", "--revision", "r", "--token", "t", "--offline"]
+    for arguments in (["--model", "m"], [*words, "-o", "out"]):
+        requests.clear()
+        ours.main(args=arguments, standalone_mode=False)
+        for written in (arguments, ["out", *arguments[:-2]]) if "-o" in arguments else (arguments,):
+            command = object.__new__(registered)
+            command.args = parser.parse_args(written)
+            command.run()
+        assert all(request == requests[0] for request in requests)
+        assert len(requests) > 1
+
+
+def test_optimum_refuses_two_outputs(tmp_path: Path) -> None:
+    result = optimum("--model", "demo", tmp_path / "one", "-o", tmp_path / "two")
+    assert result.returncode == 2
+    assert result.stderr.startswith("leanvlm: the output is given twice, as ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_optimum_refuses_in_one_line(tmp_path: Path) -> None:

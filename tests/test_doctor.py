@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -283,6 +284,43 @@ def test_nvidia_smi_fails(tool: Callable[..., Any], line: str, machine: Machine)
 def test_a_jetson(release: str, machine: Machine) -> None:
     found = machine(GPU_WHEEL, ort=onnxruntime([CUDA, CPU]), gpus=(H200,), jetson=release)
     assert found[2:] == [f"Jetson: {release.splitlines()[0][2:] if release else ''}"]
+
+
+@pytest.mark.parametrize("jetson", ["# R39 (release), REVISION: 2.0\n", None], ids=["on a Jetson", "elsewhere"])
+def test_a_wheel_without_kernels_for_the_gpu(jetson: str | None, machine: Machine, tmp_path: Path) -> None:
+    """The wheel of PyPI for aarch64 installs on a Jetson."""
+    from test_kernels import AARCH64, ORIN, THOR, installed
+
+    ort = onnxruntime([CUDA, CPU])
+    ort.__file__ = installed(tmp_path, AARCH64).__file__
+    for here, capability in ((ORIN, "8.7"), (THOR, "11.0")):
+        found = machine(GPU_WHEEL, ort=ort, gpus=(here,), jetson=jetson)
+        assert found[-1] == (
+            f"! this onnxruntime-gpu has no kernels for {here.name} (compute capability {capability}), only for 8.9, 9.0, "
+            "12.0, 12.1; install a build that has, or export with --target tensorrt"
+        )
+        assert not any("bundles for cuda run on" in line for line in found)
+    if jetson is None:
+        assert machine(GPU_WHEEL, ort=ort, gpus=(H200,))[-1] == CUDA_RUNS
+
+
+def test_a_tensorrt_that_is_not_for_this_gpu(machine: Machine) -> None:
+    from test_kernels import ORIN, THOR
+
+    modules = ("tensorrt", "cuda.bindings")
+    found = machine({"tensorrt": "10.13.3.9"}, gpus=(ORIN,), modules=modules, part="engines")
+    assert found[1:] == [
+        "! NVIDIA does not support TensorRT 10.13.3.9 on sm 87; install 10.3 of JetPack 6 or 10.16 of JetPack 7.2"
+    ]
+    assert machine({"tensorrt": "10.13.3.9"}, gpus=(THOR,), modules=modules, part="engines")[1:] == []
+
+
+@pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="TensorRT-RTX is not installed")
+def test_a_gpu_that_tensorrt_rtx_does_not_know(machine: Machine) -> None:
+    modules = ("tensorrt_rtx", "cuda.bindings")
+    found = machine({"tensorrt_rtx": "1.7.1"}, gpus=(H200,), modules=modules, part="engines")
+    assert found[1].startswith("! TensorRT-RTX builds no engines for sm 90, only for 75, 80, 86, 89, 120")
+    assert machine({"tensorrt_rtx": "1.7.1"}, gpus=(A2000,), modules=modules, part="engines")[1:] == []
 
 
 def test_exporting_lists_the_build_of_genai(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,13 @@ def test_the_runtime_never_imports_the_torch_side() -> None:
     assert not wrong
 
 
+def test_onnxruntime_is_imported_through_require() -> None:
+    """Which first turns its telemetry off."""
+    files = [*(file for part in MODULES for file in sources(part)), *(Path(__file__).parents[1] / "bench").glob("*.py")]
+    wrong = {f"{file.name}: {name}" for file in files for name in imported(file) if name.startswith("onnxruntime")}
+    assert not wrong
+
+
 @pytest.mark.parametrize("part", ["runtime", "demo"])
 def test_what_devices_import_is_python_3_10(part: str) -> None:
     trees = [ast.parse(source.read_text(encoding="utf-8"), feature_version=(3, 10)) for source in sources(part)]

@@ -26,7 +26,8 @@ import numpy.typing as npt
 from leanvlm.runtime.backends.device import DeviceFeatures, DeviceMemory, DeviceRows, Slot, preload_libraries, run_slot
 from leanvlm.runtime.backends.ort import GRAPH_STAGES, PROVIDERS, OrtBackend, check_room, first_line
 from leanvlm.runtime.errors import BackendError, GraphError
-from leanvlm.runtime.gpu import free_memory, misfit
+from leanvlm.runtime.gpu import free_memory, gpus, misfit
+from leanvlm.runtime.kernels import without_kernels
 from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest, TensorSpec
 from leanvlm.runtime.sampling import check_peak
 from leanvlm.runtime.splice import Prompt
@@ -54,7 +55,7 @@ class CudaBackend(OrtBackend):
     """Opens a bundle for cuda.
 
     Raises:
-        BackendError: As `OrtBackend`; or the GPU's free memory is too small for the model.
+        BackendError: As `OrtBackend`; or the installed library has no kernels for the GPU, or its memory is too small.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class CudaBackend(OrtBackend):
     ) -> None:
         super().__init__(folder, manifest, device=device, threads=threads, prepack=prepack)
         if self.device == "cuda":
+            self._check_kernels()
             self._check_memory()
             preload_libraries(self.ort)
 
@@ -125,6 +127,13 @@ class CudaBackend(OrtBackend):
         events = self.node_events(self.manifest.vision[budget], {"pixel_values": pixel_values})
         events += self.node_events(spec.graph, _decoder_probe(spec))
         return misplaced_nodes(events, PROVIDERS[self.device])
+
+    def _check_kernels(self) -> None:
+        """Refuse a GPU on which ONNX Runtime would open the bundle and fail at the first node."""
+        found = gpus()
+        problem = without_kernels(self.ort, found[0]) if found else None
+        if problem:
+            raise BackendError(f"{problem}, or pass --device cpu")
 
     def _check_memory(self) -> None:
         found = free_memory()

@@ -16,7 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from leanvlm.runtime.engines.library import load_library, quiet_logger
+from leanvlm.runtime.engines.library import load_library, network_flags, quiet_logger
 from leanvlm.runtime.engines.plan import ENGINES, BuildConfig, BuildPlan, EngineJob
 from leanvlm.runtime.engines.profiles import Profile
 from leanvlm.runtime.errors import BackendError, GraphError
@@ -65,7 +65,7 @@ def build_engines(plan: BuildPlan, builder: Builder, on_progress: OnProgress = l
 def _build(job: EngineJob, plan: BuildPlan, builder: Builder, on_progress: Callable[[str, float], None]) -> EngineSpec:
     module, config, begin = builder.module, plan.config, perf_counter()
     maker = module.Builder(builder.logger)
-    network = maker.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = maker.create_network(network_flags(module))
     parser = module.OnnxParser(network, builder.logger)
     _parse(parser, config.bundle / job.graph.file, job)
     _check_locations(network, job)

@@ -21,6 +21,24 @@ FUSED = (10, 14)
 
 
 @dataclass(frozen=True)
+class Gap:
+    """Versions of TensorRT, from `first` to before `until`, that NVIDIA does not support on a Jetson's compute capabilities."""
+
+    first: tuple[int, ...]
+    until: tuple[int, ...]
+    sms: tuple[int, ...]
+    instead: str
+
+
+# Of NVIDIA-ISAAC-ROS/isaac-ros-cli issue 22 and the release notes of TensorRT 10.16.1; and of "Migrating TensorRT from 10.x to
+# 11.x on Jetson/JetPack" in the documentation of 11.2.1, 11.3.0, 11.4.0 and 11.4.1.
+GAPS = (
+    Gap((10, 13), (10, 16), (87,), "10.3 of JetPack 6 or 10.16 of JetPack 7.2"),
+    Gap((11, 2), (11, 4, 1), (87, 110), "10.16 of JetPack 7.2, or 11.4.1 from JetPack 7.2.2 on"),
+)
+
+
+@dataclass(frozen=True)
 class Library:
     """One of the libraries.
 
@@ -93,6 +111,21 @@ def number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
+def unsupported(version: str, sm: int) -> str | None:
+    """Say that a version of TensorRT is not for a Jetson's GPU, and which is; None where nothing is known against it."""
+    found = next((gap for gap in GAPS if sm in gap.sms and gap.first <= number(version) < gap.until), None)
+    return None if found is None else f"NVIDIA does not support TensorRT {version} on sm {sm}; install {found.instead}"
+
+
+def network_flags(module: Any) -> int:
+    """Return the flags of a network whose dtypes are those written in its graph: the only kind from TensorRT 11 on.
+
+    11.4 still has the name, and ignores it; what comes after may not.
+    """
+    flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
 def quiet_logger(module: Any, lines: list[str]) -> Any:
     """Return a logger of the library that keeps its errors in `lines` instead of printing them."""
 
@@ -116,4 +149,4 @@ def known_sms(module: Any) -> tuple[int, ...]:
 def this_sm() -> int | None:
     """Return the compute capability of this machine's first GPU, such as 87, or None without one."""
     found = gpu.gpus()
-    return 10 * found[0].capability[0] + found[0].capability[1] if found else None
+    return found[0].sm if found else None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from leanvlm.runtime.engines.library import FUSED, LIBRARIES, Library, known_sms, number, this_sm
+from leanvlm.runtime.engines.library import FUSED, LIBRARIES, Library, known_sms, number, this_sm, unsupported
 from leanvlm.runtime.engines.profiles import (
     Limits,
     Profile,
@@ -17,7 +18,7 @@ from leanvlm.runtime.engines.profiles import (
     vision_profile,
     whole_profile,
 )
-from leanvlm.runtime.errors import InputError
+from leanvlm.runtime.errors import InputError, LeanVLMWarning
 from leanvlm.runtime.manifest import GraphSpec, Manifest
 
 TURING = 75
@@ -161,6 +162,8 @@ def _sms(config: BuildConfig, module: Any) -> tuple[int, ...]:
             raise InputError("TensorRT builds engines on the GPU that they will run on, and this machine shows none")
         if config.sms not in ((), (here,)):
             raise InputError(f"TensorRT builds for the GPU that it runs on, which is sm {here}; leave --sm out")
+        if problem := unsupported(module.__version__, here):
+            warnings.warn(problem, LeanVLMWarning, stacklevel=3)
         return (here,)
     known = tuple(sm for sm in known_sms(module) if sm != TURING)
     names = ", ".join(map(str, known))
