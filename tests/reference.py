@@ -77,6 +77,20 @@ def attention(crop: Crop, keep: int) -> Result:
     return sorted(falling(crop.attention)[:keep]), None
 
 
+def cenprune(crop: Crop, keep: int) -> Result:
+    """Cen-Prune with DivPrune: its start and its rule on centred tokens, distances weighed by un-centred distinctiveness."""
+    count = len(crop.features)
+    if keep >= count:
+        return list(range(count)), None
+    # Equal tokens are equally far from a third; a product's last digits may say otherwise.
+    distance = np.round(1.0 - cosines(crop.features - crop.features.mean(axis=0)), 12)
+    similarity = cosines(crop.features)
+    scores = [-sum(similarity[i][j] for j in range(count) if j != i) / (count - 1) for i in range(count)]
+    weights = np.round((np.array(scores) - min(scores)) / (max(scores) - min(scores) + 1e-12), 12)
+    nearest = [min(distance[i][j] for j in range(count) if j != i) for i in range(count)]
+    return _farthest(distance, [falling(nearest)[0]], keep, weights), None
+
+
 def divprune(crop: Crop, keep: int) -> Result:
     """DivPrune: the token farthest from its nearest neighbour, then the one farthest from the set."""
     distance = 1.0 - cosines(crop.features)
@@ -94,11 +108,12 @@ def hybrid(crop: Crop, keep: int, share: float = 0.5) -> Result:
     return _farthest(1.0 - cosines(crop.features), start, keep), None
 
 
-def _farthest(distance: Array, chosen: list[int], keep: int) -> list[int]:
+def _farthest(distance: Array, chosen: list[int], keep: int, weights: Array | None = None) -> list[int]:
     chosen = list(chosen)
+    weights = np.ones(len(distance)) if weights is None else weights
     while len(chosen) < keep:
         others = [i for i in range(len(distance)) if i not in chosen]
-        apart = [min(distance[i][j] for j in chosen) for i in others]
+        apart = [weights[i] * min(distance[i][j] for j in chosen) for i in others]
         chosen.append(others[falling(apart)[0]])
     return sorted(chosen)
 
@@ -194,6 +209,7 @@ def vispruner(crop: Crop, keep: int, ratio: float = 0.5, drop: int = 8) -> Resul
 REFERENCE: dict[str, Callable[..., Result]] = {
     "agile": agile,
     "attention": attention,
+    "cenprune": cenprune,
     "divprune": divprune,
     "hybrid": hybrid,
     "none": none,
