@@ -123,26 +123,41 @@ def none(crop: Crop, keep: int) -> Result:
     return list(range(len(crop.attention))), None
 
 
-def prumerge(crop: Crop, keep: int, neighbours: int = 32) -> Result:
-    """PruMerge+ with K given: outliers by attention, an even sample of the others, neighbours by key merged in."""
+def prumerge(crop: Crop, keep: int, neighbours: int = 32, sample: str = "even", share: float = 0.25) -> Result:
+    """PruMerge+ with K given: outliers by attention, a sample of the others, neighbours by key merged in."""
     weights = np.asarray(crop.unsplit_attention, dtype=np.float64)
     count = len(weights)
     if keep >= count:
         return list(range(count)), None
-    first, third = np.percentile(weights, 25), np.percentile(weights, 75)
-    outliers = [i for i in falling(weights) if weights[i] > third + 1.5 * (third - first)][:keep]
-    rest = [i for i in range(count) if i not in outliers]
+    if sample == "even":
+        outliers = outliers_of(weights)[:keep]
+        rest = [i for i in range(count) if i not in outliers]
+    else:
+        outliers = falling(weights)[: max(math.floor(share * keep), 1)]
+        rest = [i for i in release_grid(len(outliers), count) if i not in outliers]
     wanted = keep - len(outliers)
-    sample = [
-        token for n, token in enumerate(rest) if (n + 1) * wanted // len(rest) > n * wanted // len(rest)
-    ]  # fmt: skip
-    chosen = sorted(outliers + sample)
+    spaced = [token for n, token in enumerate(rest) if (n + 1) * wanted // len(rest) > n * wanted // len(rest)]
+    chosen = outliers + spaced
+    chosen += [i for i in falling(weights) if i not in chosen][: keep - len(chosen)]
+    chosen = sorted(chosen)
     similarity = cosines(np.reshape(crop.keys, (count, -1)))
     merged = []
     for token in chosen:
         others = [i for i in falling(similarity[token]) if i != token][:neighbours]
         merged.append(crop.hidden[token] + sum(weights[i] * crop.hidden[i] for i in others))
     return chosen, np.array(merged)
+
+
+def outliers_of(weights: Array) -> list[int]:
+    """Return the places over Q3 + 1.5 (Q3 - Q1), the highest first."""
+    first, third = np.percentile(weights, 25), np.percentile(weights, 75)
+    return [i for i in falling(weights) if weights[i] > third + 1.5 * (third - first)]
+
+
+def release_grid(outliers: int, count: int) -> list[int]:
+    """Return PruMerge+'s evenly spaced places as its release lays them: a third of 1 / r apart, the last place left out."""
+    ratio = outliers / count
+    return list(range(0, count - 1, max(int(int(1 / ratio) / 3), 1)))
 
 
 def random(crop: Crop, keep: int, seed: int = 0) -> Result:
