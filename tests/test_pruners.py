@@ -121,7 +121,8 @@ def test_parameters_mean_what_they_say(spec: str, params: dict[str, Any]) -> Non
     [
         "agile:erank_ref=0", "agile:sweeps=0", "agile:step=-1",
         "hybrid:share=1.5", "hybrid:least=0.8,most=0.2", "hybrid:erank_ref=0", "prumerge:neighbours=0", "prumerge:share=1.5",
-        "random:seed=-1", "scope:alpha=-1", "visionzip:contextual=2", "vispruner:ratio=-0.1", "vispruner:drop=0", "vispruner:most=2",
+        "random:seed=-1", "scope:alpha=-1", "visionzip:contextual=2",
+        "vispruner:ratio=-0.1", "vispruner:drop=0", "vispruner:most=2",
     ],
 )  # fmt: skip
 def test_parameters_out_of_range_are_named(spec: str) -> None:

@@ -23,8 +23,9 @@ FAR, CHOSEN = 4.0, -1.0
 class DivPruner:
     """Farthest-point selection.
 
-    Needs no class token, uses no text and merges nothing. The release selects once over the whole image sequence; here
-    each crop of a batch is a selection of its own, and K is given instead of a share of N (0.098 there).
+    Needs no class token, uses no text and merges nothing. The release's: the first token, the rule and the distance. Ours: the
+    release selects once over the whole image sequence, here each crop of a batch is a selection of its own; K is given
+    instead of a share of N (0.098 there); equal distances go to the lower place.
 
     Attributes:
         keep: K, tokens kept of each crop.
