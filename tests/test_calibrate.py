@@ -184,6 +184,8 @@ def test_command_line(tmp_path: Path, tiny_llava: Path, pictures: Path, leanvlm:
     assert read_gate_file(output).images == MIN_IMAGES
     with Image.open(output.with_suffix(".png")) as picture:
         assert picture.format == "PNG"
+    again = leanvlm("calibrate", "gate", "--model", tiny_llava, "--images", pictures, "-o", output)
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.parametrize(
@@ -205,6 +207,24 @@ def test_wrong_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leanvlm: 
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert words in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("cat.png", "are one file"),
+        ("cat.json", "cat.png is there and is of no earlier calibration"),
+        ("notes.txt", "notes.txt is there and is of no earlier calibration"),
+    ],
+)
+def test_nothing_else_is_replaced(tmp_path: Path, pictures: Path, leanvlm: Command, output: str, words: str) -> None:
+    shutil.copy(pictures / "0.png", tmp_path / "cat.png")
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    result = leanvlm("calibrate", "gate", "--model", "demo-small", "--images", pictures, "-o", tmp_path / output)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert words in result.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_too_few_usable_images(tmp_path: Path, tiny_llava: Path, pictures: Path, leanvlm: Command) -> None:
