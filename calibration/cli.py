@@ -18,7 +18,6 @@ from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.optional import require
 
 DEMO_SCENES = 200
-SHOWN = 10
 
 calibrate = typer.Typer(help="Fit to a model what belongs to it.", rich_markup_mode=None)
 
@@ -66,7 +65,7 @@ def gate_command(
         found = measure(side, source, lambda count: advance("measure images", count))
         gate = fit_gate(side, source, found, config.budgets)
     if source.unreadable:
-        _name_unreadable(source.unreadable)
+        stderr_console().print(f"not usable as images, {len(source.unreadable)} left out: {source.left_out}", markup=False)
     gate.write(output)
     save_histogram(picture, gate, found)
     print(describe_gate(gate.figures, gate.erank_ref, gate.entropy_ref))
@@ -168,8 +167,3 @@ def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("start", total=total)
         yield lambda text, count: progress.update(task, advance=count, description=text)
-
-
-def _name_unreadable(names: list[str]) -> None:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    stderr_console().print(f"not readable as images, {len(names)} left out: {', '.join(names[:SHOWN])}{more}", markup=False)

@@ -218,14 +218,7 @@ def preprocess(images: Sequence[ImageSource], spec: ImageSpec) -> PixelValues:
 
 def _levels(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
     """Resize and crop an RGB image to levels (H, W, 3)."""
-    height, width = image.height, image.width
-    if spec.resize is not None:
-        height, width = _resized(height, width, spec.resize)
-        if height * width > MAX_PIXELS:
-            raise InputError(
-                f"an image of {image.width} x {image.height} is too narrow: resizing it for the model "
-                f"would make {width} x {height} pixels"
-            )
+    height, width = resized_size(image, spec)
     rows, columns = spec.size
     # Floor division of a negative difference puts the odd pixel of padding first, as the processor does.
     left, top = (width - columns) // 2, (height - rows) // 2
@@ -233,6 +226,23 @@ def _levels(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
     if spec.resize is not None:
         image = _resize(image, (width, height), (right, bottom), Image.Resampling(spec.resample))
     return np.asarray(image.crop((left, top, right, bottom)))
+
+
+def resized_size(image: Image.Image, spec: ImageSpec) -> tuple[int, int]:
+    """Return the (height, width) of the whole image once resized, before it is cropped.
+
+    Raises:
+        InputError: More than `MAX_PIXELS`, since the image is so narrow.
+    """
+    if spec.resize is None:
+        return image.height, image.width
+    height, width = _resized(image.height, image.width, spec.resize)
+    if height * width > MAX_PIXELS:
+        raise InputError(
+            f"an image of {image.width} x {image.height} is too narrow: resizing it for the model "
+            f"would make {width} x {height} pixels"
+        )
+    return height, width
 
 
 def _resize(image: Image.Image, size: tuple[int, int], needed: tuple[int, int], resample: Image.Resampling) -> Image.Image:
