@@ -31,7 +31,7 @@ MAX_NEW_TOKENS = 128
 # A cache a little larger than needed serves the next turns and prompts too.
 CACHE_STEP = 64
 
-ONE_IMAGE = (str, Path, bytes, Image.Image, np.ndarray)
+ONE_IMAGE = (str, Path, bytes, bytearray, memoryview, Image.Image, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class Session:
 
         Args:
             prompt: The user's text, or messages as in Hugging Face chat templates (an image part for each image).
-            images: One image or several in the order of their places; each a path, the bytes of an image file, a Pillow
-                image or levels (H, W, 3) uint8.
+            images: One image or several in the order of their places; each as `load_image` takes it: a path, the bytes of
+                an image file, an open file, a Pillow image or levels (H, W, 3) uint8.
             budget: Image tokens kept per crop; one of the bundle's, None for its default.
             max_new_tokens: Where the answer is cut.
             temperature: 0 is greedy.
@@ -143,7 +143,7 @@ class Session:
             InputError: An option, image or prompt that cannot be used.
             ContextOverflowError: Prompt and answer do not fit the model's context.
         """
-        images = [images] if isinstance(images, ONE_IMAGE) else list(images)
+        images = [images] if isinstance(images, ONE_IMAGE) or hasattr(images, "read") else list(images)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         options = GenerateOptions(max_new_tokens, SamplingConfig(temperature, top_p, seed), stops, ignore_end)
         chosen = self.manifest.budget(budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,18 @@ def test_sampling_repeats_with_its_seed(session: Session, sample_image: Path) ->
 
 
 def test_images_come_as_paths_bytes_and_pictures(session: Session, sample_image: Path) -> None:
-    sources = [sample_image, str(sample_image), sample_image.read_bytes(), Image.open(sample_image)]
-    assert len({session.generate(QUESTION, [source]).text for source in sources}) == 1
+    data = sample_image.read_bytes()
+    sources = [
+        sample_image,
+        str(sample_image),
+        data,
+        bytearray(data),
+        memoryview(data),
+        BytesIO(data),
+        Image.open(sample_image),
+    ]
+    found = {session.generate(QUESTION, source).text for source in sources}
+    assert len(found | {session.generate(QUESTION, sources).text for sources in ([sample_image], [bytearray(data)])}) == 1
 
 
 def test_context_overflow_says_the_numbers(session: Session, sample_image: Path) -> None:
