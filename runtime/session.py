@@ -167,6 +167,10 @@ class Session:
         pixels = preprocess(images, self.manifest.image)
         middle = perf_counter()
         outputs = self.vision(budget).run({"pixel_values": pixels})
+        kept = {outputs["keep_indices"].shape[1], outputs["image_features"][0].shape[0]}
+        if kept != {budget}:
+            file, found = self.manifest.vision[budget].file, " and ".join(map(str, sorted(kept)))
+            raise BackendError(f"{file} returned {found} tokens where its budget is {budget}: export the bundle again")
         timings.preprocess += 1e3 * (middle - start)
         timings.vision += 1e3 * (perf_counter() - middle)
         return [self._features(outputs, row) for row in range(len(images))]
@@ -322,7 +326,8 @@ def load(
         bundle: The folder that `leanvlm export` wrote.
         device: `cpu` or `cuda`; None is the bundle's own.
         provider: `tensorrt` or `nv-tensorrt-rtx`: what ONNX Runtime runs a bundle for TensorRT with; None runs its engines.
-        threads: Processor threads for the CPU; None leaves the choice to ONNX Runtime.
+        threads: Processor threads for the CPU; None leaves the choice to ONNX Runtime. More than there are processors are
+            not used, with a warning.
         verify: Compare every file's sha256 with the manifest first.
         prepack: False keeps the weights mapped from the files, which is slower and takes half the memory.
 

@@ -242,6 +242,7 @@ def listed(name: str) -> Change:
         (both(cut("tokenizer.json", 9), resize("tokenizer.json")), "tokenizer.json cannot be read"),
         (both(cut("generation_config.json", 9), resize("generation_config.json")), "config.json cannot be read"),
         (edit(MANIFEST, vision__64__file="decoder.onnx"), "decoder.onnx has no pixel_values"),
+        (edit(MANIFEST, vision__64__file="vision_576.onnx"), "vision_576.onnx returned 576 tokens where its budget is 64"),
         (edit(MANIFEST, decoder__layers=5), "the decoder"),
     ],
 )  # fmt: skip
