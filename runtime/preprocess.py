@@ -194,6 +194,12 @@ def load_image(source: ImageSource) -> Image.Image:
         return _to_rgb(image, name)
 
 
+def image_list(images: Any) -> list[ImageSource]:
+    """Return one image, of any kind that `load_image` takes, or several as a list."""
+    kinds = (str, Path, bytes, bytearray, memoryview, Image.Image, np.ndarray)
+    return [images] if isinstance(images, kinds) or hasattr(images, "read") else list(images)
+
+
 def preprocess(images: Sequence[ImageSource], spec: ImageSpec) -> PixelValues:
     """Make the vision graph's input from images.
 

@@ -15,14 +15,13 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from leanvlm.runtime.answer import Answer, Pruning, Timings
 from leanvlm.runtime.backends import Backend, Decoder, Graph, open_backend
 from leanvlm.runtime.embeddings import TokenTable
 from leanvlm.runtime.errors import BackendError, BundleError, ContextOverflowError, InputError
 from leanvlm.runtime.manifest import Manifest, read_manifest, verify_files
-from leanvlm.runtime.preprocess import ImageSource, preprocess
+from leanvlm.runtime.preprocess import ImageSource, image_list, preprocess
 from leanvlm.runtime.sampling import SamplingConfig, sample
 from leanvlm.runtime.splice import ImageFeatures, Prompt, splice
 from leanvlm.runtime.text import Message, StopStrings, Template, TextTokenizer, check_image_tokens, split_on_image
@@ -30,8 +29,6 @@ from leanvlm.runtime.text import Message, StopStrings, Template, TextTokenizer, 
 MAX_NEW_TOKENS = 128
 # A cache a little larger than needed serves the next turns and prompts too.
 CACHE_STEP = 64
-
-ONE_IMAGE = (str, Path, bytes, bytearray, memoryview, Image.Image, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -143,7 +140,7 @@ class Session:
             InputError: An option, image or prompt that cannot be used.
             ContextOverflowError: Prompt and answer do not fit the model's context.
         """
-        images = [images] if isinstance(images, ONE_IMAGE) or hasattr(images, "read") else list(images)
+        images = image_list(images)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         options = GenerateOptions(max_new_tokens, SamplingConfig(temperature, top_p, seed), stops, ignore_end)
         chosen = self.manifest.budget(budget)

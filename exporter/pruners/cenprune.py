@@ -60,4 +60,5 @@ def distinctiveness(features: Tensor) -> Tensor:
     """
     unit = features / (features.norm(dim=2, keepdim=True) + 1e-8)
     alike = (unit @ unit.mean(dim=1)[:, :, None])[:, :, 0]
-    return alike.amax(dim=1, keepdim=True) - alike
+    distinct: Tensor = alike.amax(dim=1, keepdim=True) - alike
+    return distinct
