@@ -13,12 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from leanvlm.demo import BUILT_IN
 from leanvlm.exporter.config import ExportConfig, parse_budgets
-from leanvlm.runtime.console import check_writable, help_without_command, stderr_console
+from leanvlm.runtime.console import check_outputs, help_without_command, stderr_console
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.optional import require
 
 DEMO_SCENES = 200
-SHOWN = 10
 
 calibrate = typer.Typer(help="Fit to a model what belongs to it.", rich_markup_mode=None)
 
@@ -48,8 +47,7 @@ def gate_command(
     """Fit the pruning gate's references to a model's images; `export --gate-file` uses them."""
     config = ExportConfig(model=model, budgets=parse_budgets(budget), revision=revision, token=token, offline=offline)
     picture = output.with_suffix(".png")
-    for path in (output, picture):
-        check_writable("--output", path)
+    check_outputs({"--output": output, "its picture": picture})
     if images is None and model not in BUILT_IN:
         raise InputError("--images is missing; give a folder with at least 8 images such as the model will see")
     if images is not None and scenes is not None:
@@ -60,6 +58,7 @@ def gate_command(
     from leanvlm.calibration.vision import VisionSide
     from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 
+    _check_replaced(output, picture)
     source = TrainingScenes(scenes or DEMO_SCENES) if images is None else Folder(images)
     checkpoint = open_checkpoint(config)
     with _progress(len(source)) as advance:
@@ -67,11 +66,26 @@ def gate_command(
         found = measure(side, source, lambda count: advance("measure images", count))
         gate = fit_gate(side, source, found, config.budgets)
     if source.unreadable:
-        _name_unreadable(source.unreadable)
+        stderr_console().print(f"not usable as images, {len(source.unreadable)} left out: {source.left_out}", markup=False)
     gate.write(output)
     save_histogram(picture, gate, found)
     print(describe_gate(gate.figures, gate.erank_ref, gate.entropy_ref))
     print(output)
+
+
+def _check_replaced(output: Path, picture: Path) -> None:
+    """Check that nothing but what an earlier calibration wrote would be replaced: the picture's name was not asked for."""
+    from leanvlm.exporter.gate_file import read_gate_file
+
+    there = [path for path in (output, picture) if path.exists()]
+    try:
+        if there:
+            read_gate_file(output)
+    except InputError as error:
+        raise InputError(
+            f"--output {output} writes {output.name} and {picture.name}; {there[0]} is there and is of no earlier calibration: "
+            "give another name, or move it"
+        ) from error
 
 
 def describe_gate(figures: Any, erank_ref: float, entropy_ref: float) -> str:
@@ -101,9 +115,7 @@ def eval_command(
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads, for bundles.")] = None,
 ) -> None:
     """Ask held-out questions about built-in scenes; count right answers and hallucinated objects."""
-    for option, path in (("--json", json_file), ("--plot", plot)):
-        if path is not None:
-            check_writable(option, path)
+    check_outputs({"--json": json_file, "--plot": plot})
     if bool(bundle) == (model is not None):
         raise InputError("give bundles, or --model with --pruner")
     if bool(pruner) != (model is not None):
@@ -155,8 +167,3 @@ def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("start", total=total)
         yield lambda text, count: progress.update(task, advance=count, description=text)
-
-
-def _name_unreadable(names: list[str]) -> None:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    stderr_console().print(f"not readable as images, {len(names)} left out: {', '.join(names[:SHOWN])}{more}", markup=False)

@@ -6,6 +6,7 @@ estimate's error, and what it does to the choice of tokens, is known for this mo
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +28,12 @@ from leanvlm.exporter.pruners.agile import select_tokens
 from leanvlm.exporter.pruners.base import VisionTokens
 from leanvlm.exporter.pruners.gates import attention_entropy, effective_rank, exact_effective_rank
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.preprocess import load_image
+from leanvlm.runtime.preprocess import ImageSpec, load_image, resized_size
 
 BATCH = 8
 MIN_IMAGES = 8
+# Names of unusable files that are told.
+SHOWN = 10
 # Tokens of so many images stay in memory to compare choices: 0.6 GB for a decoder 4096 wide.
 COMPARED = 64
 # No training run has this seed.
@@ -45,7 +48,7 @@ class Folder:
 
     Attributes:
         path: The folder.
-        unreadable: Names of the files that turned out to be no images.
+        unreadable: Names of the files that turned out to be no images, or none that the model can be given.
     """
 
     path: Path
@@ -54,7 +57,9 @@ class Folder:
     def __post_init__(self) -> None:
         if not self.path.is_dir():
             raise InputError(f"--images {self.path} is not a folder; give one with at least {MIN_IMAGES} images")
-        self._files = sorted(file for file in self.path.iterdir() if file.is_file() and not file.name.startswith("."))
+        # A broken link or a pipe is among them, to be named like any file that is no image; os.path never raises.
+        entries = (entry for entry in self.path.iterdir() if not entry.name.startswith("."))
+        self._files = sorted(entry for entry in entries if not os.path.isdir(entry))
         if len(self._files) < MIN_IMAGES:
             raise InputError(
                 f"--images {self.path} holds {len(self._files)} files; the gate needs at least {MIN_IMAGES} images"
@@ -68,12 +73,22 @@ class Folder:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __iter__(self) -> Iterator[Image.Image]:
+    @property
+    def left_out(self) -> str:
+        """The names of the unusable files, the first of them."""
+        more = f" and {len(self.unreadable) - SHOWN} more" if len(self.unreadable) > SHOWN else ""
+        return ", ".join(self.unreadable[:SHOWN]) + more
+
+    def pictures(self, spec: ImageSpec) -> Iterator[Image.Image]:
+        """Open them one by one; those that `spec` cannot make an input of go to `unreadable`."""
         for file in self._files:
             try:
-                yield load_image(file)
+                image = load_image(file)
+                resized_size(image, spec)
             except InputError:
                 self.unreadable.append(file.name)
+            else:
+                yield image
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,15 @@ class TrainingScenes:
     def unreadable(self) -> list[str]:
         """None: they are drawn."""
         return []
+
+    @property
+    def left_out(self) -> str:
+        """No names."""
+        return ""
+
+    def pictures(self, spec: ImageSpec) -> Iterator[Image.Image]:
+        """Draw them one by one, whatever the processor does."""
+        return iter(self)
 
     def __len__(self) -> int:
         return self.count
@@ -151,7 +175,7 @@ def measure(side: VisionSide, images: Folder | TrainingScenes, on_images: Callab
     entropy: list[Tensor] = []
     tokens: list[VisionTokens] = []
     seen = 0
-    for batch in _batches(images):
+    for batch in _batches(images.pictures(side.checkpoint.image_spec)):
         found = side.tokens(batch)
         exact.append(exact_effective_rank(found.features))
         estimated.append(effective_rank(found.features))
@@ -164,11 +188,14 @@ def measure(side: VisionSide, images: Folder | TrainingScenes, on_images: Callab
         torch.cat(values).double().numpy() if values else np.empty(0) for values in (exact, estimated, entropy)
     )
     if len(ranks) < MIN_IMAGES:
-        raise InputError(f"only {len(ranks)} of {len(images)} files are usable images; the gate needs at least {MIN_IMAGES}")
+        raise InputError(
+            f"only {len(ranks)} of {len(images)} files are usable images; the gate needs at least {MIN_IMAGES}; "
+            f"left out: {images.left_out}"
+        )
     return Measured(ranks, estimates, nats, tokens)
 
 
-def _batches(images: Folder | TrainingScenes) -> Iterator[list[Image.Image]]:
+def _batches(images: Iterator[Image.Image]) -> Iterator[list[Image.Image]]:
     batch: list[Image.Image] = []
     for image in images:
         batch.append(image)

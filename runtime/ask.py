@@ -42,7 +42,7 @@ def ask(request: Request) -> None:
     """Print the answer as it comes, or one JSON object; a summary goes to standard error."""
     assert request.prompt is not None
     if request.overlay is not None:
-        check_picture_path(request.overlay)
+        check_picture_path(request.overlay, request.images)
         if len(request.images) != 1:
             raise InputError("--overlay draws one image; give exactly one --image")
     with load(request.bundle, device=request.device, provider=request.provider, threads=request.threads) as session:

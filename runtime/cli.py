@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from leanvlm.runtime.console import INTERRUPTED, check_writable, help_without_command, one_line_errors, stderr_console
+from leanvlm.runtime.console import INTERRUPTED, check_outputs, help_without_command, one_line_errors, stderr_console
 from leanvlm.runtime.errors import InputError
 
 app = typer.Typer(
@@ -110,9 +110,7 @@ def profile(
     from leanvlm.runtime.profile import ProfileConfig, measure
     from leanvlm.runtime.profile_report import print_table, write_html
 
-    for option, path in (("--json", json_file), ("--html", html)):
-        if path is not None:
-            check_writable(option, path)
+    check_outputs({"--json": json_file, "--html": html}, () if image is None else (image,))
     config = ProfileConfig(bundle, image, prompt, runs, warmup, max_new_tokens, budget, device, provider, threads)
     console = stderr_console()
     with console.status("opening the bundle") as status:

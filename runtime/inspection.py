@@ -52,7 +52,7 @@ def _engines(manifest: Manifest) -> dict[str, str]:
 def inspect_image(folder: Path, image: Path, budget: int | None, overlay: Path | None, device: str | None = None) -> str:
     """Encode an image and return what pruning did to it; write the picture if asked for."""
     if overlay is not None:
-        check_picture_path(overlay)
+        check_picture_path(overlay, (image,))
     picture = load_image(image)
     with load(folder, device=device) as session:
         chosen = session.manifest.budget(budget)

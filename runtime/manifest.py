@@ -28,6 +28,8 @@ PRECISIONS = {
     "tensorrt-rtx": ("fp16", "fp32"),
     "tensorrt": ("fp16", "fp32"),
 }
+# Outputs of a vision graph with a row for each kept token: (B, K, …).
+PER_TOKEN = ("image_features", "keep_indices")
 KV_DTYPES = ("float16", "float32")
 CACHES = ("shared", "appended")
 
@@ -254,11 +256,22 @@ class Manifest:
             raise ManifestError(f"{MANIFEST}: a grid of {list(self.grid)} has not {self.tokens_per_crop} tokens")
         if set(self.budgets) != set(self.vision) or self.tokens_per_crop not in self.vision:
             raise ManifestError(f"{MANIFEST}: budgets {list(self.budgets)} and vision graphs do not match")
+        self._check_kept()
         used = [*self.vision.values(), *self.stages.values(), self.decoder.graph, *([self.splice] if self.splice else [])]
         graphs = [*(graph.file for graph in used), self.embed_tokens]
         unlisted = [file for file in graphs if file not in self.files]
         if unlisted:
             raise ManifestError(f"{MANIFEST}: {unlisted[0]} is used but not listed under files")
+
+    def _check_kept(self) -> None:
+        """Check that every vision graph is declared to return as many tokens as its budget says."""
+        for budget, graph in self.vision.items():
+            for output in graph.outputs:
+                if output.name in PER_TOKEN and output.shape[1:2] != (budget,):
+                    raise ManifestError(
+                        f"{MANIFEST}: {graph.file} is listed at budget {budget}, but its {output.name} has the shape "
+                        f"{list(output.shape)}"
+                    )
 
 
 def _plain(value: Any) -> Any:

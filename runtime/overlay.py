@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from leanvlm.runtime.answer import Pruning
-from leanvlm.runtime.console import check_writable
+from leanvlm.runtime.console import check_outputs
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.preprocess import preprocess
@@ -22,15 +23,15 @@ GAP = 12
 COLOURS = ((0.0, (8, 8, 20)), (0.35, (110, 30, 110)), (0.65, (225, 95, 45)), (0.9, (250, 210, 80)), (1.0, (255, 255, 255)))
 
 
-def check_picture_path(path: Path) -> None:
+def check_picture_path(path: Path, images: Sequence[Path] = ()) -> None:
     """Check, before any work, that a PNG can be written there.
 
     Raises:
-        InputError: Another ending than .png, or a place where no file can be.
+        InputError: Another ending than .png, a place where no file can be, or one of the input `images`.
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"--overlay {path} must end in .png")
-    check_writable("--overlay", path)
+    check_outputs({"--overlay": path}, images)
 
 
 def save_overlay(path: Path, image: Image.Image, pruning: Pruning, manifest: Manifest) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,15 @@ from PIL import __version__ as PILLOW
 
 from leanvlm.runtime.errors import InputError, ManifestError, UnsupportedModelError
 
-ImageSource = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
+ImageSource = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | npt.NDArray[np.uint8]
 PixelValues = npt.NDArray[np.float32] | npt.NDArray[np.uint8]
 
 MAX_PIXELS = 64_000_000
 """The largest image that is decoded, and the largest that resizing may make: 192 MB as RGB."""
+
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF", "HEIF")
+"""What files are opened as, of Pillow's formats: pictures from cameras and programs. Others call a program (EPS runs
+Ghostscript), draw, or take nearly any bytes for theirs. HEIF is there where a plugin has registered it."""
 
 KNOWN_PILLOW = (13, 0)
 """The newest Pillow whose rule `_height_first` is known to state; a later one always resizes the whole image."""
@@ -156,17 +160,23 @@ class ImageSpec:
 def load_image(source: ImageSource) -> Image.Image:
     """Open an image as RGB, as `transformers` would: files are turned upright by their EXIF orientation.
 
+    One thing is not as there. A picture of more than 8 bits a level (Pillow's modes I;16, I and F) is clipped at 255 by
+    `transformers`, by way of Pillow's `convert`, and what a 16-bit camera sees is white but for the deepest shadows. Here
+    0 to 65535 becomes 0 to 255: the high byte, as Pillow itself takes it of 16-bit colour, so that grey and colour files of one
+    scene look alike. A picture without a level over 255, where nothing would be clipped, is the same as there. A sensor of 10
+    or 12 bits that leaves the upper bits empty is dark; shift its levels up before.
+
     Args:
-        source: A path, the bytes of an image file, a Pillow image of any mode (taken as it lies, EXIF ignored), or
-            levels (H, W, 3) uint8.
+        source: A path, the bytes of an image file, an open binary file (read from its start), a Pillow image of any mode (taken
+            as it lies, EXIF ignored), or levels (H, W, 3) uint8.
 
     Returns:
         The image in mode RGB; transparent pixels are blended with white. An opaque Pillow image in RGB is returned
         itself, not a copy.
 
     Raises:
-        InputError: The file does not exist or is no image, it cannot be decoded, or it has no pixels or more than
-            `MAX_PIXELS`.
+        InputError: The file does not exist or is no image in one of `FORMATS`, it cannot be decoded, it has no pixels or more
+            than `MAX_PIXELS`, or levels of no finite number or over 65535.
     """
     if isinstance(source, np.ndarray):
         if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
@@ -176,15 +186,18 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, Image.Image):
         with _one_line_errors("the image"):
             _check_size(source.width, source.height, "the image")
-            return _to_rgb(source)
-    if not isinstance(source, (bytes, str, Path)):
-        raise InputError(f"an image must be a path, bytes, a Pillow image or an array, not {type(source).__name__}")
-    name = "the image" if isinstance(source, bytes) else f"image {str(source)[:200]!r}"
-    file = BytesIO(source) if isinstance(source, bytes) else _existing_file(source, name)
-    with _one_line_errors(name), Image.open(file) as image:
+            return _to_rgb(source, "the image")
+    name = f"image {str(source)[:200]!r}" if isinstance(source, (str, Path)) else "the image"
+    with _one_line_errors(name), _open(_file(source, name)) as image:
         _check_size(image.width, image.height, name)
         ImageOps.exif_transpose(image, in_place=True)  # Nobody else holds it, so it needs no copy.
-        return _to_rgb(image)
+        return _to_rgb(image, name)
+
+
+def image_list(images: Any) -> list[ImageSource]:
+    """Return one image, of any kind that `load_image` takes, or several as a list."""
+    kinds = (str, Path, bytes, bytearray, memoryview, Image.Image, np.ndarray)
+    return [images] if isinstance(images, kinds) or hasattr(images, "read") else list(images)
 
 
 def preprocess(images: Sequence[ImageSource], spec: ImageSpec) -> PixelValues:
@@ -218,14 +231,7 @@ def preprocess(images: Sequence[ImageSource], spec: ImageSpec) -> PixelValues:
 
 def _levels(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
     """Resize and crop an RGB image to levels (H, W, 3)."""
-    height, width = image.height, image.width
-    if spec.resize is not None:
-        height, width = _resized(height, width, spec.resize)
-        if height * width > MAX_PIXELS:
-            raise InputError(
-                f"an image of {image.width} x {image.height} is too narrow: resizing it for the model "
-                f"would make {width} x {height} pixels"
-            )
+    height, width = resized_size(image, spec)
     rows, columns = spec.size
     # Floor division of a negative difference puts the odd pixel of padding first, as the processor does.
     left, top = (width - columns) // 2, (height - rows) // 2
@@ -233,6 +239,23 @@ def _levels(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
     if spec.resize is not None:
         image = _resize(image, (width, height), (right, bottom), Image.Resampling(spec.resample))
     return np.asarray(image.crop((left, top, right, bottom)))
+
+
+def resized_size(image: Image.Image, spec: ImageSpec) -> tuple[int, int]:
+    """Return the (height, width) of the whole image once resized, before it is cropped.
+
+    Raises:
+        InputError: More than `MAX_PIXELS`, since the image is so narrow.
+    """
+    if spec.resize is None:
+        return image.height, image.width
+    height, width = _resized(image.height, image.width, spec.resize)
+    if height * width > MAX_PIXELS:
+        raise InputError(
+            f"an image of {image.width} x {image.height} is too narrow: resizing it for the model "
+            f"would make {width} x {height} pixels"
+        )
+    return height, width
 
 
 def _resize(image: Image.Image, size: tuple[int, int], needed: tuple[int, int], resample: Image.Resampling) -> Image.Image:
@@ -282,12 +305,59 @@ def _resized(height: int, width: int, resize: int | tuple[int, int]) -> tuple[in
     return (longer, resize) if width <= height else (resize, longer)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    image.load()  # Some formats know their mode only then.
+    if image.mode.partition(";")[0] in ("I", "F"):
+        image = _high_byte(image, name)
     if "A" not in image.getbands() and image.info.get("transparency") is None:
-        image.load()  # Some formats know their mode only then.
         return image if image.mode == "RGB" else image.convert("RGB")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _high_byte(image: Image.Image, name: str) -> Image.Image:
+    """Turn a picture of 16-bit levels into one of 8 (L), transparent ones into white; leave one without a level over 255."""
+    levels = np.asarray(image)
+    most = levels.max()
+    if not most <= 65535:  # Nor is a NaN.
+        raise InputError(f"{name} has levels up to {most}; pictures of 8 and 16 bits are supported")
+    if most <= 255:
+        return image
+    high = np.divide(levels.clip(0, None), 256, dtype=np.float32).astype(np.uint8)
+    high[levels == image.info.get("transparency")] = 255
+    return Image.fromarray(high)
+
+
+def _open(file: Path | BytesIO) -> Image.Image:
+    """Open a picture of one of `FORMATS`."""
+    Image.preinit()
+    try:
+        return Image.open(file, formats=_formats())
+    except UnidentifiedImageError:
+        Image.init()  # The rarer formats, which take longer to import than a picture to decode.
+        return Image.open(file, formats=_formats())
+
+
+def _formats() -> list[str]:
+    """Return those of `FORMATS` that Pillow has imported."""
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _file(source: Any, name: str) -> Path | BytesIO:
+    """Return what Pillow can open as often as it likes."""
+    if isinstance(source, (str, Path)):
+        return _existing_file(source, name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return BytesIO(source)
+    if not hasattr(source, "read"):
+        kinds = "a path, bytes, an open binary file, a Pillow image or an array"
+        raise InputError(f"an image must be {kinds}, not {type(source).__name__}")
+    if hasattr(source, "seekable") and source.seekable():
+        source.seek(0)
+    data = source.read()
+    if not isinstance(data, bytes):
+        raise InputError("an image is read from a binary file; open it with mode 'rb'")
+    return BytesIO(data)
 
 
 def _existing_file(path: str | Path, name: str) -> Path:
@@ -319,7 +389,7 @@ def _one_line_errors(name: str) -> Iterator[None]:
         except Image.DecompressionBombError as error:
             raise InputError(f"{name} has more than {MAX_PIXELS // 10**6} megapixels") from error
         except UnidentifiedImageError as error:
-            raise InputError(f"{name} is not an image in a format that Pillow reads") from error
+            raise InputError(f"{name} is not an image in a format that Pillow reads here: {', '.join(_formats())}") from error
         except Exception as error:  # On damaged data Pillow's decoders raise nearly anything.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{name} cannot be decoded: {reason}") from error

@@ -27,6 +27,7 @@ from PIL import Image
 
 from leanvlm.runtime import tegrastats
 from leanvlm.runtime.answer import STAGES, Answer, Timings
+from leanvlm.runtime.backends import processors
 from leanvlm.runtime.errors import BackendError
 from leanvlm.runtime.gpu import gpus
 from leanvlm.runtime.preprocess import load_image, preprocess
@@ -214,7 +215,7 @@ def _conditions(config: ProfileConfig, session: Session) -> dict[str, Any]:
         "bundle": str(config.bundle),
         "device": f"{session.backend.device}: {_device(session.backend.device)}",
         "versions": versions,
-        "threads": config.threads or os.cpu_count(),
+        "threads": min(config.threads or processors(), processors()),
         "runs": config.runs,
         "warmup": config.warmup,
         "max_new_tokens": config.max_new_tokens,

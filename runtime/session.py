@@ -15,14 +15,13 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from leanvlm.runtime.answer import Answer, Pruning, Timings
 from leanvlm.runtime.backends import Backend, Decoder, Graph, open_backend
 from leanvlm.runtime.embeddings import TokenTable
 from leanvlm.runtime.errors import BackendError, BundleError, ContextOverflowError, InputError
 from leanvlm.runtime.manifest import Manifest, read_manifest, verify_files
-from leanvlm.runtime.preprocess import ImageSource, preprocess
+from leanvlm.runtime.preprocess import ImageSource, image_list, preprocess
 from leanvlm.runtime.sampling import SamplingConfig, sample
 from leanvlm.runtime.splice import ImageFeatures, Prompt, splice
 from leanvlm.runtime.text import Message, StopStrings, Template, TextTokenizer, check_image_tokens, split_on_image
@@ -30,8 +29,6 @@ from leanvlm.runtime.text import Message, StopStrings, Template, TextTokenizer, 
 MAX_NEW_TOKENS = 128
 # A cache a little larger than needed serves the next turns and prompts too.
 CACHE_STEP = 64
-
-ONE_IMAGE = (str, Path, bytes, Image.Image, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -129,8 +126,8 @@ class Session:
 
         Args:
             prompt: The user's text, or messages as in Hugging Face chat templates (an image part for each image).
-            images: One image or several in the order of their places; each a path, the bytes of an image file, a Pillow
-                image or levels (H, W, 3) uint8.
+            images: One image or several in the order of their places; each as `load_image` takes it: a path, the bytes of
+                an image file, an open file, a Pillow image or levels (H, W, 3) uint8.
             budget: Image tokens kept per crop; one of the bundle's, None for its default.
             max_new_tokens: Where the answer is cut.
             temperature: 0 is greedy.
@@ -143,7 +140,7 @@ class Session:
             InputError: An option, image or prompt that cannot be used.
             ContextOverflowError: Prompt and answer do not fit the model's context.
         """
-        images = [images] if isinstance(images, ONE_IMAGE) else list(images)
+        images = image_list(images)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         options = GenerateOptions(max_new_tokens, SamplingConfig(temperature, top_p, seed), stops, ignore_end)
         chosen = self.manifest.budget(budget)
@@ -167,6 +164,10 @@ class Session:
         pixels = preprocess(images, self.manifest.image)
         middle = perf_counter()
         outputs = self.vision(budget).run({"pixel_values": pixels})
+        kept = {outputs["keep_indices"].shape[1], outputs["image_features"][0].shape[0]}
+        if kept != {budget}:
+            file, found = self.manifest.vision[budget].file, " and ".join(map(str, sorted(kept)))
+            raise BackendError(f"{file} returned {found} tokens where its budget is {budget}: export the bundle again")
         timings.preprocess += 1e3 * (middle - start)
         timings.vision += 1e3 * (perf_counter() - middle)
         return [self._features(outputs, row) for row in range(len(images))]
@@ -322,7 +323,8 @@ def load(
         bundle: The folder that `leanvlm export` wrote.
         device: `cpu` or `cuda`; None is the bundle's own.
         provider: `tensorrt` or `nv-tensorrt-rtx`: what ONNX Runtime runs a bundle for TensorRT with; None runs its engines.
-        threads: Processor threads for the CPU; None leaves the choice to ONNX Runtime.
+        threads: Processor threads for the CPU; None leaves the choice to ONNX Runtime. More than there are processors are
+            not used, with a warning.
         verify: Compare every file's sha256 with the manifest first.
         prepack: False keeps the weights mapped from the files, which is slower and takes half the memory.
 

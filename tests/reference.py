@@ -77,6 +77,20 @@ def attention(crop: Crop, keep: int) -> Result:
     return sorted(falling(crop.attention)[:keep]), None
 
 
+def cenprune(crop: Crop, keep: int) -> Result:
+    """Cen-Prune with DivPrune: its start and its rule on centred tokens, distances weighed by un-centred distinctiveness."""
+    count = len(crop.features)
+    if keep >= count:
+        return list(range(count)), None
+    # Equal tokens are equally far from a third; a product's last digits may say otherwise.
+    distance = np.round(1.0 - cosines(crop.features - crop.features.mean(axis=0)), 12)
+    similarity = cosines(crop.features)
+    scores = [-sum(similarity[i][j] for j in range(count) if j != i) / (count - 1) for i in range(count)]
+    weights = np.round((np.array(scores) - min(scores)) / (max(scores) - min(scores) + 1e-12), 12)
+    nearest = [min(distance[i][j] for j in range(count) if j != i) for i in range(count)]
+    return _farthest(distance, [falling(nearest)[0]], keep, weights), None
+
+
 def divprune(crop: Crop, keep: int) -> Result:
     """DivPrune: the token farthest from its nearest neighbour, then the one farthest from the set."""
     distance = 1.0 - cosines(crop.features)
@@ -94,11 +108,12 @@ def hybrid(crop: Crop, keep: int, share: float = 0.5) -> Result:
     return _farthest(1.0 - cosines(crop.features), start, keep), None
 
 
-def _farthest(distance: Array, chosen: list[int], keep: int) -> list[int]:
+def _farthest(distance: Array, chosen: list[int], keep: int, weights: Array | None = None) -> list[int]:
     chosen = list(chosen)
+    weights = np.ones(len(distance)) if weights is None else weights
     while len(chosen) < keep:
         others = [i for i in range(len(distance)) if i not in chosen]
-        apart = [min(distance[i][j] for j in chosen) for i in others]
+        apart = [weights[i] * min(distance[i][j] for j in chosen) for i in others]
         chosen.append(others[falling(apart)[0]])
     return sorted(chosen)
 
@@ -108,26 +123,41 @@ def none(crop: Crop, keep: int) -> Result:
     return list(range(len(crop.attention))), None
 
 
-def prumerge(crop: Crop, keep: int, neighbours: int = 32) -> Result:
-    """PruMerge+ with K given: outliers by attention, an even sample of the others, neighbours by key merged in."""
+def prumerge(crop: Crop, keep: int, neighbours: int = 32, sample: str = "even", share: float = 0.25) -> Result:
+    """PruMerge+ with K given: outliers by attention, a sample of the others, neighbours by key merged in."""
     weights = np.asarray(crop.unsplit_attention, dtype=np.float64)
     count = len(weights)
     if keep >= count:
         return list(range(count)), None
-    first, third = np.percentile(weights, 25), np.percentile(weights, 75)
-    outliers = [i for i in falling(weights) if weights[i] > third + 1.5 * (third - first)][:keep]
-    rest = [i for i in range(count) if i not in outliers]
+    if sample == "even":
+        outliers = outliers_of(weights)[:keep]
+        rest = [i for i in range(count) if i not in outliers]
+    else:
+        outliers = falling(weights)[: max(math.floor(share * keep), 1)]
+        rest = [i for i in release_grid(len(outliers), count) if i not in outliers]
     wanted = keep - len(outliers)
-    sample = [
-        token for n, token in enumerate(rest) if (n + 1) * wanted // len(rest) > n * wanted // len(rest)
-    ]  # fmt: skip
-    chosen = sorted(outliers + sample)
+    spaced = [token for n, token in enumerate(rest) if (n + 1) * wanted // len(rest) > n * wanted // len(rest)]
+    chosen = outliers + spaced
+    chosen += [i for i in falling(weights) if i not in chosen][: keep - len(chosen)]
+    chosen = sorted(chosen)
     similarity = cosines(np.reshape(crop.keys, (count, -1)))
     merged = []
     for token in chosen:
         others = [i for i in falling(similarity[token]) if i != token][:neighbours]
         merged.append(crop.hidden[token] + sum(weights[i] * crop.hidden[i] for i in others))
     return chosen, np.array(merged)
+
+
+def outliers_of(weights: Array) -> list[int]:
+    """Return the places over Q3 + 1.5 (Q3 - Q1), the highest first."""
+    first, third = np.percentile(weights, 25), np.percentile(weights, 75)
+    return [i for i in falling(weights) if weights[i] > third + 1.5 * (third - first)]
+
+
+def release_grid(outliers: int, count: int) -> list[int]:
+    """Return PruMerge+'s evenly spaced places as its release lays them: a third of 1 / r apart, the last place left out."""
+    ratio = outliers / count
+    return list(range(0, count - 1, max(int(int(1 / ratio) / 3), 1)))
 
 
 def random(crop: Crop, keep: int, seed: int = 0) -> Result:
@@ -194,6 +224,7 @@ def vispruner(crop: Crop, keep: int, ratio: float = 0.5, drop: int = 8) -> Resul
 REFERENCE: dict[str, Callable[..., Result]] = {
     "agile": agile,
     "attention": attention,
+    "cenprune": cenprune,
     "divprune": divprune,
     "hybrid": hybrid,
     "none": none,

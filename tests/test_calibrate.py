@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import Command
 from PIL import Image
+from test_wrong_inputs import png
 from transformers import LlavaForConditionalGeneration
 
 from leanvlm.calibration.gate import MIN_IMAGES, Folder, TrainingScenes, errors, fit_gate, measure
@@ -67,6 +69,28 @@ def test_references_are_those_of_an_svd_of_transformers_features(tiny_llava: Pat
     # Two fp32 implementations of the tower; see tolerances.FEATURES and ATTENTION.
     assert tiny_gate.erank_ref == pytest.approx(np.mean(ranks), rel=1e-4)
     assert tiny_gate.entropy_ref == pytest.approx(np.mean(entropies), rel=1e-4)
+
+
+def test_no_picture_ends_the_calibration(tmp_path: Path, tiny_llava: Path, pictures: Path, tiny_gate: GateFile) -> None:
+    """Whatever lies in the folder, the rest is measured, and every file that was left out is named."""
+    folder = Path(shutil.copytree(pictures, tmp_path / "some"))
+    (folder / "folder.png").mkdir()
+    (folder / "broken.png").symlink_to("nowhere.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "empty.png").touch()
+    (folder / "cut.png").write_bytes((folder / "7.png").read_bytes()[:300])
+    (folder / "bomb.png").write_bytes(png(30_000, 30_000, 1))
+    Image.new("RGB", (1, 100_000)).save(folder / "narrow.png")  # Opens; it is too large once resized for the model.
+    os.mkfifo(folder / "pipe.png")
+    checkpoint = open_checkpoint(ExportConfig(str(tiny_llava)))
+    side, images = VisionSide(checkpoint, load_model(checkpoint)), Folder(folder)
+    steps: list[int] = []
+    gate = fit_gate(side, images, measure(side, images, steps.append), [8])
+    bad = ["bomb.png", "broken.png", "cut.png", "empty.png", "loop.png", "narrow.png", "notes.txt", "pipe.png"]
+    assert images.unreadable == bad
+    assert images.left_out == ", ".join(bad)
+    assert (gate.images, gate.erank_ref) == (tiny_gate.images, tiny_gate.erank_ref)
+    assert sum(steps) <= len(images)
 
 
 def test_what_is_compared_and_counted(tiny_gate: GateFile) -> None:
@@ -178,6 +202,8 @@ def test_command_line(tmp_path: Path, tiny_llava: Path, pictures: Path, leanvlm:
     assert read_gate_file(output).images == MIN_IMAGES
     with Image.open(output.with_suffix(".png")) as picture:
         assert picture.format == "PNG"
+    again = leanvlm("calibrate", "gate", "--model", tiny_llava, "--images", pictures, "-o", output)
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.parametrize(
@@ -201,12 +227,31 @@ def test_wrong_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leanvlm: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("cat.png", "are one file"),
+        ("cat.json", "cat.png is there and is of no earlier calibration"),
+        ("notes.txt", "notes.txt is there and is of no earlier calibration"),
+    ],
+)
+def test_nothing_else_is_replaced(tmp_path: Path, pictures: Path, leanvlm: Command, output: str, words: str) -> None:
+    shutil.copy(pictures / "0.png", tmp_path / "cat.png")
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    result = leanvlm("calibrate", "gate", "--model", "demo-small", "--images", pictures, "-o", tmp_path / output)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert words in result.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_too_few_usable_images(tmp_path: Path, tiny_llava: Path, pictures: Path, leanvlm: Command) -> None:
     shutil.copytree(pictures, tmp_path / "some")
     (tmp_path / "some" / "0.png").write_bytes(b"broken")
     result = leanvlm("calibrate", "gate", "--model", tiny_llava, "--images", tmp_path / "some", "-o", tmp_path / "gate.json")
     assert result.returncode == 2
     assert "only 7 of 9 files are usable images" in result.stderr
+    assert "left out: 0.png, notes.txt" in result.stderr
     assert not (tmp_path / "gate.json").exists()
 
 

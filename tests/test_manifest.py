@@ -75,6 +75,18 @@ def manifest(bundle: Path) -> Manifest:
     )
 
 
+@pytest.mark.parametrize("output", ["image_features", "keep_indices"])
+@pytest.mark.parametrize("shape", [("B", 5, 8), ("B", "K", 8), ("B",), ()])
+def test_a_vision_graph_keeps_as_many_tokens_as_its_budget_says(
+    manifest: Manifest, output: str, shape: tuple[int | str, ...]
+) -> None:
+    right = manifest.vision[4]
+    wrong = dataclasses.replace(right, outputs=(TensorSpec(output, "float32", shape),))
+    data = dataclasses.replace(manifest, vision={**manifest.vision, 4: wrong}).to_dict()
+    with pytest.raises(ManifestError, match=f"vision_4.onnx is listed at budget 4, but its {output} has the shape"):
+        Manifest.from_dict(data)
+
+
 def test_a_manifest_is_read_back_unchanged(bundle: Path, manifest: Manifest) -> None:
     write_manifest(bundle, manifest)
     again = read_manifest(bundle)

@@ -3,9 +3,11 @@
 import io
 import json
 import struct
+import tempfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import skimage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 from transformers import CLIPImageProcessorPil
 from transformers.image_utils import load_image as transformers_load_image
 
@@ -24,6 +26,8 @@ from leanvlm.runtime.preprocess import MAX_PIXELS, ImageSpec, _resize, load_imag
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 CONFIG: dict[str, Any] = json.loads((MODEL_DIR / "preprocessor_config.json").read_text())
 SPEC = ImageSpec.from_processor_config(CONFIG)
+CLOSED = io.BytesIO()
+CLOSED.close()
 LEVELS = replace(SPEC, layout="uint8")
 TOLERANCE = 1e-5  # Of a normalised value, so 1/1500 of a level: the arithmetic is the same up to its order.
 
@@ -229,6 +233,67 @@ def test_every_kind_of_source_is_the_same_image(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(image))
 
 
+def test_open_files_and_views_are_the_same_image(tmp_path: Path) -> None:
+    """Whatever holds the bytes, also one that cannot go back to its start; a file is read from there, and stays open."""
+    data = encoded(photograph(), "PNG")
+    path = tmp_path / "image.png"
+    path.write_bytes(data)
+    pipe = SimpleNamespace(read=lambda: data)
+    with path.open("rb") as file, tempfile.NamedTemporaryFile() as temporary:
+        temporary.write(data)
+        file.seek(100)
+        for source in (bytearray(data), memoryview(data), io.BytesIO(data), file, file, temporary, pipe):
+            np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(photograph()))
+        assert not file.closed
+
+
+@pytest.mark.parametrize("form", ["JPEG", "MPO", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF"])
+def test_pictures_of_all_usual_formats_are_read(form: str) -> None:
+    if form == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
+    assert load_image(encoded(photograph(), form)).size == photograph().size
+
+
+@pytest.mark.parametrize("form", ["EPS", "PDF", "PCX", "TGA", "ICO", "ICNS", "SGI"])
+def test_files_of_other_formats_are_not_opened(form: str) -> None:
+    """Least of all EPS, for which Pillow would start Ghostscript."""
+    Image.init()
+    data = encoded(photograph().resize((64, 64)), form)
+    with pytest.raises(InputError, match="not an image in a format that Pillow reads here: JPEG, PNG, BMP"):
+        load_image(data)
+
+
+@pytest.mark.parametrize(("form", "mode"), [("PNG", "I;16"), ("TIFF", "I;16"), ("PPM", "I;16"), ("TIFF", "I"), ("TIFF", "F")])
+def test_sixteen_bits_are_scaled_as_those_of_colour(form: str, mode: str) -> None:
+    """A grey picture of 16 bits equals the green of a colour file with the same levels, which Pillow itself scales."""
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    found = np.asarray(load_image(encoded(Image.fromarray(levels.astype(kind)), form)))
+    body = b"".join(b"\0" + np.repeat(row[:, None], 3, axis=1).astype(">u2").tobytes() for row in levels)
+    with Image.open(io.BytesIO(png_of(256, 256, 16, 2, body))) as colour:
+        assert colour.mode == "RGB"
+        np.testing.assert_array_equal(found, np.asarray(colour))
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_wide_levels_that_fit_eight_bits_equal_the_processor(kind: Any) -> None:
+    """There nothing is clipped; one level more, and what the processor makes of it is white."""
+    grey = np.asarray(photograph().convert("L")).astype(kind)
+    image = Image.fromarray(grey)
+    np.testing.assert_allclose(preprocess([image], SPEC), reference(image), rtol=0, atol=TOLERANCE)
+    bright = Image.fromarray((grey + 256).astype(kind))
+    assert np.asarray(load_image(bright)).max() == 1
+    assert np.asarray(bright.convert("RGB")).min() == 255
+
+
+def test_wide_pictures_with_a_transparent_level_and_below_zero() -> None:
+    levels = np.array([[0, 1000, 40_000]], np.uint16)
+    found = np.asarray(load_image(encoded(Image.fromarray(levels), "PNG", transparency=1000)))
+    assert found[0, :, 0].tolist() == [0, 255, 156]
+    below = Image.fromarray(np.array([[-5, 65_535]], np.int32))
+    assert np.asarray(load_image(below))[0, :, 0].tolist() == [0, 255]
+
+
 def test_an_rgb_image_is_not_copied(tmp_path: Path) -> None:
     image = photograph()
     assert load_image(image) is image
@@ -248,6 +313,14 @@ def test_files_are_turned_upright_and_images_are_not(tmp_path: Path, orientation
     np.testing.assert_array_equal(np.asarray(load_image(path)), np.asarray(transformers_load_image(str(path))))
     with Image.open(path) as image:
         assert load_image(image).size == photograph().size
+
+
+def png_of(width: int, height: int, bits: int, colour: int, body: bytes) -> bytes:
+    """A PNG of any depth and colour type; `body` is its filtered rows."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(body)), (b"IEND", b"")]
+    parts = (struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data)) for tag, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -280,6 +353,11 @@ def test_huge_images_are_refused_before_they_are_decoded(height: int) -> None:
         (np.zeros((0, 4, 3), np.uint8), "no pixels: 4 x 0"),
         (Image.new("RGB", (0, 0)), "no pixels: 0 x 0"),
         (7, "not int"),
+        (io.StringIO("text"), "open it with mode 'rb'"),
+        (CLOSED, "closed file"),
+        (Image.fromarray(np.array([[65_536]], np.int32)), "levels up to 65536; pictures of 8 and 16 bits"),
+        (Image.fromarray(np.array([[0, np.nan]], np.float32)), "levels up to nan"),
+        (Image.fromarray(np.array([[0, np.inf]], np.float32)), "levels up to inf"),
     ],
 )
 def test_what_is_no_image_is_one_clear_line(source: Any, reason: str) -> None:

@@ -33,7 +33,7 @@ from leanvlm.exporter.reference import Reference, relative_difference
 from leanvlm.exporter.trace import trace
 
 Array = npt.NDArray[Any]
-SPECS = [*sorted(PRUNERS), "agile:gate=entropy", "hybrid:gate=erank", "vispruner:gate=erank"]
+SPECS = [*sorted(PRUNERS), "agile:gate=entropy", "hybrid:gate=erank", "prumerge:sample=release", "vispruner:gate=erank"]
 INPUTS = ("features", "hidden", "keys", "attention", "unsplit_attention")
 FORBIDDEN = {"Loop", "If", "Scan", "NonZero", "Compress", "Unique", "ScatterElements", "ScatterND", "Scatter"}
 GRID, KEEP, WIDTH = (24, 24), 64, 256

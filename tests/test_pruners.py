@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import REFERENCE, Crop
+from reference import REFERENCE, Crop, outliers_of, release_grid
 
 from leanvlm.exporter import verify
 from leanvlm.exporter.pruners import PRUNERS, Kept, VisionTokens, parse
@@ -99,6 +99,9 @@ def test_equals_the_slow_version(name: str, grid: tuple[int, int], keep: int, ma
         ("hybrid:share=0", {"share": 0.0}),
         ("hybrid:share=1", {"share": 1.0}),
         ("prumerge:neighbours=3", {"neighbours": 3}),
+        ("prumerge:sample=release", {"sample": "release"}),
+        ("prumerge:sample=release,share=0.7", {"sample": "release", "share": 0.7}),
+        ("prumerge:sample=release,share=0.01", {"sample": "release", "share": 0.01}),
         ("random:seed=5", {"seed": 5}),
         ("scope:alpha=0.5", {"alpha": 0.5}),
         ("visionzip:contextual=0", {"contextual": 0.0}),
@@ -117,8 +120,9 @@ def test_parameters_mean_what_they_say(spec: str, params: dict[str, Any]) -> Non
     "spec",
     [
         "agile:erank_ref=0", "agile:sweeps=0", "agile:step=-1",
-        "hybrid:share=1.5", "hybrid:least=0.8,most=0.2", "hybrid:erank_ref=0", "prumerge:neighbours=0", "random:seed=-1",
-        "scope:alpha=-1", "visionzip:contextual=2", "vispruner:ratio=-0.1", "vispruner:drop=0", "vispruner:most=2",
+        "hybrid:share=1.5", "hybrid:least=0.8,most=0.2", "hybrid:erank_ref=0", "prumerge:neighbours=0", "prumerge:share=1.5",
+        "random:seed=-1", "scope:alpha=-1", "visionzip:contextual=2",
+        "vispruner:ratio=-0.1", "vispruner:drop=0", "vispruner:most=2",
     ],
 )  # fmt: skip
 def test_parameters_out_of_range_are_named(spec: str) -> None:
@@ -133,6 +137,28 @@ def test_more_outliers_than_tokens_go_by_attention() -> None:
     kept = parse("prumerge", keep=4)(tokens)
     assert kept.indices.tolist() == [[6, 7, 8, 9]] * 2
     assert_equal(kept, tokens, "prumerge", 4)
+
+
+def test_prumerge_keeps_what_its_release_keeps_where_that_is_k_tokens() -> None:
+    """24 x 24 tokens of which 16 are outliers, none on the grid of 48 that the release lays for so many."""
+    tokens = random_tokens(1, (24, 24), seed=5)
+    tokens.unsplit_attention[:] = torch.rand(1, 576, generator=torch.Generator().manual_seed(1)) + 1.0
+    tokens.unsplit_attention[0, 7:576:36] = 10.0 + torch.arange(16.0)
+    outliers = outliers_of(crops(tokens)[0].unsplit_attention)
+    released = sorted({*outliers, *release_grid(len(outliers), 576)})
+    assert len(outliers) == 16
+    assert len(released) == 64
+    assert parse("prumerge:sample=release", keep=64)(tokens).indices[0].tolist() == released
+    assert parse("prumerge", keep=64)(tokens).indices[0].tolist() != released
+
+
+@pytest.mark.parametrize("keep", [2, 15, 29])
+def test_prumerge_fills_up_where_the_grid_is_short(keep: int) -> None:
+    """The most attended tokens stand on the grid, which has then too few places; and the rows differ in how many do."""
+    tokens = random_tokens(2, (5, 6), seed=6)
+    tokens.unsplit_attention[0, ::5] += 1.0
+    kept = parse("prumerge:sample=release,share=0.5", keep=keep)(tokens)
+    assert_equal(kept, tokens, "prumerge", keep, sample="release", share=0.5)
 
 
 @pytest.mark.parametrize("gate", ["erank", "entropy"])
@@ -190,7 +216,7 @@ def test_keeping_all_changes_nothing(name: str, extra: int) -> None:
     assert kept.indices.tolist() == [list(range(30))] * 2
 
 
-@pytest.mark.parametrize("name", [*sorted(PRUNERS), "hybrid:gate=erank", "vispruner:gate=erank"])
+@pytest.mark.parametrize("name", [*sorted(PRUNERS), "hybrid:gate=erank", "prumerge:sample=release", "vispruner:gate=erank"])
 def test_rows_are_independent(name: str) -> None:
     tokens = random_tokens(3, (6, 7), seed=7)
     pruner = parse(name, keep=16)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from leanvlm.runtime import Session, load
-from leanvlm.runtime.errors import BackendError, ContextOverflowError, InputError
+from leanvlm.runtime.errors import BackendError, ContextOverflowError, InputError, LeanVLMWarning
 from leanvlm.runtime.splice import splice
 
 QUESTION = "Describe the image."
@@ -60,8 +63,18 @@ def test_sampling_repeats_with_its_seed(session: Session, sample_image: Path) ->
 
 
 def test_images_come_as_paths_bytes_and_pictures(session: Session, sample_image: Path) -> None:
-    sources = [sample_image, str(sample_image), sample_image.read_bytes(), Image.open(sample_image)]
-    assert len({session.generate(QUESTION, [source]).text for source in sources}) == 1
+    data = sample_image.read_bytes()
+    sources = [
+        sample_image,
+        str(sample_image),
+        data,
+        bytearray(data),
+        memoryview(data),
+        BytesIO(data),
+        Image.open(sample_image),
+    ]
+    found = {session.generate(QUESTION, source).text for source in sources}
+    assert len(found | {session.generate(QUESTION, sources).text for sources in ([sample_image], [bytearray(data)])}) == 1
 
 
 def test_context_overflow_says_the_numbers(session: Session, sample_image: Path) -> None:
@@ -107,6 +120,19 @@ def test_decoder_refuses_more_than_its_cache(session: Session) -> None:
     decoder.load(splice([session.table.rows([1, 2, 3, 4, 5])], [], "compact"))
     with pytest.raises(BackendError, match="5 positions do not fit a cache of 4"):
         decoder.prefill()
+
+
+def test_no_more_threads_than_processors(demo_bundle: Path) -> None:
+    most = len(os.sched_getaffinity(0))
+    with pytest.warns(LeanVLMWarning, match=rf"^1000 threads for {most} processors .*; {most} are used$"):
+        session = load(demo_bundle, threads=1000)
+    with session, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert getattr(session.backend, "threads") == most  # noqa: B009 (of this backend, not of all)
+        with load(demo_bundle, threads=most):
+            pass
+    with pytest.raises(InputError, match="threads 0 is not possible"):
+        load(demo_bundle, threads=0)
 
 
 def test_budgets_open_when_first_used(demo_bundle: Path, sample_image: Path) -> None:

@@ -242,6 +242,7 @@ def listed(name: str) -> Change:
         (both(cut("tokenizer.json", 9), resize("tokenizer.json")), "tokenizer.json cannot be read"),
         (both(cut("generation_config.json", 9), resize("generation_config.json")), "config.json cannot be read"),
         (edit(MANIFEST, vision__64__file="decoder.onnx"), "decoder.onnx has no pixel_values"),
+        (edit(MANIFEST, vision__64__file="vision_576.onnx"), "vision_576.onnx returned 576 tokens where its budget is 64"),
         (edit(MANIFEST, decoder__layers=5), "the decoder"),
     ],
 )  # fmt: skip
@@ -290,6 +291,27 @@ def test_wrong_run_options(
 def test_profile_checks_its_files_before_it_measures(leanvlm: Command, demo_bundle: Path, option: str) -> None:
     assert "folder nowhere does not exist" in refusal(leanvlm("profile", demo_bundle, option, "nowhere/figures"))
     assert "is a folder" in refusal(leanvlm("profile", demo_bundle, option, "."))
+
+
+def test_no_output_replaces_an_input(leanvlm: Command, demo_bundle: Path, sample_image: Path, workplace: Path) -> None:
+    """By its name, through a link, and as a hard link."""
+    photo = Path(shutil.copy(sample_image, workplace / "photo.png"))
+    (workplace / "link.png").symlink_to(photo)
+    (workplace / "hard.png").hardlink_to(photo)
+    before = photo.read_bytes()
+    for name in ("photo.png", "../workplace/photo.png", "link.png", "hard.png"):
+        for command in (["run", "--prompt", "What?", "--overlay"], ["inspect", "--overlay"], ["profile", "--html"]):
+            result = leanvlm(command[0], demo_bundle, "--image", photo, *command[1:], name)
+            assert f"{name} is an input, which would be lost" in (refusal(result) if command[0] != "inspect" else result.stderr)
+    assert photo.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["profile here --html", "eval here --plot"])
+def test_two_outputs_are_not_one_file(leanvlm: Command, workplace: Path, command: str) -> None:
+    (workplace / "link").symlink_to("new")
+    for name in ("new", "../workplace/new", "link"):
+        assert "are one file" in refusal(leanvlm(*command.split(), name, "--json", "new"))
+    assert not (workplace / "new").exists()
 
 
 def png(width: int, height: int, rows: int) -> bytes:

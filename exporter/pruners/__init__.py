@@ -10,6 +10,7 @@ from typing import Any
 from leanvlm.exporter.pruners.agile import AgilePruner
 from leanvlm.exporter.pruners.attention import AttentionPruner
 from leanvlm.exporter.pruners.base import Kept, Pruner, VisionTokens
+from leanvlm.exporter.pruners.cenprune import CenPruner
 from leanvlm.exporter.pruners.divprune import DivPruner
 from leanvlm.exporter.pruners.hybrid import HybridPruner
 from leanvlm.exporter.pruners.none import NoPruner
@@ -26,6 +27,7 @@ __all__ = ["PRUNERS", "AgilePruner", "AttentionPruner", "Kept", "NoPruner", "Pru
 PRUNERS: dict[str, type[Pruner]] = {
     "agile": AgilePruner,
     "attention": AttentionPruner,
+    "cenprune": CenPruner,
     "divprune": DivPruner,
     "hybrid": HybridPruner,
     "none": NoPruner,

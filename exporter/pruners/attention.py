@@ -12,7 +12,8 @@ from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, keep_
 class AttentionPruner:
     """Top-K by class-token attention, averaged over heads.
 
-    Needs a class token; uses no text and merges nothing. Differs from the release in nothing but the tie rule.
+    Needs a class token; uses no text and merges nothing. The release's, but for equal scores: here
+    they go to the lower place.
 
     Attributes:
         keep: K, tokens kept of each crop.

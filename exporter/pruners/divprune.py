@@ -23,8 +23,9 @@ FAR, CHOSEN = 4.0, -1.0
 class DivPruner:
     """Farthest-point selection.
 
-    Needs no class token, uses no text and merges nothing. The release selects once over the whole image sequence; here
-    each crop of a batch is a selection of its own, and K is given instead of a share of N (0.098 there).
+    Needs no class token, uses no text and merges nothing. The release's: the first token, the rule and the distance. Ours: the
+    release selects once over the whole image sequence, here each crop of a batch is a selection of its own; K is given
+    instead of a share of N (0.098 there); equal distances go to the lower place.
 
     Attributes:
         keep: K, tokens kept of each crop.
@@ -39,9 +40,8 @@ class DivPruner:
         if self.keep >= tokens.features.shape[1]:
             return keep_all(tokens)
         distance = pair_distance(tokens.features)
-        nearest = torch.where(distance == CHOSEN, FAR, distance).amin(dim=2)
         rows = Rows(distance)
-        near = spread(rows, rows.take(nearest.argmax(dim=1, keepdim=True)), self.keep - 1)
+        near = spread(rows, rows.take(most_isolated(distance)), self.keep - 1)
         return Kept(chosen_indices(near[:, 0] == CHOSEN, self.keep))
 
 
@@ -52,6 +52,11 @@ def pair_distance(features: Tensor) -> Tensor:
     # Two tokens that are each other's nearest tie by definition; a product's two halves may differ in the last digit.
     similarity = torch.maximum(similarity, similarity.transpose(1, 2))
     return torch.where(place[:, None] == place[None, :], CHOSEN, 1.0 - similarity)
+
+
+def most_isolated(distance: Tensor) -> Tensor:
+    """Return the token whose nearest neighbour is farthest away, by `distance` of `pair_distance`: (B, 1) int64."""
+    return torch.where(distance == CHOSEN, FAR, distance).amin(dim=2).argmax(dim=1, keepdim=True)
 
 
 def spread(distance: Rows, near: Tensor, steps: int, floors: Sequence[Tensor] | None = None) -> Tensor:

@@ -31,8 +31,8 @@ from leanvlm.exporter.pruners.share import diversity_share
 class HybridPruner:
     """Top attention first, then farthest points; at least one attention token starts the set.
 
-    Needs a class token; uses no text and merges nothing. The paper's study has no code for it: that diversity tokens keep
-    away from the attention tokens too, and the ends of the adaptive map (see `share`), are choices made here.
+    Needs a class token; uses no text and merges nothing. The paper's study has no code for it. Ours: that diversity tokens
+    keep away from the attention tokens too, the ends of the adaptive map (see `share`), and the estimated rank (see `gates`).
 
     Attributes:
         keep: K, tokens kept of each crop.

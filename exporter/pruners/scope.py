@@ -32,8 +32,8 @@ LEAST_SALIENCY = 1e-30
 class ScopePruner:
     """Greedy coverage gain times attention, on the tower's tokens before the projector.
 
-    Needs a class token; uses no text and merges nothing. The release sums the attention over heads, here it is their mean:
-    a common factor, so the choice is the same.
+    Needs a class token; uses no text and merges nothing. The release's, but for equal gains: here they go to the lower place.
+    The release sums the attention over heads, here it is their mean: a common factor, so the choice is the same.
 
     Attributes:
         keep: K, tokens kept of each crop.

@@ -28,8 +28,9 @@ from leanvlm.exporter.pruners.base import (
 class VisionZipPruner:
     """Dominant tokens as they are, contextual tokens merged before the projector.
 
-    Needs a class token; uses no text; merges. In the release the class token counts as one of the dominant tokens and the
-    contextual ones come last; here all K are patches, in raster order of dominant tokens and targets.
+    Needs a class token; uses no text; merges. The release's: the choice of both kinds, and the merging. Ours: there the class
+    token counts as one of the dominant tokens and the contextual ones come last; here all K are patches, in raster order of
+    dominant tokens and targets.
 
     Attributes:
         keep: K, tokens kept of each crop.

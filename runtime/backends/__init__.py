@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -11,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from leanvlm.runtime.engines.library import LIBRARIES
-from leanvlm.runtime.errors import InputError
+from leanvlm.runtime.errors import InputError, LeanVLMWarning
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.splice import Prompt
 
-__all__ = ["BACKENDS", "Backend", "Decoder", "Graph", "Scores", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Decoder", "Graph", "Scores", "open_backend", "processors"]
 
 BACKENDS: dict[str, str] = {
     "cpu": "leanvlm.runtime.backends.ort:OrtBackend",
@@ -112,16 +114,17 @@ def open_backend(
         folder: The bundle.
         manifest: Its manifest.
         device: `cpu`, `cuda`, or None for the bundle's own.
-        threads: Processor threads; None leaves the choice to the backend.
+        threads: Processor threads, no more than there are processors; None leaves the choice to the backend.
         provider: `tensorrt` or `nv-tensorrt-rtx`: let ONNX Runtime run a bundle for TensorRT; None runs its engines.
         prepack: Let the backend copy weights into the layout that its kernels like best; without, they stay mapped from the
             files, which is slower and takes half the memory.
 
     Raises:
         BackendError: The device, the provider or the engines are not there.
-        InputError: A provider for another target, or together with a device.
+        InputError: A provider for another target, or together with a device; a number of threads below 1.
     """
-    place, options = BACKENDS[manifest.target], {"device": device, "threads": threads, "prepack": prepack}
+    place = BACKENDS[manifest.target]
+    options: dict[str, Any] = {"device": device, "threads": _capped(threads), "prepack": prepack}
     if provider is not None and manifest.target not in LIBRARIES:
         targets = " or ".join(LIBRARIES)
         raise InputError(f"--provider is for bundles exported with --target {targets}; this one is for {manifest.target}")
@@ -132,3 +135,23 @@ def open_backend(
     module, name = place.split(":")
     backend: Backend = getattr(import_module(module), name)(folder, manifest, **options)
     return backend
+
+
+def processors() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _capped(threads: int | None) -> int | None:
+    """Return `threads`, or the number of processors where that is less."""
+    if threads is None or 1 <= threads <= processors():
+        return threads
+    if threads < 1:
+        raise InputError(f"threads {threads} is not possible; give at least 1")
+    most = processors()
+    warnings.warn(
+        f"{threads} threads for {most} processors only wait for each other; {most} are used", LeanVLMWarning, stacklevel=2
+    )
+    return most
