@@ -1,35 +1,32 @@
-"""Reading a checkpoint: find its folder, read its configuration, load its safetensors without a second copy.
-
-Weights are mapped from the files, not read, and assigned to a model that was built without memory; so loading costs little
-more than the pages that the export then touches. Every weight must find its place, by name and shape, and every place its
-weight: some transformers versions leave a tower random and only log it.
-"""
+"""Reading a checkpoint: find its folder, read what transformers reads of its configuration, refuse what cannot be done."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoImageProcessor
 
 from leanvlm.demo import BUILT_IN
 from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, ExportConfig
-from leanvlm.exporter.models import Family, FamilySpec, family_for
-from leanvlm.runtime.errors import CheckpointError, LeanVLMError
+from leanvlm.exporter.models import ARCHITECTURES, Family, FamilySpec, family_for
+from leanvlm.exporter.weights import ADAPTER, adapter_alone, find_weights, load_weights
+from leanvlm.runtime.errors import CheckpointError, LeanVLMError, LeanVLMWarning, UnsupportedModelError
 from leanvlm.runtime.manifest import SourceSpec, file_sha256
 from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.text import Template, TextTokenizer
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
-# Where checkpoints keep the image processor: newer transformers versions write the second only.
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
+# What marks weights that are stored rounded; the last is MLX's.
+QUANTISED = ("quantization_config", "compression_config", "quantization")
 # What is fetched from the Hub: first what says whether the export can be done, then what takes the time.
 SMALL_FILES = ("*.json", "*.jinja", "LICENSE*", "LICENCE*", "USE_POLICY.md", "README.md")
 WEIGHT_FILES = ("*.safetensors",)
@@ -48,6 +45,7 @@ class Checkpoint:
         spec: The family's numbers.
         image_spec: The image processor as data.
         erank_ref: Reference effective rank declared for this model.
+        weight_files: The safetensors files that count, in order.
     """
 
     folder: Path
@@ -58,11 +56,7 @@ class Checkpoint:
     spec: FamilySpec
     image_spec: ImageSpec
     erank_ref: float
-
-    @property
-    def weight_files(self) -> list[Path]:
-        """The safetensors files, in order."""
-        return sorted(self.folder.glob("*.safetensors"))
+    weight_files: tuple[Path, ...]
 
     @property
     def weight_bytes(self) -> int:
@@ -143,33 +137,101 @@ def _read(folder: Path, name: str, revision: str | None, erank_ref: float, *, we
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; --model takes demo, an alias, a Hub id or a checkpoint folder")
     if not (folder / "config.json").is_file():
+        if (folder / ADAPTER).is_file():
+            raise CheckpointError(adapter_alone(folder))
         raise CheckpointError(f"{folder} has no config.json, so it is not a Hugging Face checkpoint")
-    family = family_for(str(_json(folder / "config.json").get("model_type", "")))
+    raw = _json(folder / "config.json")
+    _refuse_other_kinds(folder, raw)
+    family = family_for(_model_type(raw))
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json; save the checkpoint's tokenizer there")
-    if weights and not list(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder} has no .safetensors weights; convert the checkpoint (pickled weights are not read)")
+    files = find_weights(folder, raw.get("transformers_weights")) if weights else ()
+    if (folder / ADAPTER).is_file():
+        message = f"the adapter in {folder} is left out; to have it in the bundle, merge it first (peft: merge_and_unload)"
+        warnings.warn(message, LeanVLMWarning, stacklevel=2)
+    config, spec = _configuration(folder, family)
+    # Read now what only the finished bundle needs: tracing a large model takes minutes.
+    _check_image_token(folder, spec, TextTokenizer.from_folder(folder))
+    Template.from_folder(folder)
+    return Checkpoint(folder, name, revision, config, family, spec, _image_spec(folder, spec), erank_ref, files)
+
+
+def _refuse_other_kinds(folder: Path, raw: dict[str, Any]) -> None:
+    """Refuse checkpoints whose configuration says that their weights are of another layout or kind.
+
+    Raises:
+        UnsupportedModelError: The original LLaVA's own layout, or quantised weights.
+    """
+    if "mm_vision_tower" in raw or any(re.fullmatch("Llava.*ForCausalLM", name) for name in _architectures(raw)):
+        raise UnsupportedModelError(
+            f"{folder} is in the original LLaVA's layout, not in transformers': take its conversion on the Hub, such as "
+            "llava-hf/llava-1.5-7b-hf, or convert it with convert_llava_weights_to_hf.py of transformers' repository"
+        )
+    for part in (raw, raw.get("text_config"), raw.get("vision_config")):
+        found = {key: part[key] for key in QUANTISED if part.get(key)} if isinstance(part, dict) else {}
+        for key, value in found.items():
+            method = f": {value['quant_method']}" if isinstance(value, dict) and "quant_method" in value else ""
+            raise UnsupportedModelError(
+                f"{folder} holds quantised weights ({key}{method}), which are not read: take the unquantised checkpoint, "
+                "or dequantise it first; --precision int4 or int8 rounds at export"
+            )
+
+
+def _model_type(raw: dict[str, Any]) -> str:
+    """Return a configuration's `model_type`, or where it has none that of the architecture that it names."""
+    known = (ARCHITECTURES[name] for name in _architectures(raw) if name in ARCHITECTURES)
+    return str(raw.get("model_type") or next(known, ""))
+
+
+def _architectures(raw: dict[str, Any]) -> list[str]:
+    names = raw.get("architectures")
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _configuration(folder: Path, family: Family) -> tuple[Any, FamilySpec]:
+    """Read `config.json` as transformers does, and the family's numbers from it."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        spec = family.spec(config)
+        config: Any = CONFIG_MAPPING[family.model_type].from_pretrained(folder, local_files_only=True)
+        # Which kernel computes attention is ours to choose, and one that is named may not be installed.
+        config._attn_implementation = None
+        return config, family.spec(config)
     except LeanVLMError:
         raise
     except Exception as error:  # A configuration's own checks raise nearly anything.
         raise CheckpointError(f"{folder / 'config.json'} is not a valid configuration: {_one_line(error)}") from error
-    # Read now what only the finished bundle needs: tracing a large model takes minutes.
-    TextTokenizer.from_folder(folder)
-    Template.from_folder(folder)
-    return Checkpoint(folder, name, revision, config, family, spec, _image_spec(folder, spec), erank_ref)
+
+
+def _check_image_token(folder: Path, spec: FamilySpec, tokenizer: TextTokenizer) -> None:
+    """Check that the image token's id is one that the tokenizer has, in whichever of its files."""
+    token = spec.image_token_id
+    if token in tokenizer.tokenizer.get_vocab(with_added_tokens=True).values():
+        return
+    added, config = (
+        _json(folder / name) if (folder / name).is_file() else {} for name in ("added_tokens.json", "tokenizer_config.json")
+    )
+    if token not in added.values() and str(token) not in (config.get("added_tokens_decoder") or {}):
+        raise CheckpointError(
+            f"{folder}: config.json says that token {token} stands for an image, and the tokenizer has no token {token}: "
+            "correct image_token_id, or take the tokenizer that was saved with the model"
+        )
 
 
 def _image_spec(folder: Path, spec: FamilySpec) -> ImageSpec:
-    """Read the image processor and compare its size with the tower's."""
-    path = next((folder / name for name in PROCESSOR_FILES if (folder / name).is_file()), None)
-    if path is None:
-        raise CheckpointError(f"{folder} has no {PROCESSOR_FILES[0]}; save the checkpoint's image processor there")
+    """Read the image processor as transformers does and compare its size with the tower's.
+
+    What `processor_config.json` nests counts before `preprocessor_config.json`.
+    """
+    nested = folder / PROCESSOR
+    path = nested if nested.is_file() and _json(nested).get("image_processor") is not None else folder / IMAGE_PROCESSOR
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {IMAGE_PROCESSOR}; save the checkpoint's image processor there")
+    _json(path)
     try:
-        image = ImageSpec.from_processor_config(_json(path))
-    except (TypeError, ValueError, AttributeError) as error:
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        image = ImageSpec.from_processor_config(processor.to_dict())
+    except LeanVLMError:
+        raise
+    except Exception as error:  # An image processor's own checks raise nearly anything.
         raise CheckpointError(f"{path} is not a valid image processor: {_one_line(error)}") from error
     if image.size != spec.image_size:
         raise CheckpointError(f"the processor makes images of {image.size}, the tower takes {spec.image_size}")
@@ -191,16 +253,6 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def settle_maths() -> None:
-    """Let torch choose its kernels for elementary functions while one thread calls them.
-
-    MKL chooses at the first call; when several threads share that call, some of them may compute with 11 bits
-    (pytorch issue 188792), which put errors of 1.5e-4 into a decoder's rotary table now and then. One element is never shared.
-    """
-    for function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt, torch.erf, torch.tanh):
-        function(torch.ones(1))
-
-
 def load_model(checkpoint: Checkpoint, on_file: Callable[[Path], None] = lambda file: None) -> nn.Module:
     """Build the checkpoint's model around its mapped weights, in their own dtype, in evaluation mode.
 
@@ -211,55 +263,7 @@ def load_model(checkpoint: Checkpoint, on_file: Callable[[Path], None] = lambda 
     Raises:
         CheckpointError: A weight that is missing, unexpected or of another shape; or a file that cannot be read.
     """
-    settle_maths()
-    family = checkpoint.family
-    model = family.empty(checkpoint.config)
-    places = {family.canonical_key(key): key for key in model.state_dict()}
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    loaded: dict[str, Tensor] = {}
-    unexpected: list[str] = []
-    for file in checkpoint.weight_files:
-        for key, tensor in _tensors(file):
-            place = places.get(family.canonical_key(key))
-            if place is None:
-                unexpected.append(key)
-                continue
-            if tuple(tensor.shape) != shapes[place]:
-                raise CheckpointError(f"{file.name}: {key} has shape {list(tensor.shape)}, expected {list(shapes[place])}")
-            loaded[place] = tensor
-        on_file(file)
-    _tie(model, loaded)
-    missing = [place for place in shapes if place not in loaded]
-    _refuse("misses", missing)
-    _refuse("has unexpected", unexpected)
-    model.load_state_dict(loaded, strict=True, assign=True)
-    family.materialise_buffers(model)
-    return model.requires_grad_(False).eval()
-
-
-def _tensors(file: Path) -> Any:
-    """Yield the names and mapped tensors of one safetensors file."""
-    try:
-        with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 (not a dict)
-                yield key, weights.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
-
-
-def _tie(model: nn.Module, loaded: dict[str, Tensor]) -> None:
-    """Give the output head the token table where the configuration ties them and the files store one."""
-    config: Any = model.config
-    head, table = "lm_head.weight", next((k for k in loaded if k.endswith("embed_tokens.weight")), None)
-    tied = getattr(config, "tie_word_embeddings", False) or config.text_config.tie_word_embeddings
-    if tied and head not in loaded and table is not None:
-        loaded[head] = loaded[table]
-
-
-def _refuse(verb: str, keys: list[str]) -> None:
-    if keys:
-        shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-        raise CheckpointError(f"the checkpoint {verb} {len(keys)} weight(s): {shown}")
+    return load_weights(checkpoint.family, checkpoint.config, checkpoint.weight_files, on_file)
 
 
 def _licence(folder: Path) -> str | None:

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.passes import DECODER_PASSES
@@ -38,6 +39,8 @@ from leanvlm.runtime.optional import require
 DECODER = "decoder.onnx"
 # text model_type -> (architecture that the builder dispatches on, its class in the builder)
 BUILDERS = {"llama": ("LlamaForCausalLM", "LlamaModel")}
+# Rotary scalings whose angles are fixed for a position, up to the context's length at least.
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 # ONNX Runtime's CPU kernel of GroupQueryAttention takes no other head sizes.
 HEAD_MULTIPLE = 16
 OPTIONS = {
@@ -51,10 +54,13 @@ def check_decoder(config: Any) -> None:
     """Check that the builder can make a decoder of this text configuration.
 
     Raises:
-        UnsupportedModelError: A decoder type or head size that cannot be built.
+        UnsupportedModelError: A decoder type, rotary scaling or head size that cannot be built.
     """
     if config.model_type not in BUILDERS:
         raise UnsupportedModelError(f"a {config.model_type!r} decoder is not supported; supported: {', '.join(BUILDERS)}")
+    rope = str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
+    if rope not in ROPE_TYPES:
+        raise UnsupportedModelError(f"rope type {rope!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     head = head_dim(config)
     if head % HEAD_MULTIPLE:
         raise UnsupportedModelError(
@@ -65,6 +71,11 @@ def check_decoder(config: Any) -> None:
 def head_dim(config: Any) -> int:
     """Return the width of one attention head of a text configuration."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def rotary_embedding(decoder: Any) -> Any:
+    """Return a decoder's rotary embedding as its configuration makes it: with angles in fp32, whatever the decoder is in."""
+    return type(decoder.model.rotary_emb)(decoder.config)
 
 
 def build_decoder(
@@ -119,16 +130,22 @@ def build_decoder(
     return path
 
 
-def in_memory(base: type, decoder: nn.Module, positions: str) -> type:
-    """Return a builder class that reads its weights from `decoder` instead of a folder.
+def in_memory(base: type, decoder: Any, positions: str) -> type:
+    """Return a builder class that takes its weights and its rotary angles from `decoder` instead of a folder.
 
+    The builder itself knows only llama3's scaling of a Llama's angles, and would leave out any other without a word.
     Rotation fused into the attention op ignores position ids on the CPU, so original positions take it out, and with it the
     packed projection that the builder cannot rotate apart.
     """
 
     class InMemory(base):  # type: ignore[misc]
-        def load_weights(self, input_path: str) -> nn.Module:
+        def load_weights(self, input_path: str) -> Any:
             return decoder
+
+        def make_rotary_embedding_caches_from_scratch(self) -> tuple[Tensor, Tensor]:
+            places = torch.arange(self.rope_attrs["cache_length"])[None]
+            cos, sin = rotary_embedding(decoder)(torch.zeros(1), places)
+            return cos[0], sin[0]
 
     class WithPositions(InMemory):
         def is_fused_rope_supported(self) -> bool:

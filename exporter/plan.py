@@ -131,9 +131,13 @@ def check_output(config: ExportConfig) -> None:
     """Check that the output folder can be written.
 
     Raises:
-        InputError: It exists and `force` is off, or it is something other than a bundle.
+        InputError: It exists and `force` is off, or it is a link or something other than a bundle.
     """
     output = config.output_folder
+    if output.is_symlink():
+        real = output.resolve()
+        absent = "" if real.exists() else ", which does not exist"
+        raise InputError(f"{output} is a link to {real}{absent}; remove the link, or name that folder itself with -o")
     if not output.exists():
         return
     if not config.force:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from leanvlm.exporter.decoder import head_dim
+from leanvlm.exporter.decoder import head_dim, rotary_embedding
 from leanvlm.exporter.trace import trace
 
 # What is added where a place must not be seen. In half precision, together with any score, it stays a number.
@@ -53,7 +53,10 @@ class PortableDecoder(nn.Module):
         super().__init__()
         self.layers = decoder.model.layers
         self.norm = decoder.model.norm
-        self.rotary = decoder.model.rotary_emb
+        rotary = rotary_embedding(decoder)
+        # In fp32, also where the decoder is narrower: half precision would turn the angles of later places by a radian.
+        self.frequencies: Tensor = rotary.inv_freq
+        self.magnitude: float = rotary.attention_scaling
         self.lm_head = decoder.lm_head
         self.fused = fused
 
@@ -64,7 +67,7 @@ class PortableDecoder(nn.Module):
         hidden = inputs_embeds
         new: list[Tensor] = []
         mask = self._mask(inputs_embeds, past_length, caches[0].shape[2])
-        cos, sin = (part[:, None] for part in self.rotary(inputs_embeds, position_ids))  # (1, 1, S, head_dim)
+        cos, sin = self.rotation(position_ids, inputs_embeds.dtype)
         for index, layer in enumerate(self.layers):
             key, value = caches[2 * index], caches[2 * index + 1]
             mixed, rows = self._attention(layer.self_attn, layer.input_layernorm(hidden), cos, sin, mask, key, value)
@@ -74,6 +77,12 @@ class PortableDecoder(nn.Module):
         wanted = self.norm(hidden.index_select(1, last_position))
         logits = self.lm_head(wanted).float()
         return logits, logits.argmax(dim=-1), logits.amax(dim=-1), *new
+
+    def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of every place's angles, both (1, 1, S, head_dim)."""
+        angles = position_ids[:, None, :, None].float() * self.frequencies
+        angles = torch.cat([angles, angles], dim=3)
+        return (angles.cos() * self.magnitude).to(dtype), (angles.sin() * self.magnitude).to(dtype)
 
     @staticmethod
     def _mask(inputs_embeds: Tensor, past_length: Tensor, past: int) -> Tensor:

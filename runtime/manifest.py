@@ -2,6 +2,11 @@
 
 A bundle is a folder; its manifest is the only link between exporting and running. Reading one checks its schema and that
 every file it names is inside the folder, present and of the stated size; `verify_files` compares the sha256 sums too.
+
+A file may be a link, as in the Hub's cache, git-annex or on a second disk; a folder in the bundle may not lead out of it. A
+link that leads out counts only if it leads to a regular file that is known by its sum: the file's own name holds the sha256
+that the manifest states, as such stores name their files, or its content has it. So nothing is read through a foreign
+bundle but what its author already had.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +38,17 @@ PRECISIONS = {
 PER_TOKEN = ("image_features", "keep_indices")
 KV_DTYPES = ("float16", "float32")
 CACHES = ("shared", "appended")
+# Read from a bundle by their names, whether the manifest lists them or not.
+READ_BY_NAME = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "generation_config.json",
+)
 
 Record = TypeVar("Record")
 
@@ -357,24 +374,51 @@ def read_manifest(folder: str | Path) -> Manifest:
     manifest = Manifest.from_dict(data)
     for name, spec in manifest.files.items():
         _check_file(folder, name, spec)
+    for name in READ_BY_NAME:
+        if name not in manifest.files and leads_out(folder, folder / name):
+            raise ManifestError(f"{name} is a link out of the bundle and {MANIFEST} does not list it: remove it")
     return manifest
 
 
 def _check_file(folder: Path, name: str, spec: FileSpec) -> None:
     path = inside(folder, name)
     if not path.is_file():
-        raise BundleError(f"the bundle is incomplete: {name} is missing from {folder}")
+        raise BundleError(f"the bundle is incomplete: {name} is missing from {folder}, or is no regular file")
     size = path.stat().st_size
     if size != spec.bytes:
         raise BundleError(f"{name} has {size} bytes where {MANIFEST} says {spec.bytes}: copy or export the bundle again")
+    check_link(folder, name, spec.sha256)
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of a file that the manifest names; raise ManifestError where that is outside the bundle's folder."""
+    """Return the path of a file that the manifest names; raise ManifestError where that is outside the bundle's folder.
+
+    The file itself may be a link; where it leads is for `check_link`.
+    """
     path = folder / name
-    if "\0" in name or Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts or leads_out(folder, path.parent):
         raise ManifestError(f"{MANIFEST} names {name!r}, which is outside the bundle")
     return path
+
+
+def leads_out(folder: Path, path: Path) -> bool:
+    """Return whether a path in a bundle is in truth somewhere else, links followed."""
+    return not path.resolve().is_relative_to(folder.resolve())
+
+
+def check_link(folder: Path, name: str, sha256: str) -> None:
+    """Check that a file of the bundle, where a link leads out to it, is the one whose sum the manifest states.
+
+    Raises:
+        BundleError: It is another file.
+    """
+    path = folder / name
+    if not leads_out(folder, path):
+        return
+    real = path.resolve()
+    named = re.fullmatch("[0-9a-f]{64}", sha256) is not None and sha256 in real.name
+    if not named and file_sha256(real) != sha256:
+        raise BundleError(f"{name} is a link to {real}, which is not the file whose sha256 {MANIFEST} states: copy it again")
 
 
 def file_sha256(path: Path) -> str:

@@ -195,21 +195,97 @@ def test_text_that_is_no_manifest_is_refused(bundle: Path, text: str) -> None:
         read_manifest(bundle)
 
 
-def test_a_link_out_of_the_bundle_is_refused(bundle: Path, manifest: Manifest, tmp_path_factory: Any) -> None:
-    outside = tmp_path_factory.mktemp("outside") / "secret"
-    outside.write_bytes(CONTENTS["vision_4.onnx"])
+SECRET = b"keys"
+
+
+def link(bundle: Path, name: str, target: Path) -> None:
+    """Put a link in the place of a file."""
+    (bundle / name).unlink(missing_ok=True)
+    (bundle / name).symlink_to(target)
+
+
+@pytest.fixture
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is not the bundle's, with a file of the same size as one of it."""
+    folder = tmp_path_factory.mktemp("outside")
+    (folder / "id_rsa").write_bytes(SECRET)
+    assert len(SECRET) == len(CONTENTS["vision_4.onnx"])
+    return folder
+
+
+def test_a_link_to_another_file_is_refused(bundle: Path, manifest: Manifest, outside: Path) -> None:
     write_manifest(bundle, manifest)
-    (bundle / "vision_4.onnx").unlink()
-    (bundle / "vision_4.onnx").symlink_to(outside)
-    with pytest.raises(ManifestError, match=r"'vision_4\.onnx', which is outside the bundle"):
+    link(bundle, "vision_4.onnx", outside / "id_rsa")
+    with pytest.raises(BundleError, match=r"vision_4\.onnx is a link to .*id_rsa, which is not the file whose sha256"):
+        read_manifest(bundle)
+
+
+@pytest.mark.parametrize("stated", ["", "id_rsa", "f" * 64])
+def test_a_manifest_cannot_call_another_file_its_own(bundle: Path, manifest: Manifest, outside: Path, stated: str) -> None:
+    """Whoever writes a manifest without knowing a file's content does not know its sum."""
+    files = {**manifest.files, "vision_4.onnx": FileSpec(len(SECRET), stated)}
+    write_manifest(bundle, dataclasses.replace(manifest, files=files))
+    link(bundle, "vision_4.onnx", outside / "id_rsa")
+    with pytest.raises(BundleError, match=r"is a link to .*id_rsa"):
+        read_manifest(bundle)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
+def test_a_link_that_the_manifest_does_not_list_is_refused(bundle: Path, manifest: Manifest, outside: Path, name: str) -> None:
+    write_manifest(bundle, manifest)
+    link(bundle, name, outside / "id_rsa")
+    with pytest.raises(ManifestError, match=f"{name} is a link out of the bundle"):
+        read_manifest(bundle)
+
+
+def test_a_link_of_the_same_content_counts(bundle: Path, manifest: Manifest, outside: Path) -> None:
+    """As on a second disk; a link within the folder is nothing special."""
+    write_manifest(bundle, manifest)
+    (outside / "weights").write_bytes(CONTENTS["vision_4.onnx"])
+    link(bundle, "vision_4.onnx", outside / "weights")
+    (bundle / "vision_6.onnx").rename(bundle / "six")
+    link(bundle, "vision_6.onnx", Path("six"))
+    assert read_manifest(bundle) == manifest
+
+
+@pytest.mark.parametrize("pattern", ["{}", "SHA256E-s4--{}.onnx"], ids=["the Hub's cache", "git-annex"])
+def test_a_link_into_a_store_that_names_files_by_their_sums_is_not_hashed(
+    bundle: Path, manifest: Manifest, outside: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_manifest(bundle, manifest)
+    blob = outside / pattern.format(SUMS["vision_4.onnx"])
+    blob.write_bytes(CONTENTS["vision_4.onnx"])
+    link(bundle, "vision_4.onnx", blob)
+    monkeypatch.setattr("leanvlm.runtime.manifest.file_sha256", lambda path: pytest.fail("it was read"))
+    assert read_manifest(bundle) == manifest
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "nowhere", "."])
+def test_only_regular_files_count(bundle: Path, manifest: Manifest, target: str) -> None:
+    write_manifest(bundle, manifest)
+    link(bundle, "decoder.onnx", Path(target))
+    with pytest.raises(BundleError, match=r"decoder\.onnx is missing from .*, or is no regular file"):
+        read_manifest(bundle)
+
+
+@pytest.mark.parametrize(
+    "name", ["a/../../secret", "../secret", "/etc/passwd", "linked/id_rsa", "a\0b", "here/../vision_4.onnx"]
+)
+def test_a_name_may_not_leave_the_folder(bundle: Path, manifest: Manifest, outside: Path, name: str) -> None:
+    """Nor may a folder in it, even to a file of the stated sum."""
+    (bundle / "linked").symlink_to(outside)
+    (bundle / "here").mkdir()
+    spec = FileSpec(len(SECRET), file_sha256(outside / "id_rsa"))
+    write_manifest(bundle, dataclasses.replace(manifest, files={**manifest.files, name: spec}))
+    with pytest.raises(ManifestError, match="which is outside the bundle"):
         read_manifest(bundle)
 
 
 def test_a_bundle_behind_a_link_is_read(bundle: Path, manifest: Manifest, tmp_path_factory: Any) -> None:
     write_manifest(bundle, manifest)
-    link = tmp_path_factory.mktemp("links") / "bundle"
-    link.symlink_to(bundle)
-    assert read_manifest(link) == manifest
+    place = tmp_path_factory.mktemp("links") / "bundle"
+    place.symlink_to(bundle)
+    assert read_manifest(place) == manifest
 
 
 def test_sums_are_those_of_sha256sum(bundle: Path, manifest: Manifest) -> None:

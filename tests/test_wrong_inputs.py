@@ -136,8 +136,8 @@ def edit(name: str, **values: Any) -> Change:
         (edit("config.json", vision_config__image_size=336), "the tower takes (336, 336)"),
         (write("tokenizer.json", "{"), "tokenizer.json cannot be read"),
         (write("chat_template.jinja", "{% if %}"), "chat template is not valid"),
-        (write("preprocessor_config.json", "?"), "preprocessor_config.json cannot be read"),
-        (edit("preprocessor_config.json", image_mean=["a", "b", "c"]), "is not a valid image processor"),
+        (write("processor_config.json", "?"), "processor_config.json cannot be read"),
+        (edit("processor_config.json", image_processor__image_mean=["a", "b", "c"]), "is not a valid image processor"),
         (cut("model.safetensors", 5), "cannot be read as safetensors"),
         (cut("model.safetensors", 100_000), "cannot be read as safetensors"),
     ],
@@ -196,6 +196,23 @@ def test_force_replaces_only_bundles(leanvlm: Command, workplace: Path, kind: st
     result = leanvlm("export", "--model", "demo", "-o", output, "--force")
     assert "is not a bundle; --force replaces only bundles" in refusal(result)
     assert thesis.read_text(encoding="utf-8") == "years of work"
+
+
+@pytest.mark.parametrize("options", [[], ["--force"]], ids=["plain", "forced"])
+@pytest.mark.parametrize("target", ["elsewhere/none", "real", "file"])
+def test_an_output_that_is_a_link_is_left_alone(leanvlm: Command, workplace: Path, target: str, options: list[str]) -> None:
+    """Before the work, also where it leads to a bundle: neither the link nor the bundle is lost."""
+    (workplace / "real").mkdir()
+    (workplace / "real" / MANIFEST).write_text("older", encoding="utf-8")
+    (workplace / "file").write_text("text", encoding="utf-8")
+    output = workplace / "linked"
+    output.symlink_to(target)
+    words = refusal(leanvlm("export", "--model", "demo", "-o", output, *options))
+    assert f"linked is a link to {workplace / target}" in words
+    assert ("which does not exist" in words) == (target == "elsewhere/none")
+    assert output.is_symlink()
+    assert sorted(path.name for path in workplace.iterdir()) == ["file", "linked", "real"]
+    assert (workplace / "real" / MANIFEST).read_text(encoding="utf-8") == "older"
 
 
 @pytest.fixture

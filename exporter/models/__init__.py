@@ -7,11 +7,13 @@ from importlib import import_module
 from leanvlm.exporter.models.base import Family, FamilySpec
 from leanvlm.runtime.errors import UnsupportedModelError
 
-__all__ = ["FAMILIES", "Family", "FamilySpec", "family_for"]
+__all__ = ["ARCHITECTURES", "FAMILIES", "Family", "FamilySpec", "family_for"]
 
 FAMILIES: dict[str, str] = {
     "llava": "leanvlm.exporter.models.llava:LlavaFamily",
 }
+# For configurations that name their architecture only.
+ARCHITECTURES = {"LlavaForConditionalGeneration": "llava"}
 
 
 def family_for(model_type: str) -> Family:

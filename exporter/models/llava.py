@@ -79,8 +79,8 @@ class LlavaFamily:
         Raises:
             UnsupportedModelError: A tower, decoder, feature selection or projector that this family does not handle.
         """
-        vision, layer = config.vision_config, config.vision_feature_layer
         self._check(config)
+        vision, layer = config.vision_config, self._layers(config)[0]
         depth = vision.num_hidden_layers
         feature_layer = layer if layer >= 0 else depth + 1 + layer
         if not 1 <= feature_layer <= depth:
@@ -96,13 +96,19 @@ class LlavaFamily:
         )
 
     @staticmethod
+    def _layers(config: Any) -> list[int]:
+        """Return the vision feature layers, of which a configuration names one, as a number or in a list."""
+        layers = config.vision_feature_layer
+        return [layers] if isinstance(layers, int) else list(layers)
+
+    @staticmethod
     def _check(config: Any) -> None:
         vision, text = config.vision_config.model_type, config.text_config.model_type
         if vision != "clip_vision_model":
             raise UnsupportedModelError(f"LLaVA with a {vision!r} tower is not supported; supported: clip_vision_model")
         if text not in DECODERS:
             raise UnsupportedModelError(f"LLaVA with a {text!r} decoder is not supported; supported: {', '.join(DECODERS)}")
-        if not isinstance(config.vision_feature_layer, int):
+        if len(LlavaFamily._layers(config)) != 1:
             raise UnsupportedModelError("LLaVA with several vision feature layers is not supported; supported: one layer")
         if config.vision_feature_select_strategy != "default":
             strategy = config.vision_feature_select_strategy

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from leanvlm.runtime.errors import BackendError, GraphError, LeanVLMWarning
-from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest
+from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest, leads_out
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.sampling import highest
 from leanvlm.runtime.splice import Prompt
@@ -30,6 +30,8 @@ Array = npt.NDArray[Any]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 GRAPH_STAGES = ("vision", "project", "prune")
 EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
+# Files of weights end so.
+DATA = ".data"
 
 
 class OrtBackend:
@@ -116,10 +118,12 @@ class OrtBackend:
             options.enable_profiling = True
             options.profile_file_prefix = profile_prefix
         providers = self.providers(spec, replayed and profile_prefix is None, options)
+        linked = self._add_linked_data(spec, options)
         try:
             session = self.ort.InferenceSession(self.folder / spec.file, options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors share no base of their own.
             raise GraphError(f"{spec.file} cannot be opened: {first_line(error)}") from error
+        del linked
         found = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
         absent = [tensor.name for tensor in (*spec.inputs, *spec.outputs) if tensor.name not in found]
         if absent:
@@ -129,6 +133,23 @@ class OrtBackend:
     def providers(self, spec: GraphSpec, replayed: bool, options: Any) -> list[Any] | None:
         """Return the execution providers of a graph's session, the preferred one first; None where `options` names them."""
         return [PROVIDERS["cpu"]]
+
+    def _add_linked_data(self, spec: GraphSpec, options: Any) -> list[Array]:
+        """Hand over weights that links lead elsewhere to, and return what must stay alive until the session is made.
+
+        From 1.24 on ONNX Runtime itself reads data only from the graph's folder, as it stands or with links followed.
+        """
+        beside = (self.folder / spec.file).resolve().parent
+        paths = {name: self.folder / name for name in self.manifest.files if name.endswith(DATA)}
+        mapped = {
+            name: np.memmap(path, np.uint8, "r")
+            for name, path in paths.items()
+            if leads_out(self.folder, path) and path.resolve().parent != beside
+        }
+        if mapped and hasattr(options, "add_external_initializers_from_files_in_memory"):
+            sizes = [data.nbytes for data in mapped.values()]
+            options.add_external_initializers_from_files_in_memory(list(mapped), list(mapped.values()), sizes)
+        return list(mapped.values())
 
     def _check_version(self) -> None:
         found, least = str(self.ort.__version__), self.manifest.min_onnxruntime

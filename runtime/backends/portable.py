@@ -17,7 +17,7 @@ import numpy.typing as npt
 from leanvlm.runtime.backends.ort import OrtBackend, OrtGraph, OrtScores, check_room, first_line
 from leanvlm.runtime.engines.profiles import Limits, Profile, shapes_text, usual_limits, vision_profile, whole_profile
 from leanvlm.runtime.errors import BackendError, MissingExtraError
-from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest
+from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest, inside
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.splice import Prompt
 
@@ -91,7 +91,7 @@ class PortableBackend(OrtBackend):
         """Return the execution providers of a session; None where its options name them."""
         if self.provider is None:
             return super().providers(spec, replayed, options)
-        (self.folder / CACHE).mkdir(parents=True, exist_ok=True)
+        inside(self.folder, str(CACHE / "any")).parent.mkdir(parents=True, exist_ok=True)
         settings = self.provider_options(spec)
         if self._plugin_devices:
             options.add_provider_for_devices(self._plugin_devices, settings)

@@ -15,7 +15,7 @@ from leanvlm.runtime.backends.cuda_memory import Buffer, Device
 from leanvlm.runtime.engines.build import write_whole
 from leanvlm.runtime.engines.library import LIBRARIES, number
 from leanvlm.runtime.errors import BackendError
-from leanvlm.runtime.manifest import EngineSpec, inside
+from leanvlm.runtime.manifest import EngineSpec, check_link, inside
 
 Shape = tuple[int, ...]
 
@@ -83,6 +83,7 @@ def _checked(folder: Path, spec: EngineSpec, module: Any) -> Path:
     if size != spec.bytes:
         found = f"{spec.file} has {size} bytes where the manifest says {spec.bytes}"
         raise BackendError(f"{found}: copy it again, or {rebuild(spec)}")
+    check_link(folder, spec.file, spec.sha256)
     built, here = number(spec.version), number(module.__version__)
     later = spec.version_compatible and built[0] == here[0] and built <= here
     if built != here and not later:

@@ -19,7 +19,7 @@ from leanvlm.runtime.engines.profiles import (
     whole_profile,
 )
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
-from leanvlm.runtime.manifest import GraphSpec, Manifest
+from leanvlm.runtime.manifest import GraphSpec, Manifest, inside
 
 TURING = 75
 HARDWARE = ("none", "ampere+", "same")
@@ -129,6 +129,8 @@ def plan_build(config: BuildConfig, manifest: Manifest, module: Any) -> BuildPla
             jobs.append(EngineJob(graph, budget, sm, (vision_profile(graph, limits),), file))
         profiles = _decoder_profiles(config, manifest, limits)
         jobs.append(EngineJob(manifest.decoder.graph, None, sm, profiles, folder / "decoder.engine"))
+    for job in jobs:
+        inside(config.bundle, str(job.file))
     sizes = [(len(job.profiles), _weights(manifest, job.graph)) for job in jobs]
     memory = max(int((COPIES + COPIES_A_PROFILE * count) * size) for count, size in sizes) + BESIDE
     disk = sum(count * size + ENGINE_BESIDE for count, size in sizes)
