@@ -102,11 +102,10 @@ def test_cache_larger_than_its_prompt_changes_nothing(session: Session, sample_i
 
 
 def test_decoder_refuses_more_than_its_cache(session: Session) -> None:
-    decoder = session.backend.decoder()
-    decoder.start(4)
-    decoder.load(splice([session.table.rows([1, 2, 3, 4, 5])], [], "compact"))
+    sequence = session.backend.decoder().sequence(4)
+    sequence.load(splice([session.table.rows([1, 2, 3, 4, 5])], [], "compact"))
     with pytest.raises(BackendError, match="5 positions do not fit a cache of 4"):
-        decoder.prefill()
+        sequence.prefill()
 
 
 def test_budgets_open_when_first_used(demo_bundle: Path, sample_image: Path) -> None:
