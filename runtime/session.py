@@ -7,8 +7,8 @@ embedding of a prompt goes is decided here, so the graphs know nothing of prompt
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -160,7 +160,8 @@ class Session:
         start = perf_counter()
         pixels = preprocess(images, self.manifest.image)
         timings.preprocess += 1e3 * (perf_counter() - start)
-        with self._device():
+        with self.backend.lock:
+            self._check_open()
             start = perf_counter()
             outputs = self.vision(budget).run({"pixel_values": pixels})
             timings.vision += 1e3 * (perf_counter() - start)
@@ -212,25 +213,23 @@ class Session:
 
     def vision(self, budget: int) -> Graph:
         """Return the vision graph of a budget, opened on first use. Beside other threads, run it under `backend.lock`."""
-        with self._device():
+        with self.backend.lock:
+            self._check_open()
             if budget not in self._graphs:
                 self._graphs[budget] = self.backend.graph(budget)
             return self._graphs[budget]
 
     def decoder(self) -> Decoder:
         """Return the decoder, opened on first use. Beside other threads, use it under `backend.lock`."""
-        with self._device():
+        with self.backend.lock:
+            self._check_open()
             if self._decoder is None:
                 self._decoder = self.backend.decoder()
             return self._decoder
 
-    @contextmanager
-    def _device(self) -> Iterator[None]:
-        """Wait for the device and have it alone; raises SessionClosedError."""
-        with self.backend.lock:
-            if self._closed:
-                raise SessionClosedError("this session is closed; load the bundle again")
-            yield
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosedError("this session is closed; load the bundle again")
 
     def _features(self, outputs: Mapping[str, Any], row: int) -> ImageFeatures:
         embeddings = outputs["image_features"][row]
@@ -311,14 +310,16 @@ class Session:
         """Yield up to `max_new_tokens` token ids: prefill, then one decode step a token, each in a turn of its own."""
         sampling, token = options.sampling, 0
         rng = sampling.generator()
-        with self._device():
+        with self.backend.lock:
+            self._check_open()
             decoder = self.decoder()
             begin = perf_counter()
             sequence = decoder.sequence(_round_up(len(prompt) + options.max_new_tokens, self.manifest.decoder.context_length))
             timings.splice += 1e3 * (perf_counter() - begin)
         with closing(sequence):
             for count in range(options.max_new_tokens):
-                with self._device():
+                with self.backend.lock:
+                    self._check_open()
                     begin = perf_counter()
                     if count == 0:
                         sequence.load(prompt)

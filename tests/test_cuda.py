@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,21 @@ def test_captured_graphs_give_the_same_again_and_for_other_lengths(session: Sess
     assert [_answer(session, images[:1], prompt) for prompt in prompts] == first
     with pytest.warns(LeanVLMWarning), load(session.folder, device="cpu") as slow:
         assert [_answer(slow, images[:1], prompt) for prompt in prompts] == first
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_eight_threads_get_the_answers_that_each_gets_alone(session: Session, images: list[Image.Image]) -> None:
+    """With captured graphs; an answer beside another is run without, and is the same."""
+    asked = [(image, PROMPT + " Now." * extra) for image in images for extra in (0, 9, 30)]
+
+    def all_answers(_: int = 0) -> list[list[int]]:
+        return [_answer(session, [image], prompt) for image, prompt in asked]
+
+    alone = all_answers()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(all_answers, range(8))) == [alone] * 8
+    assert all_answers() == alone
 
 
 def test_two_images_at_once_equal_one_by_one(session: Session, images: list[Image.Image]) -> None:
