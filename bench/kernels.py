@@ -38,15 +38,15 @@ def stage_kernels(bundle: Path, budget: int) -> dict[str, Kernels]:
         features = session.encode_images([image], budget)
         plan = session.splice(session.prompt_ids([user_message(prompt_of(session, TEXT_TOKENS), 1)], 1), features)
         graph: Any = session.vision(budget)
-        decoder: Any = session.decoder()
-        decoder.start(256)
-        decoder.load(plan)
-        token = decoder.prefill().greedy()
-        decoder.step(session.table.rows([token])[0], plan.next_position)
+        sequence = session.decoder().sequence(256)
+        cache: Any = sequence.cache
+        cache.load(plan)
+        token = cache.prefill().greedy()
+        cache.step(session.table.rows([token])[0], plan.next_position)
         phases: dict[str, Callable[[], Any]] = {
             f"vision_{budget}": lambda: graph.replay(1),
-            f"prefill_{len(plan)}": decoder.prefill,
-            "decode": decoder.replay,
+            f"prefill_{len(plan)}": cache.prefill,
+            "decode": cache.replay,
         }
         graph.run({"pixel_values": preprocess([image], session.manifest.image)})
         return {name: _kernels(run) for name, run in phases.items()}

@@ -169,23 +169,24 @@ def _decoder(session: Session, precision: str, prompt: str, pixels: Any, options
     """Time prefill and decode step by themselves, and the step's captured graph alone."""
     features = session.encode_images([pixels], options.budget)
     plan = session.splice(session.prompt_ids([user_message(prompt, 1)], 1), features)
-    decoder: Any = session.decoder()
-    decoder.start(len(plan) + 2 * (options.runs + options.warmup) + 8)
+    sequence = session.decoder().sequence(len(plan) + 2 * (options.runs + options.warmup) + 8)
+    cache: Any = sequence.cache
 
     def read() -> Any:
-        decoder.load(plan)
-        return timed(decoder.prefill)
+        cache.load(plan)
+        return timed(cache.prefill)
 
     times = [read() for _ in range(options.warmup + options.runs)]
     samples[f"prefill_{len(plan)}_{precision}"] = times[options.warmup :]
-    token, place = decoder.prefill().greedy(), plan.next_position
+    token, place = cache.prefill().greedy(), plan.next_position
     steps = []
     for count in range(options.warmup + options.runs):
         begin = perf_counter()
-        token = decoder.step(session.table.rows([token])[0], place + count).greedy()
+        token = cache.step(session.table.rows([token])[0], place + count).greedy()
         steps.append(1e3 * (perf_counter() - begin))
     samples[f"decode_{precision}"] = steps[options.warmup :]
-    samples[f"decode_{precision}_graph_only"] = repeated(decoder.replay, options)
+    samples[f"decode_{precision}_graph_only"] = repeated(cache.replay, options)
+    sequence.close()
 
 
 def _vision(session: Session, pixels: Any, options: LatencyOptions, samples: Samples) -> None:
@@ -221,10 +222,10 @@ def _preprocessing(session: Session, jpeg: bytes, options: LatencyOptions, sampl
 def _agreement(session: Session, peer: Transformers, prompt: str, pixels: Any, budget: int) -> dict[str, Any]:
     """Compare the first place's logits with transformers', which reads the same embeddings."""
     plan = session.splice(session.prompt_ids([user_message(prompt, 1)], 1), session.encode_images([pixels], budget))
-    decoder = session.decoder()
-    decoder.start(len(plan))
-    decoder.load(plan)
-    ours, theirs = decoder.prefill().logits().astype(np.float64), peer.logits(plan.embeddings()).astype(np.float64)
+    sequence = session.decoder().sequence(len(plan))
+    sequence.load(plan)
+    ours, theirs = sequence.prefill().logits().astype(np.float64), peer.logits(plan.embeddings()).astype(np.float64)
+    sequence.close()
     cosine = float(ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs))
     return {"cosine": cosine, "same_first_token": bool(ours.argmax() == theirs.argmax())}
 

@@ -216,10 +216,10 @@ def _compare_chain(
     if precision in BITS:
         with reference.weights_rounded(BITS[precision], getattr(torch, dtype)):
             expected = _judged(reference, session, ids, encoded, features, answer.token_ids)
-    decoder = session.decoder()
-    decoder.start(len(prompt))
-    decoder.load(prompt)
-    first = decoder.prefill().logits()
+    sequence = session.decoder().sequence(len(prompt))
+    sequence.load(prompt)
+    first = sequence.prefill().logits()
+    sequence.close()
     near = tolerances.TOKEN_MARGIN[COMPUTED[dtype]] * np.abs(expected).max()
     gaps = expected.max(axis=1) - expected[np.arange(NEW_TOKENS), list(answer.token_ids)]
     measured = _agreement(first, answer.token_ids, expected) | {"compared": NEW_TOKENS, "wrong": int((gaps > near).sum())}

@@ -2,6 +2,7 @@
 
 from leanvlm.runtime.answer import Answer, Pruning, Timings
 from leanvlm.runtime.errors import LeanVLMError
-from leanvlm.runtime.session import Generation, Session, load
+from leanvlm.runtime.generation import Generation
+from leanvlm.runtime.session import Session, load
 
 __all__ = ["Answer", "Generation", "LeanVLMError", "Pruning", "Session", "Timings", "load"]

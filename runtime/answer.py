@@ -51,7 +51,8 @@ class Timings:
     """Wall times of one answer, in ms.
 
     `vision` is the whole vision graph (vision, project and prune); `sample` and `decode` have one entry a token, the first
-    of `sample` belongs to the prefill. `time_to_first_token` runs from the image's bytes to the first token id.
+    of `sample` belongs to the prefill. `time_to_first_token` runs from the image's bytes to the first token id; waiting while
+    other answers have the device counts there only.
     """
 
     preprocess: float = 0.0

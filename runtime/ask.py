@@ -102,8 +102,10 @@ class Chat:
 
     def say(self, text: str, images: Sequence[Path]) -> Answer:
         """Print the answer to a message as it comes; a failed turn leaves the conversation as it was."""
-        features = self._features + self._session.encode_images(images, self._budget)
         messages = [*self._messages, user_message(text, len(images))]
+        ids = self._session.prompt_ids(messages, len(self._features) + len(images))
+        self._session.check_context(ids, self._budget, self._options.max_new_tokens)
+        features = self._features + self._session.encode_images(images, self._budget)
         generation = self._session.respond(messages, features, self._options)
         for piece in generation:
             print(piece, end="", flush=True)

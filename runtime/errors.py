@@ -37,6 +37,10 @@ class GraphError(BundleError):
     """A graph file's inputs or outputs differ from what the manifest declares."""
 
 
+class SessionClosedError(LeanVLMError):
+    """A session was used after it had been closed."""
+
+
 class CheckpointError(LeanVLMError):
     """A checkpoint cannot be found, read or loaded completely."""
 

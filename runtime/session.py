@@ -7,7 +7,8 @@ embedding of a prompt goes is decided here, so the graphs know nothing of prompt
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +20,8 @@ import numpy as np
 from leanvlm.runtime.answer import Answer, Pruning, Timings
 from leanvlm.runtime.backends import Backend, Decoder, Graph, open_backend
 from leanvlm.runtime.embeddings import TokenTable
-from leanvlm.runtime.errors import BackendError, BundleError, ContextOverflowError, InputError
+from leanvlm.runtime.errors import BackendError, BundleError, ContextOverflowError, InputError, SessionClosedError
+from leanvlm.runtime.generation import Generation
 from leanvlm.runtime.manifest import Manifest, read_manifest, verify_files
 from leanvlm.runtime.preprocess import ImageSource, image_list, preprocess
 from leanvlm.runtime.sampling import SamplingConfig, sample
@@ -52,26 +54,12 @@ class GenerateOptions:
             raise InputError(f"max_new_tokens {self.max_new_tokens} is not possible; give at least 1")
 
 
-class Generation:
-    """An answer in the making: iterate over its pieces of text; `answer` is there when they end."""
-
-    def __init__(self, pieces: Iterator[str], finish: list[Answer]) -> None:
-        self._pieces = pieces
-        self._finish = finish
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    @property
-    def answer(self) -> Answer:
-        """The finished answer; runs the generation to its end if that was not done."""
-        for _ in self._pieces:
-            pass
-        return self._finish[0]
-
-
 class Session:
     """Runs a bundle. Open one with `load`; it is a context manager.
+
+    Answers are independent: any number of threads may ask at once, and any number of streams may be read in turn; each answer
+    has a cache of its own and is what it is alone. They take turns on the device, token by token, so asking together answers
+    nobody sooner. The first has the cache that is kept, and on a GPU the captured graphs; those beside it pay for their own.
 
     Vision graphs open when a budget is first used, each with its own copy of the weights in memory.
 
@@ -91,6 +79,7 @@ class Session:
         self.end_ids = _end_ids(folder)
         self._graphs: dict[int, Graph] = {}
         self._decoder: Decoder | None = None
+        self._closed = False
 
     def __enter__(self) -> Session:
         return self
@@ -99,9 +88,11 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Let go of the graphs and their memory."""
-        self._graphs.clear()
-        self._decoder = None
+        """Let go of the graphs and their memory; the next piece of a stream in progress is a SessionClosedError."""
+        with self.backend.lock:
+            self._closed = True
+            self._graphs.clear()
+            self._decoder = None
 
     def generate(
         self, prompt: str | Sequence[Message], images: ImageSource | Sequence[ImageSource] = (), **options: Any
@@ -138,7 +129,7 @@ class Session:
 
         Raises:
             InputError: An option, image or prompt that cannot be used.
-            ContextOverflowError: Prompt and answer do not fit the model's context.
+            ContextOverflowError: Prompt and answer do not fit the model's context; said before any image is looked at.
         """
         images = image_list(images)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -146,8 +137,11 @@ class Session:
         chosen = self.manifest.budget(budget)
         messages = [user_message(prompt, len(images))] if isinstance(prompt, str) else list(prompt)
         start, timings = perf_counter(), Timings()
+        ids = self.prompt_ids(messages, len(images))
+        self.check_context(ids, chosen, options.max_new_tokens)
+        timings.splice += 1e3 * (perf_counter() - start)
         features = self.encode_images(images, chosen, timings)
-        return self.respond(messages, features, options, timings, start)
+        return self._answer(ids, features, options, timings, start)
 
     def encode_images(self, images: Sequence[ImageSource], budget: int, timings: Timings | None = None) -> list[ImageFeatures]:
         """Turn images into the embeddings that the decoder reads, keeping `budget` tokens of each crop.
@@ -162,14 +156,16 @@ class Session:
             return []
         start = perf_counter()
         pixels = preprocess(images, self.manifest.image)
-        middle = perf_counter()
-        outputs = self.vision(budget).run({"pixel_values": pixels})
+        timings.preprocess += 1e3 * (perf_counter() - start)
+        with self.backend.lock:
+            self._check_open()
+            start = perf_counter()
+            outputs = self.vision(budget).run({"pixel_values": pixels})
+            timings.vision += 1e3 * (perf_counter() - start)
         kept = {outputs["keep_indices"].shape[1], outputs["image_features"][0].shape[0]}
         if kept != {budget}:
             file, found = self.manifest.vision[budget].file, " and ".join(map(str, sorted(kept)))
             raise BackendError(f"{file} returned {found} tokens where its budget is {budget}: export the bundle again")
-        timings.preprocess += 1e3 * (middle - start)
-        timings.vision += 1e3 * (perf_counter() - middle)
         return [self._features(outputs, row) for row in range(len(images))]
 
     def respond(
@@ -190,14 +186,25 @@ class Session:
             start: `perf_counter()` when the request came, for the time to the first token.
         """
         timings = timings or Timings()
-        start = perf_counter() if start is None else start
         begin = perf_counter()
-        prompt = self.splice(self.prompt_ids(messages, len(features)), features)
-        self._check_context(prompt.next_position, options.max_new_tokens)
+        start = begin if start is None else start
+        ids = self.prompt_ids(messages, len(features))
         timings.splice += 1e3 * (perf_counter() - begin)
-        finish: list[Answer] = []
-        pieces = self._pieces(prompt, features, options, timings, start, finish)
-        return Generation(pieces, finish)
+        return self._answer(ids, features, options, timings, start)
+
+    def _answer(
+        self,
+        ids: Sequence[int],
+        features: Sequence[ImageFeatures],
+        options: GenerateOptions,
+        timings: Timings,
+        start: float,
+    ) -> Generation:
+        begin = perf_counter()
+        prompt = self.splice(ids, features)
+        self._check_fit(prompt.next_position, options.max_new_tokens)
+        timings.splice += 1e3 * (perf_counter() - begin)
+        return Generation(self._pieces(prompt, features, options, timings, start))
 
     def prompt_ids(self, messages: Sequence[Message], images: int) -> list[int]:
         """Render and tokenise a conversation; every image is one image token in the result."""
@@ -206,16 +213,24 @@ class Session:
         return ids
 
     def vision(self, budget: int) -> Graph:
-        """Return the vision graph of a budget, opened on first use."""
-        if budget not in self._graphs:
-            self._graphs[budget] = self.backend.graph(budget)
-        return self._graphs[budget]
+        """Return the vision graph of a budget, opened on first use. Beside other threads, run it under `backend.lock`."""
+        with self.backend.lock:
+            self._check_open()
+            if budget not in self._graphs:
+                self._graphs[budget] = self.backend.graph(budget)
+            return self._graphs[budget]
 
     def decoder(self) -> Decoder:
-        """Return the decoder, opened on first use."""
-        if self._decoder is None:
-            self._decoder = self.backend.decoder()
-        return self._decoder
+        """Return the decoder, opened on first use. Beside other threads, use it under `backend.lock`."""
+        with self.backend.lock:
+            self._check_open()
+            if self._decoder is None:
+                self._decoder = self.backend.decoder()
+            return self._decoder
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosedError("this session is closed; load the bundle again")
 
     def _features(self, outputs: Mapping[str, Any], row: int) -> ImageFeatures:
         embeddings = outputs["image_features"][row]
@@ -239,7 +254,19 @@ class Session:
         segments = [self.table.rows(segment) for segment in split_on_image(ids, self.manifest.image_token_id)]
         return splice(segments, features, self.manifest.positions)
 
-    def _check_context(self, prompt: int, new: int) -> None:
+    def check_context(self, ids: Sequence[int], budget: int, new: int) -> None:
+        """Raise ContextOverflowError if a prompt does not fit the model's context with its answer, before images are encoded.
+
+        Args:
+            ids: The prompt, as `prompt_ids` returns it.
+            budget: Image tokens kept per crop.
+            new: Tokens of the answer at most.
+        """
+        width = budget if self.manifest.positions == "compact" else self.manifest.tokens_per_crop
+        images = ids.count(self.manifest.image_token_id)
+        self._check_fit(len(ids) + images * (width - 1), new)
+
+    def _check_fit(self, prompt: int, new: int) -> None:
         context = self.manifest.decoder.context_length
         if prompt + new > context:
             raise ContextOverflowError(
@@ -254,58 +281,66 @@ class Session:
         options: GenerateOptions,
         timings: Timings,
         start: float,
-        finish: list[Answer],
-    ) -> Iterator[str]:
-        """Yield the answer's text as it comes and leave the finished answer in `finish`."""
+    ) -> Generator[str, None, Answer]:
+        """Yield the answer's text as it comes and return the finished answer."""
         stream, stops = self.tokenizer.stream(), StopStrings(options.stop)
         text: list[str] = []
         ids: list[int] = []
         reason = "length"
-        for token in self._tokens(prompt, options, timings, start):
-            ids.append(token)
-            ended = token in self.end_ids and not options.ignore_end
-            piece = stops.push(stream.flush() if ended else stream.push(token))
-            # Templates end right behind "ASSISTANT:", so an answer begins with a space of no use.
-            piece = piece if text else piece.lstrip()
-            if piece:
-                text.append(piece)
-                yield piece
-            if ended or stops.stopped:
-                reason = "stop"
-                break
+        with closing(self._tokens(prompt, options, timings, start)) as tokens:
+            for token in tokens:
+                ids.append(token)
+                ended = token in self.end_ids and not options.ignore_end
+                piece = stops.push(stream.flush() if ended else stream.push(token))
+                # Templates end right behind "ASSISTANT:", so an answer begins with a space of no use.
+                piece = piece if text else piece.lstrip()
+                if piece:
+                    text.append(piece)
+                    yield piece
+                if ended or stops.stopped:
+                    reason = "stop"
+                    break
         rest = "" if stops.stopped else stops.push(stream.flush()) + stops.flush()
         if rest:
             text.append(rest)
             yield rest
         pruning = tuple(image.pruning for image in features)
-        finish.append(Answer("".join(text), tuple(ids), len(prompt), reason, timings, pruning))
+        return Answer("".join(text), tuple(ids), len(prompt), reason, timings, pruning)
 
-    def _tokens(self, prompt: Prompt, options: GenerateOptions, timings: Timings, start: float) -> Iterator[int]:
-        """Yield up to `max_new_tokens` token ids: prefill, then one decode step a token."""
-        decoder, sampling = self.decoder(), options.sampling
+    def _tokens(self, prompt: Prompt, options: GenerateOptions, timings: Timings, start: float) -> Generator[int, None, None]:
+        """Yield up to `max_new_tokens` token ids: prefill, then one decode step a token, each in a turn of its own."""
+        sampling, token = options.sampling, 0
         rng = sampling.generator()
-        begin = perf_counter()
-        decoder.start(_round_up(len(prompt) + options.max_new_tokens, self.manifest.decoder.context_length))
-        decoder.load(prompt)
-        middle = perf_counter()
-        scores = decoder.prefill()
-        timings.splice += 1e3 * (middle - begin)
-        timings.prefill = 1e3 * (perf_counter() - middle)
-        for count in range(options.max_new_tokens):
+        with self.backend.lock:
+            self._check_open()
+            decoder = self.decoder()
             begin = perf_counter()
-            if sampling.temperature == 0:
-                token = scores.greedy()
-            else:
-                token = sample(scores.logits(), temperature=sampling.temperature, top_p=sampling.top_p, rng=rng)
-            end = perf_counter()
-            timings.sample.append(1e3 * (end - begin))
-            if count == 0:
-                timings.time_to_first_token = 1e3 * (end - start)
-            yield token
-            if count + 1 < options.max_new_tokens:
-                begin = perf_counter()
-                scores = decoder.step(self.table.rows([token])[0], prompt.next_position + count)
-                timings.decode.append(1e3 * (perf_counter() - begin))
+            sequence = decoder.sequence(_round_up(len(prompt) + options.max_new_tokens, self.manifest.decoder.context_length))
+            timings.splice += 1e3 * (perf_counter() - begin)
+        with closing(sequence):
+            for count in range(options.max_new_tokens):
+                with self.backend.lock:
+                    self._check_open()
+                    begin = perf_counter()
+                    if count == 0:
+                        sequence.load(prompt)
+                        timings.splice += 1e3 * (perf_counter() - begin)
+                        begin = perf_counter()
+                        scores = sequence.prefill()
+                        timings.prefill = 1e3 * (perf_counter() - begin)
+                    else:
+                        scores = sequence.step(self.table.rows([token])[0], prompt.next_position + count - 1)
+                        timings.decode.append(1e3 * (perf_counter() - begin))
+                    begin = perf_counter()
+                    if sampling.temperature == 0:
+                        token = scores.greedy()
+                    else:
+                        token = sample(scores.logits(), temperature=sampling.temperature, top_p=sampling.top_p, rng=rng)
+                    end = perf_counter()
+                timings.sample.append(1e3 * (end - begin))
+                if count == 0:
+                    timings.time_to_first_token = 1e3 * (end - start)
+                yield token
 
 
 def load(

@@ -35,12 +35,32 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_bundle(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint, exported at 16 of 121 image tokens; no test may change it."""
+    from leanvlm.exporter import ExportConfig, export
+
+    output = tmp_path_factory.mktemp("tiny") / "tiny-16"
+    export(ExportConfig(str(tiny_llava), (16,), output))
+    return output
+
+
+@pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model, exported at 64 of 576 image tokens; no test may change it."""
     from leanvlm.exporter import ExportConfig, export
 
     output = tmp_path_factory.mktemp("demo") / "demo-64"
     export(ExportConfig("demo", (BUDGET,), output))
+    return output
+
+
+@pytest.fixture(scope="session")
+def cuda_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model for cuda in fp16, at 64 of 576 image tokens; no test may change it."""
+    from leanvlm.exporter import ExportConfig, export
+
+    output = tmp_path_factory.mktemp("cuda") / "demo-cuda"
+    export(ExportConfig("demo", (BUDGET,), output, target="cuda"))
     return output
 
 

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import pytest
 
+from leanvlm.runtime.backends import trt
 from leanvlm.runtime.engines.profiles import Limits, decoder_profiles, usual_limits, vision_profile, whole_profile
 from leanvlm.runtime.manifest import EngineSpec, GraphSpec, Manifest, file_sha256
 
@@ -43,7 +45,7 @@ class FakeDevice:
         del self.blocks[address]
 
     def view(self, address: int, size: int) -> np.ndarray:
-        for start, block in self.blocks.items():
+        for start, block in list(self.blocks.items()):  # Another thread may free its own meanwhile.
             if start <= address and address + size <= start + len(block):
                 return block[address - start : address - start + size]
         raise AssertionError(f"{size} bytes at {address} are outside of every allocation")
@@ -136,6 +138,13 @@ class FakeEngine:
 
     def create_execution_context(self) -> FakeContext:
         return FakeContext(self)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, device: FakeDevice, sm: int) -> None:
+    """Give this machine a GPU of an SM with TensorRT."""
+    monkeypatch.setattr(trt, "this_sm", lambda: sm)
+    monkeypatch.setattr(trt, "load_runtime", lambda library, compatible: module(device))
+    monkeypatch.setattr(trt, "CudaDevice", lambda: device)
 
 
 def module(device: FakeDevice) -> Any:

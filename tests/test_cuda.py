@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from leanvlm.demo import MODEL_DIR, SAMPLES_DIR
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.backends import cuda
+from leanvlm.runtime.backends.placement import misplaced_nodes
 from leanvlm.runtime.errors import BackendError, LeanVLMWarning, VerificationError
 from leanvlm.runtime.manifest import FileSpec, read_manifest
 from leanvlm.runtime.preprocess import preprocess
@@ -30,12 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:a bundle for cuda runs on cpu")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from leanvlm.exporter import ExportConfig, export
-
-    output = tmp_path_factory.mktemp("cuda") / "demo-cuda"
-    export(ExportConfig("demo", (BUDGET,), output, target="cuda"))
-    return output
+def bundle(cuda_bundle: Path) -> Path:
+    return cuda_bundle
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +113,21 @@ def test_captured_graphs_give_the_same_again_and_for_other_lengths(session: Sess
         assert [_answer(slow, images[:1], prompt) for prompt in prompts] == first
 
 
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_eight_threads_get_the_answers_that_each_gets_alone(session: Session, images: list[Image.Image]) -> None:
+    """With captured graphs; an answer beside another is run without, and is the same."""
+    asked = [(image, PROMPT + " Now." * extra) for image in images for extra in (0, 9, 30)]
+
+    def all_answers(_: int = 0) -> list[list[int]]:
+        return [_answer(session, [image], prompt) for image, prompt in asked]
+
+    alone = all_answers()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(all_answers, range(8))) == [alone] * 8
+    assert all_answers() == alone
+
+
 def test_two_images_at_once_equal_one_by_one(session: Session, images: list[Image.Image]) -> None:
     together = session.encode_images(images, BUDGET)
     rows = [np.asarray(features.embeddings) for features in together]
@@ -152,7 +165,7 @@ def test_tensors_of_few_lengths_are_kept_and_the_step_s_always(session: Session,
     wanted = [_answer(session, [], prompt) for prompt in prompts]
     with load(session.folder, device=DEVICE) as small:
         assert [_answer(small, [], prompt) for prompt in [*prompts, prompts[0]]] == [*wanted, wanted[0]]
-        slots = small.decoder()._slots  # type: ignore[attr-defined]
+        slots = small.decoder().sequence(1).cache._slots  # type: ignore[attr-defined]
         assert 1 in slots
         assert len(slots) <= 3
 
@@ -179,18 +192,16 @@ def test_sampling_reads_the_logits(session: Session, images: list[Image.Image]) 
 
 
 def test_decoder_refuses_more_than_its_cache(session: Session) -> None:
-    decoder = session.backend.decoder()
-    decoder.start(4)
+    sequence = session.backend.decoder().sequence(4)
     with pytest.raises(BackendError, match="5 positions do not fit a cache of 4"):
-        decoder.load(splice([session.table.rows([1, 2, 3, 4, 5])], [], "compact"))
+        sequence.load(splice([session.table.rows([1, 2, 3, 4, 5])], [], "compact"))
 
 
 def test_logits_that_are_no_numbers_are_an_error(session: Session) -> None:
-    decoder = session.backend.decoder()
-    decoder.start(8)
-    decoder.load(splice([np.full((3, session.table.width), np.nan, np.float16)], [], "compact"))
+    sequence = session.backend.decoder().sequence(8)
+    sequence.load(splice([np.full((3, session.table.width), np.nan, np.float16)], [], "compact"))
     with pytest.raises(BackendError, match="cannot be sampled"):
-        decoder.prefill().greedy()
+        sequence.prefill().greedy()
 
 
 def test_a_model_that_does_not_fit_says_what_would(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,11 +224,11 @@ def test_nodes_off_the_device_are_named(bundle: Path) -> None:
         backend: Any = session.backend
         pixels = np.zeros((1, 3, *session.manifest.image.size), np.uint8)
         events = backend.node_events(session.manifest.vision[BUDGET], {"pixel_values": pixels})
-    found = cuda.misplaced_nodes(events, "CUDAExecutionProvider")
+    found = misplaced_nodes(events, "CUDAExecutionProvider")
     assert any(entry.endswith("(MatMul on CPU)") for entry in found)
     assert any("/vision/blocks/0/self_attn" in entry for entry in found)
     assert not any("(Shape on" in entry for entry in found)
-    assert cuda.misplaced_nodes(events, "CPUExecutionProvider") == []
+    assert misplaced_nodes(events, "CPUExecutionProvider") == []
 
 
 def test_a_misplaced_node_fails_the_verification() -> None:

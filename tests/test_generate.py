@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from leanvlm.exporter import ExportConfig, export
 from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.runtime import Session, load
 
@@ -22,10 +21,8 @@ BUDGET = 16
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("tiny") / "tiny-16"
-    export(ExportConfig(str(tiny_llava), (BUDGET,), output))
-    return output
+def bundle(tiny_bundle: Path) -> Path:
+    return tiny_bundle
 
 
 @pytest.fixture(scope="module")

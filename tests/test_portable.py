@@ -28,7 +28,7 @@ from leanvlm.exporter.portable_decoder import trace_decoder
 from leanvlm.exporter.reference import Reference, relative_difference
 from leanvlm.exporter.verify import probe_images
 from leanvlm.runtime import load
-from leanvlm.runtime.backends.portable import PortableDecoder
+from leanvlm.runtime.backends.portable import PortableCache
 from leanvlm.runtime.engines.profiles import Limits, usual_limits
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.manifest import read_manifest
@@ -311,17 +311,16 @@ def test_the_files_at_the_profiles_ends(
     manifest = read_manifest(tensorrt_bundle)
     assert usual_limits(manifest, Limits()).prompt == 1024
     session = onnxruntime.InferenceSession(tensorrt_bundle / "decoder.onnx", providers=["CPUExecutionProvider"])
-    decoder = PortableDecoder(session, manifest.decoder)
+    cache = PortableCache(session, manifest.decoder, capacity)
     embeddings = content(built_in, sample_image, prompt + STEPS)
     wanted = built_in.logits(embeddings, np.arange(len(embeddings)), STEPS + 1)
     limit = tolerances.LOGITS["fp16"] * np.abs(wanted).max()
-    decoder.start(capacity)
-    decoder.load(splice([embeddings[:prompt]], [], "compact"))
-    scores = decoder.prefill()
+    cache.load(splice([embeddings[:prompt]], [], "compact"))
+    scores = cache.prefill()
     for step in range(STEPS + 1):
         assert np.abs(scores.logits() - wanted[step]).max() <= limit
         if step < STEPS:
-            scores = decoder.step(embeddings[prompt + step], prompt + step)
+            scores = cache.step(embeddings[prompt + step], prompt + step)
 
 
 @pytest.mark.parametrize("batch", [1, 4])

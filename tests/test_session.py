@@ -115,11 +115,10 @@ def test_cache_larger_than_its_prompt_changes_nothing(session: Session, sample_i
 
 
 def test_decoder_refuses_more_than_its_cache(session: Session) -> None:
-    decoder = session.backend.decoder()
-    decoder.start(4)
-    decoder.load(splice([session.table.rows([1, 2, 3, 4, 5])], [], "compact"))
+    sequence = session.backend.decoder().sequence(4)
+    sequence.load(splice([session.table.rows([1, 2, 3, 4, 5])], [], "compact"))
     with pytest.raises(BackendError, match="5 positions do not fit a cache of 4"):
-        decoder.prefill()
+        sequence.prefill()
 
 
 def test_no_more_threads_than_processors(demo_bundle: Path) -> None:

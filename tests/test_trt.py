@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_tensorrt import VERSION, FakeDevice, add_engines, module
+from fake_tensorrt import VERSION, FakeDevice, add_engines, pretend
 from PIL import Image
 
 from leanvlm.exporter import tolerances
@@ -43,9 +43,7 @@ def bundle(tensorrt_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def opened(bundle: Path, device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     """Opens the bundle with engines for a GPU of SM 87, which this machine is made to have."""
-    monkeypatch.setattr(trt, "this_sm", lambda: SM)
-    monkeypatch.setattr(trt, "load_runtime", lambda library, compatible: module(device))
-    monkeypatch.setattr(trt, "CudaDevice", lambda: device)
+    pretend(monkeypatch, device, SM)
     sessions = []
 
     def open_bundle(limits: Limits | None = None, **changes: Any) -> Session:
@@ -93,16 +91,15 @@ def test_several_images_batches_and_prompts_without_images(opened: Open, images:
     ids = session.prompt_ids([user_message("Which is brighter?", 2)], 2)
     plan = session.splice(ids, session.encode_images(images, 64))
     expected = plan.embeddings(np.float16)
-    decoder: Any = session.decoder()
-    decoder.start(len(plan) + 4)
-    decoder.load(plan)
-    assert (decoder._buffers(len(plan))["inputs_embeds"].numpy()[0] == expected).all()
+    sequence = session.decoder().sequence(len(plan) + 4)
+    cache: Any = sequence.cache
+    cache.load(plan)
+    assert (cache._buffers(len(plan))["inputs_embeds"].numpy()[0] == expected).all()
     # Features that the graph has overwritten since come from the processor's memory.
     older, _ = session.encode_images([images[0]], 64), session.encode_images([images[1]], 64)
     plan = session.splice(session.prompt_ids([user_message(PROMPT, 1)], 1), older)
-    decoder.start(len(plan) + 4)
-    decoder.load(plan)
-    assert (decoder._buffers(len(plan))["inputs_embeds"].numpy()[0] == plan.embeddings(np.float16)).all()
+    cache.load(plan)
+    assert (cache._buffers(len(plan))["inputs_embeds"].numpy()[0] == plan.embeddings(np.float16)).all()
     assert session.generate("What is it?", max_new_tokens=3, ignore_end=True).token_ids
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +75,16 @@ def test_several_images_and_later_sessions(session: Session, sample_image: Path)
         assert session.generate(PROMPT, [image], max_new_tokens=60, ignore_end=True).token_ids == first.token_ids
     with load(session.folder) as again:
         assert again.generate(PROMPT, [image]).text == "a yellow hexagon"
+
+
+def test_threads_get_the_answers_that_each_gets_alone(session: Session, sample_image: Path) -> None:
+    image = Image.open(sample_image).convert("RGB")
+
+    def answers(_: int = 0) -> list[tuple[int, ...]]:
+        pictures = (image, image.rotate(90), image.rotate(180))
+        return [session.generate(PROMPT, [p], max_new_tokens=24, ignore_end=True).token_ids for p in pictures]
+
+    with session:
+        alone = answers()
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(answers, range(8))) == [alone] * 8

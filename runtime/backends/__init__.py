@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
 from leanvlm.runtime.manifest import Manifest
-from leanvlm.runtime.splice import Prompt
 
 __all__ = ["BACKENDS", "Backend", "Decoder", "Graph", "Scores", "open_backend", "processors"]
 
@@ -53,30 +54,16 @@ class Scores(Protocol):
         ...
 
 
-class Decoder(Protocol):
-    """The decoder with the key-value cache of one sequence."""
-
-    def start(self, capacity: int) -> None:
-        """Begin a new sequence of at most `capacity` positions."""
-        ...
-
-    def load(self, prompt: Prompt) -> None:
-        """Put a prompt's embeddings where `prefill` reads them (the stage splice)."""
-        ...
-
-    def prefill(self) -> Scores:
-        """Read the loaded prompt; the scores are those of its last place. They hold until the next call."""
-        ...
-
-    def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> Scores:
-        """Append one token's embedding (D,) at a position and return the scores of the next. They hold until the next call."""
-        ...
-
-
 class Backend(Protocol):
-    """Opens the graphs of one bundle on one device."""
+    """Opens the graphs of one bundle on one device.
+
+    Attributes:
+        device: Its name.
+        lock: Held by whoever uses the device: opens or runs a graph, loads a prompt, reads scores or features.
+    """
 
     device: str
+    lock: AbstractContextManager[Any]
 
     def graph(self, budget: int) -> Graph:
         """Open the vision graph of a budget."""

@@ -2,6 +2,7 @@
 
 Every input, output and cache is allocated once and bound to one address, so that ONNX Runtime can capture a run as a CUDA graph
 and replay it: one capture for each batch size of a vision graph, one for each length of prompt, one for the decode step.
+A cache that goes with its sequence is run without: what was captured for it would stay in ONNX Runtime.
 Only token ids, their embeddings and a mask cross the bus while an answer is made.
 
 A prompt is read at the next length of a ladder (`bucket`), so that few graphs serve all prompts. The padding is at its
@@ -13,8 +14,12 @@ The same code runs a bundle for cuda on the processor when that is asked for, wi
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -23,8 +28,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from leanvlm.runtime.backends.device import DeviceFeatures, DeviceMemory, DeviceRows, Slot, preload_libraries, run_slot
+from leanvlm.runtime.backends.device import UNCAPTURED, DeviceFeatures, DeviceMemory, DeviceRows, Slot, preload_libraries
 from leanvlm.runtime.backends.ort import GRAPH_STAGES, PROVIDERS, OrtBackend, check_room, first_line
+from leanvlm.runtime.backends.placement import misplaced_nodes
+from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.errors import BackendError, GraphError
 from leanvlm.runtime.gpu import free_memory, gpus, misfit
 from leanvlm.runtime.kernels import without_kernels
@@ -40,9 +47,8 @@ FINE, COARSE = 256, 64
 PROMPT_SLOTS = 8
 # A cache for a short question and answer, to judge whether a model fits before it is loaded.
 USUAL_POSITIONS = 512
-# A node on the processor that makes no more integers than this computes a shape.
-SHAPE_ELEMENTS = 64
-INTEGERS = ("int64", "int32", "bool")
+# While ONNX Runtime captures, no other thread of the process may allocate on the GPU, so sessions share one lock.
+GPU_LOCK = threading.RLock()
 
 
 def bucket(length: int) -> int:
@@ -62,22 +68,24 @@ class CudaBackend(OrtBackend):
         self, folder: Path, manifest: Manifest, *, device: str | None, threads: int | None, prepack: bool = True
     ) -> None:
         super().__init__(folder, manifest, device=device, threads=threads, prepack=prepack)
+        self._memory = DeviceMemory(self.ort, self.device)
         if self.device == "cuda":
+            self.lock = GPU_LOCK
             self._check_kernels()
             self._check_memory()
             preload_libraries(self.ort)
 
     def graph(self, budget: int) -> CudaGraph:
         """Open the vision graph of a budget (image tokens per crop)."""
-        spec = self.manifest.vision[budget]
-        return CudaGraph(self.memory(), self.session(spec), spec)
+        return self._graph(self.manifest.vision[budget])
 
-    def decoder(self) -> CudaDecoder:
+    def decoder(self) -> Decoder:
         """Open the decoder and the graph that puts prompts together."""
         spec, splice = self.manifest.decoder, self.manifest.splice
         if splice is None:
             raise GraphError("this bundle has no splice graph: export it again")
-        return CudaDecoder(self.memory(), self.session(spec.graph), self.session(splice, replayed=False), spec)
+        opened = CudaDecoder(self._memory, self.session(spec.graph), self.session(splice, replayed=False), spec, count(1))
+        return Decoder(lambda capacity, kept: CudaCache(opened, capacity, kept))
 
     def session(self, spec: GraphSpec, *, profile_prefix: str | None = None, replayed: bool = True) -> Any:
         """Open a graph file; raises BackendError where ONNX Runtime would quietly go on without the GPU."""
@@ -85,10 +93,6 @@ class CudaBackend(OrtBackend):
         if PROVIDERS[self.device] not in session.get_providers():
             raise BackendError("ONNX Runtime cannot use the GPU; `leanvlm doctor` says what is missing (or pass --device cpu)")
         return session
-
-    def memory(self) -> DeviceMemory:
-        """Return the place where tensors live."""
-        return DeviceMemory(self.ort, self.device)
 
     def providers(self, spec: GraphSpec, replayed: bool, options: Any) -> list[Any] | None:
         """Return the execution providers, with CUDA graphs or without."""
@@ -111,7 +115,7 @@ class CudaBackend(OrtBackend):
         return {stage: time / sum(spent) for stage, time in zip(GRAPH_STAGES, spent, strict=True)}
 
     def _median_ms(self, spec: GraphSpec, pixel_values: Array, runs: int) -> float:
-        graph, times = CudaGraph(self.memory(), self.session(spec), spec), []
+        graph, times = self._graph(spec), []
         graph.run({"pixel_values": pixel_values})
         for _ in range(4 * runs):
             begin = perf_counter()
@@ -127,6 +131,9 @@ class CudaBackend(OrtBackend):
         events = self.node_events(self.manifest.vision[budget], {"pixel_values": pixel_values})
         events += self.node_events(spec.graph, _decoder_probe(spec))
         return misplaced_nodes(events, PROVIDERS[self.device])
+
+    def _graph(self, spec: GraphSpec) -> CudaGraph:
+        return CudaGraph(self._memory, self.session(spec), spec, self.lock)
 
     def _check_kernels(self) -> None:
         """Refuse a GPU on which ONNX Runtime would open the bundle and fail at the first node."""
@@ -150,10 +157,11 @@ class CudaBackend(OrtBackend):
 class CudaGraph:
     """One vision graph; each batch size has its own tensors and its own captured graph."""
 
-    def __init__(self, memory: DeviceMemory, session: Any, spec: GraphSpec) -> None:
+    def __init__(self, memory: DeviceMemory, session: Any, spec: GraphSpec, lock: AbstractContextManager[Any]) -> None:
         self._memory = memory
         self._session = session
         self._spec = spec
+        self._lock = lock
         self._slots: dict[int, Slot] = {}
         self._given: dict[int, weakref.ref[DeviceFeatures]] = {}
 
@@ -166,14 +174,14 @@ class CudaGraph:
         if before is not None and (held := before()) is not None:
             held.keep()
         slot.tensors["pixel_values"].update_inplace(np.ascontiguousarray(pixels))
-        run_slot(self._session, slot, "the vision graph")
+        self._memory.run(self._session, slot, "the vision graph")
         # The arrays are copies: on the processor numpy() shows the tensor itself, which the next run overwrites.
         outputs: dict[str, Any] = {}
         for tensor in self._spec.outputs:
             value = slot.tensors[tensor.name]
             if tensor.name == FEATURES:
                 rows, kept, width = _shape(tensor, batch)
-                outputs[FEATURES] = features = DeviceFeatures(value, (rows, kept, width))
+                outputs[FEATURES] = features = DeviceFeatures(value, (rows, kept, width), self._lock)
                 self._given[batch] = weakref.ref(features)
             else:
                 outputs[tensor.name] = value.numpy().copy()
@@ -181,7 +189,7 @@ class CudaGraph:
 
     def replay(self, batch: int) -> None:
         """Run once more on the pixels of the last run of this batch size: for measuring."""
-        run_slot(self._session, self._slot(batch), "the vision graph")
+        self._memory.run(self._session, self._slot(batch), "the vision graph")
 
     def _slot(self, batch: int) -> Slot:
         if batch not in self._slots:
@@ -213,45 +221,52 @@ class CudaScores:
         return fetched
 
 
+@dataclass(frozen=True)
 class CudaDecoder:
-    """The decoder with one preallocated cache; prompts of one padded length share a captured graph, and so do all steps."""
+    """The decoder and the graph that puts prompts together, opened; what its caches share.
 
-    def __init__(self, memory: DeviceMemory, session: Any, splice: Any, spec: DecoderSpec) -> None:
-        self._memory = memory
-        self._session = session
-        self._splice = splice
-        self._spec = spec
+    Attributes:
+        memory: Where tensors live.
+        session: The decoder.
+        splice: The graph that puts prompts together.
+        spec: The decoder's.
+        ids: Of captured graphs, each given once: ONNX Runtime keeps what it captured for one.
+    """
+
+    memory: DeviceMemory
+    session: Any
+    splice: Any
+    spec: DecoderSpec
+    ids: Iterator[int]
+
+
+class CudaCache:
+    """A cache with its tensors; prompts of one padded length share a captured graph, and so do all steps."""
+
+    def __init__(self, decoder: CudaDecoder, capacity: int, kept: bool) -> None:
+        self.capacity = capacity
+        self._decoder = decoder
+        self._memory = decoder.memory
+        self._spec = spec = decoder.spec
+        self._captured = kept
         self._dtype = np.dtype(spec.kv_dtype)
         self._positioned = any(tensor.name == "position_ids" for tensor in spec.graph.inputs)
-        self._capacity = 0
         self._caches: dict[str, Any] = {}
         self._slots: dict[int, Slot] = {}
-        self._graphs = 0
-        self._mask: npt.NDArray[np.int64] = np.zeros((1, 0), np.int64)
+        self._mask: npt.NDArray[np.int64] = np.zeros((1, capacity), np.int64)
         self._prompt: Prompt | None = None
         self.length = 0
-
-    def start(self, capacity: int) -> None:
-        """Begin a new sequence; the cache of the last one is reused where it is large enough."""
-        self.length = 0
-        if capacity <= self._capacity:
-            return
-        # Captured graphs hold addresses, so a new cache starts them anew; the old tensors go first.
-        self._slots.clear()
-        self._caches.clear()
-        spec, shape = self._spec, (1, self._spec.kv_heads, capacity, self._spec.head_dim)
+        shape = (1, spec.kv_heads, capacity, spec.head_dim)
         for layer in range(spec.layers):
             for part in ("key", "value"):
                 # Whatever lies in fresh memory may be no number, which even a weight of zero lets through.
                 self._caches[f"{layer}.{part}"] = cache = self._memory.empty(shape, self._dtype)
                 cache.update_inplace(np.zeros(shape, self._dtype))
-        self._mask = np.zeros((1, capacity), np.int64)
-        self._capacity = capacity
 
     def load(self, prompt: Prompt) -> None:
-        """Put a prompt together on the device: the text's rows go up, the images' are there."""
-        check_room(len(prompt), self._capacity)
-        self._prompt = prompt
+        """Put a prompt together on the device, for a new sequence: the text's rows go up, the images' are there."""
+        check_room(len(prompt), self.capacity)
+        self._prompt, self.length = prompt, 0
         slot = self._slot(self._padded(len(prompt)))
         text = prompt.text.astype(self._dtype, copy=False)
         shared = _shared_features(prompt)
@@ -261,7 +276,7 @@ class CudaDecoder:
             whole[0, : len(prompt)] = prompt.embeddings(self._dtype)
             slot.tensors["inputs_embeds"].update_inplace(whole)
             return
-        binding = self._splice.io_binding()
+        binding = self._decoder.splice.io_binding()
         binding.bind_cpu_input("text", text)
         count, width = shared.shape[0] * shared.shape[1], shared.shape[2]
         binding.bind_input("images", self._memory.device, 0, self._dtype, (count, width), shared.tensor.data_ptr())
@@ -270,7 +285,7 @@ class CudaDecoder:
         binding.bind_cpu_input("places", places)
         binding.bind_ortvalue_output("inputs_embeds", slot.tensors["inputs_embeds"])
         try:
-            self._splice.run_with_iobinding(binding)
+            self._decoder.splice.run_with_iobinding(binding)
         except Exception as error:  # As above.
             raise BackendError(f"the splice graph failed: {first_line(error)}") from error
 
@@ -279,7 +294,7 @@ class CudaDecoder:
         assert self._prompt is not None, "load comes before prefill"
         length, padded = len(self._prompt), self._padded(len(self._prompt))
         slot = self._slot(padded)
-        self._mask[0] = np.arange(self._capacity) < padded
+        self._mask[0] = np.arange(self.capacity) < padded
         slot.tensors["last_position"].update_inplace(np.array([length - 1], np.int64))
         positions = np.zeros(padded, np.int64)
         positions[:length] = self._prompt.positions
@@ -289,26 +304,26 @@ class CudaDecoder:
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> CudaScores:
         """Append one embedding (D,) at a position."""
-        check_room(self.length + 1, self._capacity)
+        check_room(self.length + 1, self.capacity)
         slot = self._slot(1)
         self.length += 1
-        self._mask[0] = np.arange(self._capacity) < self.length
+        self._mask[0] = np.arange(self.capacity) < self.length
         slot.tensors["inputs_embeds"].update_inplace(embedding.astype(self._dtype, copy=False)[None, None])
         return self._run(slot, np.array([position], np.int64))
 
     def replay(self) -> None:
         """Run the last step's graph again as it stands: for measuring."""
-        run_slot(self._session, self._slot(1), "the decoder")
+        self._memory.run(self._decoder.session, self._slot(1), "the decoder")
 
     def _run(self, slot: Slot, positions: npt.NDArray[np.int64]) -> CudaScores:
         slot.tensors["attention_mask"].update_inplace(self._mask)
         if self._positioned:
             slot.tensors["position_ids"].update_inplace(positions[None])
-        run_slot(self._session, slot, "the decoder")
+        self._memory.run(self._decoder.session, slot, "the decoder")
         return CudaScores(slot.tensors)
 
     def _padded(self, length: int) -> int:
-        return min(bucket(length), self._capacity) if self._memory.captures else length
+        return min(bucket(length), self.capacity) if self._memory.captures else length
 
     def _slot(self, length: int) -> Slot:
         """Return the tensors for inputs of one length: 1 is the decode step, every other a prompt's."""
@@ -323,10 +338,10 @@ class CudaDecoder:
         return self._slots[length]
 
     def _new_slot(self, length: int) -> Slot:
-        sizes = {"sequence": length, "capacity": self._capacity}
+        sizes = {"sequence": length, "capacity": self.capacity}
         tensors = {name: self._memory.empty(shape, dtype) for name, shape, dtype in _decoder_tensors(self._spec, **sizes)}
         tensors["last_position"].update_inplace(np.array([length - 1], np.int64))
-        binding = self._session.io_binding()
+        binding = self._decoder.session.io_binding()
         for tensor in self._spec.graph.inputs:
             if tensor.name in tensors:
                 binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
@@ -335,30 +350,8 @@ class CudaDecoder:
             binding.bind_ortvalue_output(f"present.{name}", cache)
         for name in ("logits", "next_token", "top_logit"):
             binding.bind_ortvalue_output(name, tensors[name])
-        # Never an id again: ONNX Runtime keeps what it captured for one.
-        self._graphs += 1
-        return Slot(tensors, binding, self._memory.run_options(self._graphs))
-
-
-def misplaced_nodes(events: Sequence[Mapping[str, Any]], provider: str) -> list[str]:
-    """Return the nodes of a profile that another provider ran, as `name (op on provider)`, each once.
-
-    Shape arithmetic belongs on the processor: nodes that make a few integers.
-    """
-    found = {}
-    for event in events:
-        args = event["args"]
-        where = args.get("provider", provider)
-        if where == provider or (where == PROVIDERS["cpu"] and _makes_shapes(args)):
-            continue
-        name = event["name"].removesuffix("_kernel_time")
-        found[name] = f"{name} ({args.get('op_name')} on {where.removesuffix('ExecutionProvider')})"
-    return list(found.values())
-
-
-def _makes_shapes(args: Mapping[str, Any]) -> bool:
-    outputs = [item for output in args.get("output_type_shape", []) for item in output.items()]
-    return all(dtype in INTEGERS and int(np.prod(shape)) <= SHAPE_ELEMENTS for dtype, shape in outputs)
+        graph_id = next(self._decoder.ids) if self._captured else UNCAPTURED
+        return Slot(tensors, binding, self._memory.run_options(graph_id))
 
 
 def _shared_features(prompt: Prompt) -> DeviceFeatures | None:

@@ -1,13 +1,13 @@
 """ONNX Runtime on the processor: vision graphs and the decoder; and what its backend for GPUs shares with it.
 
-The decoder's cache is allocated once a sequence, and bound as input (past) and output (present) at the same address, so a
-step appends to it in place.
+A cache of the decoder is bound as input (past) and output (present) at the same address, so a step appends to it in place.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.errors import BackendError, GraphError, LeanVLMWarning
 from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest, leads_out
 from leanvlm.runtime.optional import require
@@ -24,7 +25,7 @@ from leanvlm.runtime.sampling import highest
 from leanvlm.runtime.splice import Prompt
 
 if TYPE_CHECKING:
-    from leanvlm.runtime.backends import Decoder, Graph
+    from leanvlm.runtime.backends import Graph
 
 Array = npt.NDArray[Any]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -50,6 +51,7 @@ class OrtBackend:
         self.device = device or manifest.target
         if self.device not in PROVIDERS:
             raise BackendError(f"device {self.device!r} is not known; known: {', '.join(PROVIDERS)}")
+        self.lock = threading.RLock()
         self.ort: Any = require("onnxruntime", EXTRAS[self.device])
         self.threads = threads
         self.prepack = prepack
@@ -64,7 +66,8 @@ class OrtBackend:
     def decoder(self) -> Decoder:
         """Open the decoder."""
         spec = self.manifest.decoder
-        return OrtDecoder(self.ort, self.session(spec.graph), spec)
+        session = self.session(spec.graph)
+        return Decoder(lambda capacity, kept: OrtCache(self.ort, session, spec, capacity))
 
     def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
         """Return the share of each stage in a vision graph's node times, from a profiled session of its own.
@@ -203,39 +206,29 @@ class OrtScores:
         return self.values
 
 
-class OrtDecoder:
-    """The decoder in an ONNX Runtime session, with one preallocated cache."""
+class OrtCache:
+    """A cache bound to the decoder's session in ONNX Runtime."""
 
-    def __init__(self, ort: Any, session: Any, spec: DecoderSpec) -> None:
-        self._ort = ort
+    def __init__(self, ort: Any, session: Any, spec: DecoderSpec, capacity: int) -> None:
+        self.capacity = capacity
         self._session = session
-        self._spec = spec
         self._dtype = np.dtype(spec.kv_dtype)
         self._positioned = any(tensor.name == "position_ids" for tensor in spec.graph.inputs)
-        self._binding: Any = None
-        self._capacity = 0
         self._prompt: Prompt | None = None
         self._embeddings: npt.NDArray[np.floating[Any]] = np.empty((0, spec.hidden_size), np.float32)
         self.length = 0
-
-    def start(self, capacity: int) -> None:
-        """Begin a new sequence; the cache of the last one is reused where it is large enough."""
-        self.length = 0
-        if self._binding is not None and capacity <= self._capacity:
-            return
-        spec, shape = self._spec, [1, self._spec.kv_heads, capacity, self._spec.head_dim]
-        binding = self._session.io_binding()
+        shape = [1, spec.kv_heads, capacity, spec.head_dim]
+        self._binding = session.io_binding()
         for layer in range(spec.layers):
             for part in ("key", "value"):
-                cache = self._ort.OrtValue.ortvalue_from_shape_and_type(shape, self._dtype, "cpu")
-                binding.bind_ortvalue_input(f"past_key_values.{layer}.{part}", cache)
-                binding.bind_ortvalue_output(f"present.{layer}.{part}", cache)
-        binding.bind_output("logits", "cpu")
-        self._binding, self._capacity = binding, capacity
+                cache = ort.OrtValue.ortvalue_from_shape_and_type(shape, self._dtype, "cpu")
+                self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{part}", cache)
+                self._binding.bind_ortvalue_output(f"present.{layer}.{part}", cache)
+        self._binding.bind_output("logits", "cpu")
 
     def load(self, prompt: Prompt) -> None:
-        """Put a prompt together."""
-        self._prompt, self._embeddings = prompt, prompt.embeddings()
+        """Put a prompt together, for a new sequence."""
+        self._prompt, self._embeddings, self.length = prompt, prompt.embeddings(), 0
 
     def prefill(self) -> OrtScores:
         """Read the loaded prompt."""
@@ -255,7 +248,7 @@ class OrtDecoder:
             BackendError: The cache is full, or ONNX Runtime failed.
         """
         total = self.length + embeddings.shape[0]
-        check_room(total, self._capacity)
+        check_room(total, self.capacity)
         self._binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeddings[None], dtype=self._dtype))
         if self._positioned:
             self._binding.bind_cpu_input("position_ids", positions[None])

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from leanvlm.runtime.backends.ort import OrtBackend, OrtGraph, OrtScores, check_room, first_line
+from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.engines.profiles import Limits, Profile, shapes_text, usual_limits, vision_profile, whole_profile
 from leanvlm.runtime.errors import BackendError, MissingExtraError
 from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest, inside
@@ -57,10 +58,11 @@ class PortableBackend(OrtBackend):
         spec = self.manifest.vision[budget]
         return OrtGraph(self.session(spec), spec)
 
-    def decoder(self) -> PortableDecoder:
+    def decoder(self) -> Decoder:
         """Open the decoder."""
         spec = self.manifest.decoder
-        return PortableDecoder(self.session(spec.graph), spec)
+        session = self.session(spec.graph)
+        return Decoder(lambda capacity, kept: PortableCache(session, spec, capacity))
 
     def session(self, spec: GraphSpec, *, profile_prefix: str | None = None, replayed: bool = True) -> Any:
         """Open a graph file; raises BackendError where ONNX Runtime would quietly go on without the provider."""
@@ -144,28 +146,21 @@ def _plugin_devices(ort: Any) -> list[Any]:
     return devices
 
 
-class PortableDecoder:
-    """A decoder with an open cache in an ONNX Runtime session."""
+class PortableCache:
+    """An open cache, beside the decoder's session in ONNX Runtime."""
 
-    def __init__(self, session: Any, spec: DecoderSpec) -> None:
+    def __init__(self, session: Any, spec: DecoderSpec, capacity: int) -> None:
+        self.capacity = capacity
         self._run: Callable[..., list[Array]] = session.run
-        self._spec = spec
         self._dtype = np.dtype(spec.kv_dtype)
         self._names = [tensor.name for tensor in spec.graph.inputs if tensor.name.startswith("past_key_values.")]
-        self._caches = np.zeros((len(self._names), 1, spec.kv_heads, 0, spec.head_dim), self._dtype)
+        self._caches = np.zeros((len(self._names), 1, spec.kv_heads, capacity, spec.head_dim), self._dtype)
         self._prompt: Prompt | None = None
         self.length = 0
 
-    def start(self, capacity: int) -> None:
-        """Begin a new sequence; the cache of the last one is reused where it is large enough."""
-        self.length = 0
-        if capacity > self._caches.shape[3]:
-            shape = (len(self._names), 1, self._spec.kv_heads, capacity, self._spec.head_dim)
-            self._caches = np.zeros(shape, self._dtype)
-
     def load(self, prompt: Prompt) -> None:
-        """Put a prompt together."""
-        self._prompt = prompt
+        """Take a prompt, for a new sequence."""
+        self._prompt, self.length = prompt, 0
 
     def prefill(self) -> OrtScores:
         """Read the loaded prompt, with an empty cache."""
@@ -179,7 +174,7 @@ class PortableDecoder:
 
     def _append(self, embeddings: Array, positions: npt.NDArray[np.int64], caches: Array) -> OrtScores:
         count = len(embeddings)
-        check_room(self.length + count, self._caches.shape[3])
+        check_room(self.length + count, self.capacity)
         inputs: dict[str, Array] = {
             "inputs_embeds": np.ascontiguousarray(embeddings[None], self._dtype),
             "position_ids": positions[None],

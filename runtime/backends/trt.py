@@ -1,15 +1,17 @@
 """TensorRT and TensorRT-RTX: a bundle's engines, one code path for both.
 
 Images go up as levels; their features stay where the vision engine wrote them and are copied from there between the prompt's
-text. All caches of the decoder are one buffer at one address: the engine reads them as they are and returns the new rows, and
-one strided copy puts those of all layers in place. So a decode step has the same shapes and addresses every time, and is
-replayed as a CUDA graph.
+text. All layers' caches of a sequence are one buffer at one address: the engine reads them as they are and returns the new
+rows, and one strided copy puts those of all layers in place. So a decode step has the same shapes and addresses every time, and
+is replayed as a CUDA graph.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import numpy.typing as npt
 
 from leanvlm.runtime.backends.cuda_memory import Buffer, CudaDevice, Device
 from leanvlm.runtime.backends.ort import check_room
+from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.backends.trt_engine import TrtContext, TrtEngine, bind_all
 from leanvlm.runtime.engines.library import LIBRARIES, load_runtime, quiet_logger, this_sm
 from leanvlm.runtime.errors import BackendError
@@ -48,6 +51,7 @@ class TrtBackend:
         self.folder = folder
         self.manifest = manifest
         self.device = manifest.target
+        self.lock = threading.RLock()
         self._engines = self._chosen()
         spec = next(iter(self._engines.values()))
         self._module: Any = load_runtime(LIBRARIES[spec.engine], spec.version_compatible)
@@ -57,11 +61,12 @@ class TrtBackend:
 
     def graph(self, budget: int) -> TrtGraph:
         """Open the vision engine of a budget."""
-        return TrtGraph(self._open(self.manifest.vision[budget].file), self._device())
+        return TrtGraph(self._open(self.manifest.vision[budget].file), self._device(), self.lock)
 
-    def decoder(self) -> TrtDecoder:
+    def decoder(self) -> Decoder:
         """Open the decoder's engine."""
-        return TrtDecoder(self._open(self.manifest.decoder.graph.file), self.manifest.decoder, self._device())
+        opened = TrtDecoder(self._open(self.manifest.decoder.graph.file), self.manifest.decoder, self._device())
+        return Decoder(lambda capacity, kept: TrtCache(opened, capacity, kept))
 
     def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
         """Return the whole for `vision`: TensorRT compiles the graph as one, with project and prune in it."""
@@ -112,12 +117,14 @@ def _runs_on(engine: EngineSpec, sm: int) -> bool:
 class TrtFeatures:
     """The embeddings (B, K, D) of a vision engine's run; an index gives one image's.
 
-    They lie where the engine wrote them until its next run, before which they are kept in the processor's memory.
+    They lie where the engine wrote them until its next run, before which they are kept in the processor's memory. That may be
+    another thread's run at any time, so they are read under the device's lock.
     """
 
-    def __init__(self, buffer: Buffer) -> None:
+    def __init__(self, buffer: Buffer, lock: AbstractContextManager[Any]) -> None:
         self.buffer: Buffer | None = buffer
         self.shape = buffer.shape
+        self._lock = lock
         self._kept: Array | None = None
 
     def __getitem__(self, row: int) -> TrtRows:
@@ -125,14 +132,15 @@ class TrtFeatures:
 
     def numpy(self) -> Array:
         """Fetch them."""
-        if self._kept is not None:
-            return self._kept
-        assert self.buffer is not None
-        return self.buffer.numpy()
+        with self._lock:
+            if self._kept is not None:
+                return self._kept
+            assert self.buffer is not None
+            return self.buffer.numpy()
 
     def keep(self) -> None:
         """Move them out of the engine's way."""
-        if self.buffer is not None:
+        with self._lock:
             self._kept, self.buffer = self.numpy(), None
 
 
@@ -163,9 +171,10 @@ class TrtRows:
 class TrtGraph:
     """One vision engine; each number of images has its own buffers, context and captured graph."""
 
-    def __init__(self, engine: TrtEngine, device: Device) -> None:
+    def __init__(self, engine: TrtEngine, device: Device, lock: AbstractContextManager[Any]) -> None:
         self._engine = engine
         self._device = device
+        self._lock = lock
         self._slots: dict[int, tuple[TrtContext, dict[str, Buffer]]] = {}
         self._given: dict[int, weakref.ref[TrtFeatures]] = {}
 
@@ -178,7 +187,7 @@ class TrtGraph:
             held.keep()
         buffers[PIXELS].fill(pixels)
         context.run(replayed=True)
-        features = TrtFeatures(buffers[FEATURES])
+        features = TrtFeatures(buffers[FEATURES], self._lock)
         self._given[len(pixels)] = weakref.ref(features)
         others = {spec.name: buffers[spec.name].numpy() for spec in self._engine.spec.outputs if spec.name != FEATURES}
         return {FEATURES: features, **others}
@@ -214,43 +223,56 @@ class TrtScores:
 
 
 class TrtDecoder:
-    """The decoder's engine: one context for prompts, one for single tokens, over one buffer of caches."""
+    """The decoder's engine, opened: what the caches share.
+
+    Contexts hold the engine's workspace, so they are shared too. The kept cache has a pair for itself, whose step stays
+    captured; those that go with their sequences share another, which is bound anew whenever it is another's turn.
+    """
 
     def __init__(self, engine: TrtEngine, spec: DecoderSpec, device: Device) -> None:
-        self._spec = spec
-        self._device = device
-        self._dtype = np.dtype(spec.kv_dtype)
-        # An engine may have one profile for both; each still has its context, so that the step's graph stays captured.
-        last = len(engine.spec.profiles) - 1
-        self._contexts = {profile: engine.context(min(profile, last), device) for profile in (PREFILL, DECODE)}
-        self._names = [tensor.name for tensor in spec.graph.inputs if tensor.name.startswith(PAST)]
-        ends = {tensor.name: tensor for tensor in spec.graph.outputs}
-        self._scores = {n: Buffer(device, _sizes(ends[n].shape), ends[n].dtype) for n in ("logits", "next_token", "top_logit")}
-        self._counts = {name: Buffer(device, (1,), np.int64) for name in ("past_length", "last_position")}
-        self._caches: Buffer | None = None
-        self._inputs: dict[int, dict[str, Buffer]] = {}
-        # Profile to what its context was bound to last: a step would tell it hundreds of unchanged things.
-        self._bound: dict[int, tuple[int, ...]] = {}
-        self._prompt: Prompt | None = None
-        self._capacity = 0
-        self.length = 0
+        self.spec = spec
+        self.device = device
+        self._engine = engine
+        self._contexts: dict[bool, dict[int, TrtContext]] = {}
 
-    def start(self, capacity: int) -> None:
-        """Begin a new sequence; the cache of the last one is reused where it is large enough."""
-        self.length = 0
-        if capacity <= self._capacity:
-            return
-        spec = self._spec
-        # The old one goes first, so that both need not fit at once.
-        self._caches = None
+    def contexts(self, kept: bool) -> dict[int, TrtContext]:
+        """Return the contexts for prompts and for steps, made when first used."""
+        if kept not in self._contexts:
+            # An engine may have one profile for both; each still has its context, so that the step's graph stays captured.
+            last = len(self._engine.spec.profiles) - 1
+            self._contexts[kept] = {
+                profile: self._engine.context(min(profile, last), self.device) for profile in (PREFILL, DECODE)
+            }
+        return self._contexts[kept]
+
+
+class TrtCache:
+    """The caches of all layers in one buffer, with the buffers of the engine's other tensors."""
+
+    def __init__(self, decoder: TrtDecoder, capacity: int, kept: bool) -> None:
+        self.capacity = capacity
+        self._spec = spec = decoder.spec
+        self._device = decoder.device
+        self._captured = kept
+        self._contexts = decoder.contexts(kept)
+        self._dtype = np.dtype(spec.kv_dtype)
+        self._names = [tensor.name for tensor in spec.graph.inputs if tensor.name.startswith(PAST)]
+        # Before the memory is there: one that no step could use is not to be kept.
+        self._contexts[DECODE].check(self._names[0], (1, spec.kv_heads, capacity, spec.head_dim))
+        ends = {tensor.name: tensor for tensor in spec.graph.outputs}
+        outputs = ("logits", "next_token", "top_logit")
+        self._scores = {name: Buffer(self._device, _sizes(ends[name].shape), ends[name].dtype) for name in outputs}
+        self._counts = {name: Buffer(self._device, (1,), np.int64) for name in ("past_length", "last_position")}
         self._caches = Buffer(self._device, (len(self._names), spec.kv_heads, capacity, spec.head_dim), self._dtype)
         self._device.zero(self._caches.address, self._caches.bytes)
-        self._capacity = capacity
+        self._inputs: dict[int, dict[str, Buffer]] = {}
+        self._prompt: Prompt | None = None
+        self.length = 0
 
     def load(self, prompt: Prompt) -> None:
-        """Put a prompt together on the device: the text's rows go up, the images' are copied from where they are."""
-        check_room(len(prompt), self._capacity)
-        self._prompt = prompt
+        """Put a prompt together, for a new sequence: the text's rows go up, the images' are copied from where they are."""
+        check_room(len(prompt), self.capacity)
+        self._prompt, self.length = prompt, 0
         target = self._buffers(len(prompt))["inputs_embeds"]
         addresses = [getattr(image.embeddings, "address", None) for image in prompt.images]
         if any(address is None for address in addresses):
@@ -280,27 +302,27 @@ class TrtDecoder:
         return self._append(DECODE, np.array([position], np.int64))
 
     def _append(self, profile: int, positions: npt.NDArray[np.int64]) -> TrtScores:
-        count, context, caches = len(positions), self._contexts[profile], self._caches
-        assert caches is not None, "start comes before a run"
-        check_room(self.length + count, self._capacity)
-        buffers, past = self._buffers(count), 0 if profile == PREFILL else self._capacity
+        count, context = len(positions), self._contexts[profile]
+        check_room(self.length + count, self.capacity)
+        buffers, past = self._buffers(count), 0 if profile == PREFILL else self.capacity
         buffers["position_ids"].fill(positions)
         self._counts["past_length"].fill(np.array([self.length]))
         self._counts["last_position"].fill(np.array([count - 1]))
-        binding = (count, past, self._capacity, caches.address, *(buffer.address for buffer in buffers.values()))
-        if self._bound.get(profile) != binding:
+        bound = (self._caches, *buffers.values(), *self._counts.values(), *self._scores.values())
+        binding = (count, past, self.capacity, *(buffer.address for buffer in bound))
+        if context.binding != binding:
+            context.binding = ()  # Until all of it is set.
             self._bind(context, buffers, count, past)
-            self._bound[profile] = binding
-        context.run(replayed=profile == DECODE)
+            context.binding = binding
+        context.run(replayed=profile == DECODE and self._captured)
         size, rows = self._spec.head_dim * self._dtype.itemsize, len(self._names) * self._spec.kv_heads
-        place = caches.address + self.length * size
-        self._device.copy_rows(place, self._capacity * size, buffers["new"].address, count * size, count * size, rows)
+        place = self._caches.address + self.length * size
+        self._device.copy_rows(place, self.capacity * size, buffers["new"].address, count * size, count * size, rows)
         self.length += count
         return TrtScores(self._scores)
 
     def _bind(self, context: TrtContext, buffers: Mapping[str, Buffer], count: int, past: int) -> None:
         spec, caches, new = self._spec, self._caches, buffers["new"]
-        assert caches is not None
         context.shape("inputs_embeds", (1, count, spec.hidden_size))
         context.shape("position_ids", (1, count))
         context.bind("inputs_embeds", buffers["inputs_embeds"].address)

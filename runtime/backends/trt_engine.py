@@ -100,14 +100,22 @@ def rebuild(spec: EngineSpec) -> str:
 
 
 class TrtContext:
-    """One profile of an engine, with a buffer for every tensor."""
+    """One profile of an engine, with a buffer for every tensor.
+
+    Attributes:
+        binding: What shapes and addresses were set to last, in words of whoever sets them: a step would set hundreds anew.
+    """
 
     def __init__(self, engine: TrtEngine, context: Any, profile: int, device: Device) -> None:
         self._engine = engine
         self._context = context
         self._device = device
         self._profile = engine.spec.profiles[profile]
+        self.binding: tuple[int, ...] = ()
         self._bound: dict[str, int] = {}
+        self._shapes: dict[str, Shape] = {}
+        # Shapes that were run: each may have kernels of its own.
+        self._known: set[tuple[Shape, ...]] = set()
         self._graph: Any = None
         self._runs = 0
         self._capturing = True
@@ -115,11 +123,19 @@ class TrtContext:
             raise BackendError(f"{engine.spec.file} has no profile {profile}: {rebuild(engine.spec)}")
 
     def shape(self, name: str, shape: Shape) -> None:
-        """Set an input's shape.
+        """Set an input's shape; a captured graph holds shapes, so a new one ends it.
 
         Raises:
             BackendError: It is outside the profile that the engine was built with.
         """
+        self.check(name, shape)
+        if not self._context.set_input_shape(name, shape):
+            raise BackendError(f"{self._engine.spec.file} refuses {name} of shape {list(shape)}")
+        if self._shapes.get(name) != shape:
+            self._shapes[name], self._graph, self._runs = shape, None, 0
+
+    def check(self, name: str, shape: Shape) -> None:
+        """Raise BackendError if an input's shape is outside the profile that the engine was built with."""
         if name in self._profile:
             least, _, most = self._profile[name]
             if len(shape) != len(least) or not all(a <= size <= b for a, size, b in zip(least, shape, most, strict=True)):
@@ -127,8 +143,6 @@ class TrtContext:
                     f"{self._engine.spec.file} takes {name} from {list(least)} to {list(most)}, not {list(shape)}: "
                     "build it again with other --max-images, --max-prompt or --max-positions"
                 )
-        if not self._context.set_input_shape(name, shape):
-            raise BackendError(f"{self._engine.spec.file} refuses {name} of shape {list(shape)}")
 
     def bind(self, name: str, address: int) -> None:
         """Say where a tensor lies; a captured graph holds addresses, so a new one ends it."""
@@ -151,7 +165,8 @@ class TrtContext:
             self._device.launch(self._graph)
         else:
             self._enqueue()
-        if self._runs == 1:
+        if self._runs == 1 and (shapes := tuple(self._shapes.values())) not in self._known:
+            self._known.add(shapes)
             self._device.synchronize()
             self._engine.keep_kernels()
 
