@@ -23,6 +23,7 @@ from leanvlm.exporter.pruners.base import Pruner
 from leanvlm.exporter.reference import Reference, cosine, relative_difference
 from leanvlm.exporter.rounding import BITS
 from leanvlm.runtime.errors import VerificationError
+from leanvlm.runtime.generation import GenerateOptions
 from leanvlm.runtime.manifest import GraphSpec
 from leanvlm.runtime.preprocess import preprocess
 from leanvlm.runtime.session import Session, user_message
@@ -188,9 +189,10 @@ def _compare_chain(
         Differences of the first logits, and how many tokens are equal or wrong; `unrounded` holds the same against the
         checkpoint's own weights, where the bundle's are rounded.
     """
-    answer = session.generate(PROMPT, [image], budget=budget, max_new_tokens=NEW_TOKENS, ignore_end=True)
-    encoded = session.encode_images([image], budget)[0]
-    ids = session.prompt_ids([user_message(PROMPT, 1)], 1)
+    encoded, question = session.encode_images([image], budget)[0], [user_message(PROMPT, 1)]
+    # The most probable tokens, whatever the checkpoint's generation settings would make of the logits.
+    answer = session.respond(question, [encoded], GenerateOptions(NEW_TOKENS, ignore_end=True)).answer
+    ids = session.prompt_ids(question, 1)
     prompt = session.splice(ids, [encoded])
     precision, dtype = session.manifest.precision, session.manifest.decoder.kv_dtype
     expected = exact = _judged(reference, session, ids, encoded, features, answer.token_ids)

@@ -12,10 +12,10 @@ from typing import Any
 from leanvlm.runtime.answer import Answer, Pruning
 from leanvlm.runtime.console import stderr_console
 from leanvlm.runtime.errors import InputError, LeanVLMError
+from leanvlm.runtime.generation import GenerateOptions
 from leanvlm.runtime.overlay import check_picture_path, save_overlay
 from leanvlm.runtime.preprocess import load_image
-from leanvlm.runtime.sampling import SamplingConfig
-from leanvlm.runtime.session import GenerateOptions, Session, load, user_message
+from leanvlm.runtime.session import Session, load, user_message
 from leanvlm.runtime.splice import ImageFeatures
 from leanvlm.runtime.text import Message
 
@@ -120,9 +120,8 @@ class Chat:
 def chat(request: Request) -> None:
     """Read messages from standard input until its end; images given with --image go with the first one."""
     console = stderr_console()
-    sampling = SamplingConfig(*(request.options[key] for key in ("temperature", "top_p", "seed")))
-    options = GenerateOptions(request.options["max_new_tokens"], sampling, tuple(request.options["stop"]))
     with load(request.bundle, device=request.device, provider=request.provider, threads=request.threads) as session:
+        options = session.settings.options(**request.options)
         conversation = Chat(session, session.manifest.budget(request.budget), options)
         waiting = list(request.images)
         for path in waiting:

@@ -38,6 +38,19 @@ def check_writable(option: str, path: Path) -> None:
         raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
 
 
+def parse_ids(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Read token ids such as 5,6; None stays None.
+
+    Raises:
+        InputError: Something that is no token id.
+    """
+    if text is None:
+        return None
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise InputError(f"{option} {text!r} is not a list of token ids, such as 5,6")
+    return tuple(int(part) for part in text.split(","))
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the process with one line for an error that a user can mend: status 2, or 130 for Ctrl-C.

@@ -6,9 +6,8 @@ embedding of a prompt goes is decided here, so the graphs know nothing of prompt
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -20,39 +19,18 @@ from PIL import Image
 from leanvlm.runtime.answer import Answer, Pruning, Timings
 from leanvlm.runtime.backends import Backend, Decoder, Graph, open_backend
 from leanvlm.runtime.embeddings import TokenTable
-from leanvlm.runtime.errors import BackendError, BundleError, ContextOverflowError, InputError
+from leanvlm.runtime.errors import BackendError, ContextOverflowError, InputError
+from leanvlm.runtime.generation import MAX_NEW_TOKENS, Chooser, GenerateOptions, GenerationSettings
 from leanvlm.runtime.manifest import Manifest, read_manifest, verify_files
 from leanvlm.runtime.preprocess import ImageSource, preprocess
-from leanvlm.runtime.sampling import SamplingConfig, sample
 from leanvlm.runtime.splice import ImageFeatures, Prompt, splice
-from leanvlm.runtime.text import Message, StopStrings, Template, TextTokenizer, check_image_tokens, split_on_image
+from leanvlm.runtime.streaming import AnswerText
+from leanvlm.runtime.text import Message, Template, TextTokenizer, check_image_tokens, split_on_image
 
-MAX_NEW_TOKENS = 128
 # A cache a little larger than needed serves the next turns and prompts too.
 CACHE_STEP = 64
 
 ONE_IMAGE = (str, Path, bytes, Image.Image, np.ndarray)
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """How an answer is generated.
-
-    Attributes:
-        max_new_tokens: At least 1.
-        sampling: Temperature 0 is greedy, whatever the checkpoint's generation_config.json says.
-        stop: Strings that end the answer and are left out of it.
-        ignore_end: Go on after an end token, for measuring.
-    """
-
-    max_new_tokens: int = MAX_NEW_TOKENS
-    sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (frozen)
-    stop: tuple[str, ...] = ()
-    ignore_end: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens {self.max_new_tokens} is not possible; give at least 1")
 
 
 class Generation:
@@ -82,6 +60,7 @@ class Session:
         manifest: What the bundle says of itself.
         folder: Where it is.
         backend: What runs its graphs.
+        settings: What its generation_config.json says.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
@@ -91,7 +70,8 @@ class Session:
         self.template = Template.from_folder(folder)
         self.tokenizer = TextTokenizer.from_folder(folder)
         self.table = TokenTable(folder / manifest.embed_tokens)
-        self.end_ids = _end_ids(folder)
+        self.settings = GenerationSettings.from_folder(folder)
+        self.end_ids = self.settings.end_ids
         self._graphs: dict[int, Graph] = {}
         self._decoder: Decoder | None = None
 
@@ -120,10 +100,10 @@ class Session:
         budget: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
-        top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_end: bool = False,
+        **settings: Any,
     ) -> Generation:
         """Answer a prompt piece by piece.
 
@@ -134,18 +114,20 @@ class Session:
             budget: Image tokens kept per crop; one of the bundle's, None for its default.
             max_new_tokens: Where the answer is cut.
             temperature: 0 is greedy.
-            top_p: Share of probability sampled from, over 0 and at most 1.
             seed: Makes sampling repeatable.
-            stop: Strings that end the answer.
+            stop: Strings that end the answer; they match the text of special tokens too.
             ignore_end: Go on after an end token, for measuring.
+            settings: `top_p`, `top_k`, `min_p`, for sampling, and the fields of `LogitsConfig`, such as `repetition_penalty`;
+                one that is missing or None is as the checkpoint's generation_config.json says.
 
         Raises:
             InputError: An option, image or prompt that cannot be used.
             ContextOverflowError: Prompt and answer do not fit the model's context.
         """
         images = [images] if isinstance(images, ONE_IMAGE) else list(images)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        options = GenerateOptions(max_new_tokens, SamplingConfig(temperature, top_p, seed), stops, ignore_end)
+        options = self.settings.options(
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop, ignore_end=ignore_end, **settings
+        )
         chosen = self.manifest.budget(budget)
         messages = [user_message(prompt, len(images))] if isinstance(prompt, str) else list(prompt)
         start, timings = perf_counter(), Timings()
@@ -193,6 +175,7 @@ class Session:
         begin = perf_counter()
         prompt = self.splice(self.prompt_ids(messages, len(features)), features)
         self._check_context(prompt.next_position, options.max_new_tokens)
+        options.logits.check_ids(self.manifest.decoder.vocab_size)
         timings.splice += 1e3 * (perf_counter() - begin)
         finish: list[Answer] = []
         pieces = self._pieces(prompt, features, options, timings, start, finish)
@@ -235,8 +218,10 @@ class Session:
 
     def splice(self, ids: Sequence[int], features: Sequence[ImageFeatures]) -> Prompt:
         """Plan a prompt: image embeddings in the places of the image tokens."""
-        segments = [self.table.rows(segment) for segment in split_on_image(ids, self.manifest.image_token_id)]
-        return splice(segments, features, self.manifest.positions)
+        image, count = self.manifest.image_token_id, self.manifest.tokens_per_crop
+        segments = [self.table.rows(segment) for segment in split_on_image(ids, image)]
+        expanded = tuple(token for found in ids for token in ([image] * count if found == image else [found]))
+        return replace(splice(segments, features, self.manifest.positions), ids=expanded)
 
     def _check_context(self, prompt: int, new: int) -> None:
         context = self.manifest.decoder.context_length
@@ -256,33 +241,25 @@ class Session:
         finish: list[Answer],
     ) -> Iterator[str]:
         """Yield the answer's text as it comes and leave the finished answer in `finish`."""
-        stream, stops = self.tokenizer.stream(), StopStrings(options.stop)
-        text: list[str] = []
+        text = AnswerText(self.tokenizer, options.stop)
         ids: list[int] = []
         reason = "length"
         for token in self._tokens(prompt, options, timings, start):
             ids.append(token)
             ended = token in self.end_ids and not options.ignore_end
-            piece = stops.push(stream.flush() if ended else stream.push(token))
-            # Templates end right behind "ASSISTANT:", so an answer begins with a space of no use.
-            piece = piece if text else piece.lstrip()
-            if piece:
-                text.append(piece)
+            if piece := text.push(token, end=ended):
                 yield piece
-            if ended or stops.stopped:
+            if ended or text.stopped:
                 reason = "stop"
                 break
-        rest = "" if stops.stopped else stops.push(stream.flush()) + stops.flush()
-        if rest:
-            text.append(rest)
+        if rest := text.flush():
             yield rest
         pruning = tuple(image.pruning for image in features)
-        finish.append(Answer("".join(text), tuple(ids), len(prompt), reason, timings, pruning))
+        finish.append(Answer(text.text, tuple(ids), len(prompt), reason, timings, pruning))
 
     def _tokens(self, prompt: Prompt, options: GenerateOptions, timings: Timings, start: float) -> Iterator[int]:
         """Yield up to `max_new_tokens` token ids: prefill, then one decode step a token."""
-        decoder, sampling = self.decoder(), options.sampling
-        rng = sampling.generator()
+        decoder, chooser = self.decoder(), Chooser(options, prompt.ids, self.end_ids)
         begin = perf_counter()
         decoder.start(_round_up(len(prompt) + options.max_new_tokens, self.manifest.decoder.context_length))
         decoder.load(prompt)
@@ -292,10 +269,7 @@ class Session:
         timings.prefill = 1e3 * (perf_counter() - middle)
         for count in range(options.max_new_tokens):
             begin = perf_counter()
-            if sampling.temperature == 0:
-                token = scores.greedy()
-            else:
-                token = sample(scores.logits(), temperature=sampling.temperature, top_p=sampling.top_p, rng=rng)
+            token = chooser.choose(scores)
             end = perf_counter()
             timings.sample.append(1e3 * (end - begin))
             if count == 0:
@@ -351,13 +325,3 @@ def user_message(text: str, images: int) -> Message:
 
 def _round_up(positions: int, limit: int) -> int:
     return min(-(-positions // CACHE_STEP) * CACHE_STEP, limit)
-
-
-def _end_ids(folder: Path) -> frozenset[int]:
-    """Read the end tokens of the bundle's generation_config.json."""
-    path = folder / "generation_config.json"
-    try:
-        end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
-    return frozenset([end] if isinstance(end, int) else end or [])

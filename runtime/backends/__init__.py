@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.errors import InputError
+from leanvlm.runtime.generation import Scores
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.splice import Prompt
 
@@ -36,18 +37,6 @@ class Graph(Protocol):
 
         All outputs are arrays but `image_features`, which may stay on the device: an array, or `Rows` by index.
         """
-        ...
-
-
-class Scores(Protocol):
-    """What the decoder thinks of the next token."""
-
-    def greedy(self) -> int:
-        """Return the most probable token; raise BackendError if no score is finite."""
-        ...
-
-    def logits(self) -> npt.NDArray[np.float32]:
-        """Return the scores of all tokens (V,)."""
         ...
 
 
