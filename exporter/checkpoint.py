@@ -25,7 +25,6 @@ from leanvlm.exporter.models import Family, FamilySpec, family_for
 from leanvlm.runtime.errors import CheckpointError, LeanVLMError
 from leanvlm.runtime.manifest import SourceSpec, file_sha256
 from leanvlm.runtime.preprocess import ImageSpec
-from leanvlm.runtime.text import Template, TextTokenizer
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
 # Where checkpoints keep the image processor: newer transformers versions write the second only.
@@ -135,9 +134,6 @@ def _read(folder: Path, name: str, revision: str | None, erank_ref: float) -> Ch
         raise
     except Exception as error:  # A configuration's own checks raise nearly anything.
         raise CheckpointError(f"{folder / 'config.json'} is not a valid configuration: {_one_line(error)}") from error
-    # Read now what only the finished bundle needs: tracing a large model takes minutes.
-    TextTokenizer.from_folder(folder)
-    Template.from_folder(folder)
     return Checkpoint(folder, name, revision, config, family, spec, _image_spec(folder, spec), erank_ref)
 
 

@@ -83,7 +83,7 @@ def generation_config(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
     else:
         path = folder / "config.json"
-        data = GenerationConfig.from_model_config(config).to_dict()
+        data = GenerationConfig.from_model_config(config).to_diff_dict()
     known = vars(GenerationConfig())
     for name, value in data.items():
         if value is None or name in HONOURED or name in IRRELEVANT or name.startswith("_"):

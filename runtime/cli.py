@@ -61,6 +61,9 @@ def run(
     bundle: Bundle,
     image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given several times.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What to ask; without it, a chat at the terminal.")] = None,
+    raw_prompt: Annotated[
+        bool, typer.Option("--raw-prompt", help="The prompt is the whole text, with the image token once for each image.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Where the answer is cut.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float | None, typer.Option(help="Share of probability to sample from.")] = None,
@@ -89,7 +92,7 @@ def run(
     from leanvlm.runtime.ask import Request, ask, chat
 
     request = Request(
-        bundle, tuple(image or ()), prompt, budget, device, provider, threads, overlay, as_json,
+        bundle, tuple(image or ()), prompt, raw_prompt, budget, device, provider, threads, overlay, as_json,
         {
             "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": stop or (),
             "top_p": top_p, "top_k": top_k, "min_p": min_p,
@@ -100,8 +103,9 @@ def run(
         },
     )  # fmt: skip
     if prompt is None:
-        if as_json:
-            raise InputError("--json needs --prompt")
+        for option, given in (("--json", as_json), ("--raw-prompt", raw_prompt)):
+            if given:
+                raise InputError(f"{option} needs --prompt")
         chat(request)
     else:
         ask(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import warnings
@@ -57,6 +58,7 @@ def one_line_errors() -> Iterator[None]:
 
     A full disk, a missing permission and the like are such errors; anything else is a bug and keeps its traceback.
     """
+    _write_anything()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -74,6 +76,18 @@ def one_line_errors() -> Iterator[None]:
                 raise
             reason = "no space left on the disk" if error.errno == errno.ENOSPC else (error.strerror or str(error))
             _fail(f"{reason}: {error.filename}" if error.filename else reason, 2)
+
+
+def is_utf8(stream: Any) -> bool:
+    """Return whether a stream can write every character."""
+    return (getattr(stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
+
+
+def _write_anything() -> None:
+    """Let output escape what its encoding does not have, such as a kanji on a terminal of Latin letters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, status: int) -> None:

@@ -98,6 +98,7 @@ class Session:
         images: ImageSource | Sequence[ImageSource] = (),
         *,
         budget: int | None = None,
+        raw: bool = False,
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         seed: int | None = None,
@@ -112,6 +113,7 @@ class Session:
             images: One image or several in the order of their places; each a path, the bytes of an image file, a Pillow
                 image or levels (H, W, 3) uint8.
             budget: Image tokens kept per crop; one of the bundle's, None for its default.
+            raw: The prompt is the whole text as it is, with the image token (`image_token`) once for each image; no template.
             max_new_tokens: Where the answer is cut.
             temperature: 0 is greedy.
             seed: Makes sampling repeatable.
@@ -129,7 +131,9 @@ class Session:
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop, ignore_end=ignore_end, **settings
         )
         chosen = self.manifest.budget(budget)
-        messages = [user_message(prompt, len(images))] if isinstance(prompt, str) else list(prompt)
+        messages = [user_message(prompt, len(images))] if isinstance(prompt, str) and not raw else prompt
+        if raw and not (isinstance(prompt, str) and prompt.strip()):
+            raise InputError("a raw prompt is a text that is not empty")
         start, timings = perf_counter(), Timings()
         features = self.encode_images(images, chosen, timings)
         return self.respond(messages, features, options, timings, start)
@@ -155,7 +159,7 @@ class Session:
 
     def respond(
         self,
-        messages: Sequence[Message],
+        messages: str | Sequence[Message],
         features: Sequence[ImageFeatures],
         options: GenerateOptions,
         timings: Timings | None = None,
@@ -164,7 +168,7 @@ class Session:
         """Answer a conversation whose images are encoded already.
 
         Args:
-            messages: The conversation.
+            messages: The conversation; or a text that is the whole prompt, with one image token for each image.
             features: One entry for each image part, in order.
             options: How to generate.
             timings: Times so far.
@@ -181,11 +185,17 @@ class Session:
         pieces = self._pieces(prompt, features, options, timings, start, finish)
         return Generation(pieces, finish)
 
-    def prompt_ids(self, messages: Sequence[Message], images: int) -> list[int]:
-        """Render and tokenise a conversation; every image is one image token in the result."""
-        ids = self.tokenizer.encode(self.template.render(messages))
-        check_image_tokens(ids, self.manifest.image_token_id, images)
+    def prompt_ids(self, messages: str | Sequence[Message], images: int) -> list[int]:
+        """Render and tokenise a conversation, or tokenise a raw prompt; every image is one image token in the result."""
+        raw = isinstance(messages, str)
+        ids = self.tokenizer.encode(messages if isinstance(messages, str) else self.template.render(messages))
+        check_image_tokens(ids, self.manifest.image_token_id, images, self.image_token if raw else None)
         return ids
+
+    @property
+    def image_token(self) -> str:
+        """The text that stands for an image in a raw prompt."""
+        return str(self.tokenizer.tokenizer.id_to_token(self.manifest.image_token_id))
 
     def vision(self, budget: int) -> Graph:
         """Return the vision graph of a budget, opened on first use."""

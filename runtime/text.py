@@ -20,6 +20,11 @@ Message = Mapping[str, Any]
 """{"role": str, "content": str or a list of {"type": "image"} and {"type": "text", "text": str}}"""
 
 
+TEMPLATE = "chat_template.jinja"
+TEMPLATE_CONFIGS = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
+"""Where older checkpoints keep the template, under `chat_template`."""
+
+
 class Template:
     """A checkpoint's chat template: messages to the text of a prompt, as `apply_chat_template` of transformers does.
 
@@ -55,14 +60,10 @@ class Template:
             BundleError: There is no template, or a file cannot be read.
         """
         special_tokens = _special_tokens(_read_json(folder / "tokenizer_config.json"))
-        path = folder / "chat_template.jinja"
-        if path.is_file():
-            return cls(_read_text(path), special_tokens)
-        for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-            source = _default_template(_read_json(folder / name))
-            if source is not None:
-                return cls(source, special_tokens)
-        raise BundleError(f"{folder} holds no chat template (chat_template.jinja)")
+        source = find_template(folder)
+        if source is None:
+            raise BundleError(f"{folder} holds no chat template ({TEMPLATE})")
+        return cls(source, special_tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """Write the prompt for a conversation.
@@ -150,6 +151,18 @@ class TextTokenizer:
         return StreamDecoder(self)
 
 
+def find_template(folder: Path) -> str | None:
+    """Return the source of a folder's chat template, from the first of the files that may hold one.
+
+    Raises:
+        BundleError: A file cannot be read.
+    """
+    if (folder / TEMPLATE).is_file():
+        return _read_text(folder / TEMPLATE)
+    found = (_default_template(_read_json(folder / name)) for name in TEMPLATE_CONFIGS)
+    return next((source for source in found if source is not None), None)
+
+
 def split_on_image(ids: Sequence[int], image_token_id: int) -> list[list[int]]:
     """Cut a prompt where images go.
 
@@ -169,13 +182,14 @@ def split_on_image(ids: Sequence[int], image_token_id: int) -> list[list[int]]:
     return segments
 
 
-def check_image_tokens(ids: Sequence[int], image_token_id: int, images: int) -> None:
+def check_image_tokens(ids: Sequence[int], image_token_id: int, images: int, raw: str | None = None) -> None:
     """Make sure that a prompt has a place for every image.
 
     Args:
         ids: Token ids of the whole prompt.
         image_token_id: The image token.
         images: How many images are given with the prompt.
+        raw: The image token's text, where the user writes it; None where a template does.
 
     Raises:
         InputError: The prompt has more or fewer image tokens than there are images.
@@ -188,6 +202,8 @@ def check_image_tokens(ids: Sequence[int], image_token_id: int, images: int) -> 
         if found > images
         else "the chat template drops images, or the prompt was cut"
     )
+    if raw is not None:
+        way_out = f"write {raw} once for each image, where it goes"
     raise InputError(f"the prompt has {found} image tokens for {images} images: {way_out}")
 
 

@@ -24,6 +24,7 @@ class LeanVLMExportCommand(BaseOptimumCLICommand):
         parser.add_argument("--budget", default="64", help="image tokens kept per crop, such as 64 or 64,128")
         parser.add_argument("--pruner", default="agile", help="name or name:field=value,…")
         parser.add_argument("--gate-file", type=Path, default=None, help="what `leanvlm calibrate gate` wrote for this model")
+        parser.add_argument("--template", default=None, help="file with a chat template (jinja) to use; none exports without")
         parser.add_argument("--target", default="cpu", help=", ".join(TARGETS))
         parser.add_argument("--precision", default=None, help="fp32, fp16, int8 or int4; default: the target's")
         parser.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
@@ -51,6 +52,7 @@ class LeanVLMExportCommand(BaseOptimumCLICommand):
                 token=args.token,
                 offline=args.offline,
                 gate_file=args.gate_file,
+                template=args.template,
             )
             run_export(config, dry_run=False)
 
