@@ -7,7 +7,7 @@ refused if it is set: it might change the answer.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ def generation_config(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
         UnsupportedModelError: A setting that changes answers and that the runtime does not do.
     """
     path = folder / GENERATION_CONFIG
+    data: dict[str, Any]
     if path.is_file():
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -84,6 +85,16 @@ def generation_config(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
     else:
         path = folder / "config.json"
         data = GenerationConfig.from_model_config(config).to_diff_dict()
+    _refuse_unknown(path, data)
+    try:
+        GenerationSettings.from_dict(data)
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return data
+
+
+def _refuse_unknown(path: Path, data: Mapping[str, Any]) -> None:
+    """Refuse a setting that is known to change answers, or that a newer transformers knows and we do not."""
     known = vars(GenerationConfig())
     for name, value in data.items():
         if value is None or name in HONOURED or name in IRRELEVANT or name.startswith("_"):
@@ -94,8 +105,3 @@ def generation_config(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
             raise UnsupportedModelError(
                 f"{path} sets {name} = {json.dumps(value)}, which the runtime does not do; remove it there to export without"
             )
-    try:
-        GenerationSettings.from_dict(data)
-    except InputError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return data

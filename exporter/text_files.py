@@ -71,7 +71,8 @@ def _with_special_tokens(folder: Path, tokenizer: Any) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     names = {name for name, value in config.items() if name.endswith("_token") and not isinstance(value, bool)}
-    return {k: v for k, v in config.items() if k not in names | {"auto_map"}} | tokenizer.special_tokens_map
+    special: dict[str, str] = tokenizer.special_tokens_map
+    return {k: v for k, v in config.items() if k not in names | {"auto_map"}} | special
 
 
 def _template(config: ExportConfig, checkpoint: Checkpoint) -> str:

@@ -106,6 +106,8 @@ class AnswerText:
         self._tokenizer = tokenizer
         self._stream = StreamDecoder(tokenizer)
         self._stops = StopStrings(stops)
+        # Special tokens behind text that is held back: how much text is in front of each.
+        self._waiting: list[tuple[int, str]] = []
         self.text = ""
 
     @property
@@ -117,14 +119,26 @@ class AnswerText:
         """Take a token and return the text that it completes; the `end` token, special or not, has none."""
         special = self._tokenizer.special.get(token_id, "")
         if not (special or end):
-            return self._give(self._stops.push(self._stream.push(token_id)))
-        if end or self._stops.match(self._stream.rest(), special):
-            return self._give(self._stops.push(self._stream.flush()) + self._stops.push(special, shown=False))
-        return self._give(self._stops.push(special, shown=False))
+            return self._give(self._feed(self._stream.push(token_id)))
+        rest = self._stream.rest()
+        if end or self._stops.match(rest, special):
+            return self._give(self._feed(self._stream.flush()) + self._stops.push(special, shown=False))
+        self._waiting.append((len(rest), special))
+        return self._give(self._feed(""))
 
     def flush(self) -> str:
         """Return what was held back at the end of the answer."""
-        return self._give(self._stops.push(self._stream.flush()) + self._stops.flush())
+        return self._give(self._feed(self._stream.flush()) + self._stops.flush())
+
+    def _feed(self, piece: str) -> str:
+        """Hand text to the stop strings, with the special tokens that stand in it, and return what can be shown."""
+        shown, at = "", 0
+        while self._waiting and self._waiting[0][0] <= len(piece):
+            place, special = self._waiting.pop(0)
+            shown += self._stops.push(piece[at:place]) + self._stops.push(special, shown=False)
+            at = place
+        self._waiting = [(place - len(piece), special) for place, special in self._waiting]
+        return shown + self._stops.push(piece[at:])
 
     def _give(self, piece: str) -> str:
         piece = piece if self.text else piece.lstrip()

@@ -19,6 +19,7 @@ from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.generation import GenerationSettings
+from leanvlm.runtime.session import user_message
 
 PROMPTS = ("What is on the table?", "Count the red cups, please.", "Año 2026: describe 画像 in one line.")
 NEW_TOKENS = 24
@@ -184,6 +185,14 @@ def test_generation_settings_equal_generate(bundle: Path, images: Any, model: An
     assert answers.count(answers[0]) == 1, "a setting changes nothing"
 
 
+def test_settings_see_the_prompt_of_the_processor(bundle: Path, images: Any, processor: Any) -> None:
+    wanted = _inputs(processor, PROMPTS[0], images)["input_ids"][0].tolist()
+    with load(bundle) as session:
+        features = session.encode_images(images, BUDGET)
+        ids = session.prompt_ids([user_message(PROMPTS[0], len(images))], len(images))
+        assert list(session.splice(ids, features).ids) == wanted
+
+
 def test_a_raw_prompt_is_the_text_as_it_is(bundle: Path, images: Any, processor: Any) -> None:
     content = [{"type": "image"}, {"type": "text", "text": PROMPTS[0]}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -196,9 +205,12 @@ def test_a_raw_prompt_is_the_text_as_it_is(bundle: Path, images: Any, processor:
 
 
 def test_an_export_without_a_template(tiny_llava: Path, images: Any, tmp_path: Path) -> None:
-    """A checkpoint whose template is for text only, and which asks for generation settings."""
+    """A checkpoint whose template is for text only, with generation settings and a tokenizer class of its own."""
     checkpoint = shutil.copytree(tiny_llava, tmp_path / "checkpoint")
     (checkpoint / "chat_template.jinja").write_text("{{ messages[0]['content'] | trim }}")
+    tokenizer = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(tokenizer | own))
     settings = {"eos_token_id": 2, "repetition_penalty": 1.3, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
     (checkpoint / "generation_config.json").write_text(json.dumps(settings))
     export(ExportConfig(str(checkpoint), (BUDGET,), tmp_path / "bundle", template="none"))

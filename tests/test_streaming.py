@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from leanvlm.demo import MODEL_DIR
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.streaming import BYTES, MAX_PENDING, UNDECODED, StopStrings, StreamDecoder
+from leanvlm.runtime.streaming import BYTES, MAX_PENDING, UNDECODED, AnswerText, StopStrings, StreamDecoder
 from leanvlm.runtime.text import TextTokenizer
 
 DEMO = TextTokenizer.from_folder(MODEL_DIR)
@@ -107,6 +107,13 @@ def test_the_work_per_token_is_bounded(tokenizer: TextTokenizer, text: str) -> N
     assert "".join(pieces) == tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("before", range(2 * MAX_PENDING))
+def test_a_character_behind_wrong_bytes_stays_whole(before: int) -> None:
+    emoji = DEMO.tokenizer.encode("🎉", add_special_tokens=False).ids
+    ids = emoji[-1:] * before + emoji
+    assert "".join(pieces_of(DEMO, ids)) == DEMO.decode(ids) == UNDECODED * before + "🎉"
+
+
 def test_wrong_bytes_come_out_while_they_come() -> None:
     wrong = DEMO.tokenizer.encode("🎉", add_special_tokens=False).ids[-1:]
     stream = DEMO.stream()
@@ -157,6 +164,34 @@ def test_stop_strings_match_special_tokens_which_are_not_shown(stop: str, shown:
     stops = StopStrings([stop])
     pieces = [stops.push("one"), stops.push("</s>", shown=False), stops.push(" two"), stops.flush()]
     assert "".join(pieces) == shown
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "tokens"),
+    [
+        ([], "the 日a", 7),
+        (["</s>"], "the 日", 6),
+        (["日</s>"], "the ", 6),
+        (["</s>a"], "the 日", 7),
+        ([" no"], "the 日a", 7),
+        (["the "], "", 2),
+    ],
+)
+def test_a_special_token_among_others_can_stop_an_answer(stops: list[str], text: str, tokens: int) -> None:
+    ids = [LLAMA.tokenizer.token_to_id(token) for token in ("▁the", "▁", "<0xE6>", "<0x97>", "<0xA5>", "</s>", "a")]
+    answer = AnswerText(LLAMA, stops)
+    pieces: list[str] = []
+    while len(pieces) < len(ids) and not answer.stopped:
+        pieces.append(answer.push(ids[len(pieces)]))
+    assert len(pieces) == tokens
+    pieces.append(answer.flush())
+    assert "".join(pieces) == answer.text == text
+
+
+def test_the_end_token_has_no_text() -> None:
+    answer = AnswerText(LLAMA)
+    assert answer.push(LLAMA.tokenizer.token_to_id("▁the")) == "the"
+    assert answer.push(LLAMA.tokenizer.token_to_id("s"), end=True) == answer.flush() == ""
 
 
 def test_an_empty_stop_string_is_refused() -> None:

@@ -64,6 +64,13 @@ def moved(folder: Path) -> None:
     )
 
 
+def not_special(folder: Path) -> None:
+    """Have a token in tokenizer.json that only the configuration calls special."""
+    token = {"id": 260, **IM_END, "rstrip": False, "special": False}
+    edit("tokenizer.json", lambda data: data["added_tokens"].append(token))(folder)
+    set_all("tokenizer_config.json", added_tokens_decoder={"260": {**IM_END, "rstrip": False}})(folder)
+
+
 def of_llama(folder: Path, **flags: bool) -> None:
     """Give the checkpoint a tokenizer of Llama's class, which transformers builds anew."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=llama_like(), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -86,6 +93,7 @@ CHANGES: dict[str, Change] = {
     "eos_token": set_all("tokenizer_config.json", eos_token={"__type": "AddedToken", **IM_END}, unk_token="<pad>"),
     "special_tokens_map.json": moved,
     "map beside the config": set_all("special_tokens_map.json", eos_token="<|im_end|>", unk_token="<pad>"),
+    "special by configuration": not_special,
     "custom class": set_all("tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]}),
     "flags": set_all("tokenizer_config.json", add_bos_token=False, add_eos_token=True),
     "llama": of_llama,
