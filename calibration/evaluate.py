@@ -16,13 +16,12 @@ from leanvlm.calibration.scores import CAPTION, Result, Scores, score_caption
 from leanvlm.demo.scenes import KINDS, PHOTO_KINDS, TRAINING_SEED, Question, Scene, held_out_questions, make_scene
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import read_manifest
-from leanvlm.runtime.session import GenerateOptions, Session, load, user_message
+from leanvlm.runtime.session import Session, load, user_message
 from leanvlm.runtime.splice import ImageFeatures
 
 BATCH = 8
 # The longest short answer takes 6 tokens of the built-in model; the longest caption, of 13 objects, 52.
-SHORT = GenerateOptions(max_new_tokens=12)
-LONG = GenerateOptions(max_new_tokens=64)
+SHORT, LONG = 12, 64
 
 Step = Callable[[str, int], None]
 
@@ -142,7 +141,8 @@ def _examine(
 
 
 def _ask(session: Session, features: ImageFeatures, scene: Scene, exam: Exam, scores: Scores) -> None:
-    def answer(question: Question, options: GenerateOptions) -> str:
+    def answer(question: Question, length: int) -> str:
+        options = session.settings.options(max_new_tokens=length)
         return session.respond([user_message(question.text, 1)], [features], options).answer.text
 
     short, caption = exam.questions(scene)

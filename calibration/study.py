@@ -142,7 +142,7 @@ class Examinee:
         out = self._decoder.generate(
             inputs_embeds=inputs,
             attention_mask=there,
-            max_new_tokens=LONG.max_new_tokens,
+            max_new_tokens=LONG,
             do_sample=False,
             eos_token_id=self._ends,
             pad_token_id=self._ends[0],

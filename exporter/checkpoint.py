@@ -21,7 +21,6 @@ from leanvlm.exporter.weights import ADAPTER, adapter_alone, find_weights, load_
 from leanvlm.runtime.errors import CheckpointError, LeanVLMError, LeanVLMWarning, UnsupportedModelError
 from leanvlm.runtime.manifest import SourceSpec, file_sha256
 from leanvlm.runtime.preprocess import ImageSpec
-from leanvlm.runtime.text import Template, TextTokenizer
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
 PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
@@ -150,9 +149,6 @@ def _read(folder: Path, name: str, revision: str | None, erank_ref: float, *, we
         message = f"the adapter in {folder} is left out; to have it in the bundle, merge it first (peft: merge_and_unload)"
         warnings.warn(message, LeanVLMWarning, stacklevel=2)
     config, spec = _configuration(folder, family)
-    # Read now what only the finished bundle needs: tracing a large model takes minutes.
-    _check_image_token(folder, spec, TextTokenizer.from_folder(folder))
-    Template.from_folder(folder)
     return Checkpoint(folder, name, revision, config, family, spec, _image_spec(folder, spec), erank_ref, files)
 
 
@@ -199,21 +195,6 @@ def _configuration(folder: Path, family: Family) -> tuple[Any, FamilySpec]:
         raise
     except Exception as error:  # A configuration's own checks raise nearly anything.
         raise CheckpointError(f"{folder / 'config.json'} is not a valid configuration: {_one_line(error)}") from error
-
-
-def _check_image_token(folder: Path, spec: FamilySpec, tokenizer: TextTokenizer) -> None:
-    """Check that the image token's id is one that the tokenizer has, in whichever of its files."""
-    token = spec.image_token_id
-    if token in tokenizer.tokenizer.get_vocab(with_added_tokens=True).values():
-        return
-    added, config = (
-        _json(folder / name) if (folder / name).is_file() else {} for name in ("added_tokens.json", "tokenizer_config.json")
-    )
-    if token not in added.values() and str(token) not in (config.get("added_tokens_decoder") or {}):
-        raise CheckpointError(
-            f"{folder}: config.json says that token {token} stands for an image, and the tokenizer has no token {token}: "
-            "correct image_token_id, or take the tokenizer that was saved with the model"
-        )
 
 
 def _image_spec(folder: Path, spec: FamilySpec) -> ImageSpec:

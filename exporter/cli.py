@@ -18,6 +18,7 @@ def export_command(
     budget: Annotated[str, typer.Option(help="Image tokens kept per crop, such as 64 or 64,128.")] = "64",
     pruner: Annotated[str, typer.Option(help="Name, or name:field=value,…")] = "agile",
     gate_file: Annotated[Path | None, typer.Option(help="What `calibrate gate` wrote for this model.")] = None,
+    template: Annotated[str | None, typer.Option(help="File with a chat template (jinja); none exports without.")] = None,
     target: Annotated[str, typer.Option(help="cpu, cuda, tensorrt-rtx or tensorrt.")] = "cpu",
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8 or int4; the target's by default.")] = None,
     positions: Annotated[str, typer.Option(help="compact or original: how kept tokens are numbered.")] = "compact",
@@ -42,6 +43,7 @@ def export_command(
         token=token,
         offline=offline,
         gate_file=gate_file,
+        template=template,
     )
     run_export(config, dry_run=dry_run)
 

@@ -17,6 +17,8 @@ ALIASES = {
 }
 # The gate's reference is the mean effective rank of a model's training images, so it belongs to a model.
 DEFAULT_ERANK_REF = 90.0
+# As `template`: the bundle gets none.
+NO_TEMPLATE = "none"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class ExportConfig:
         token: Access token for the Hub.
         offline: Use only what is already on this machine.
         gate_file: What `leanvlm calibrate gate` wrote for this model; sets the gate's references where `pruner` does not.
+        template: File with a chat template (jinja) to use instead of the checkpoint's; `none` exports without one, for prompts
+            that are written whole.
 
     Raises:
         InputError: A value that no export can have.
@@ -54,6 +58,7 @@ class ExportConfig:
     token: str | None = field(default=None, repr=False)
     offline: bool = False
     gate_file: Path | None = None
+    template: str | Path | None = None
 
     def __post_init__(self) -> None:
         if not self.model.strip():

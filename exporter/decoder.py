@@ -167,6 +167,11 @@ def write_text_checkpoint(checkpoint: Checkpoint, architecture: str, folder: Pat
     for name in TOKENIZER_FILES:
         if (checkpoint.folder / name).is_file():
             shutil.copyfile(checkpoint.folder / name, folder / name)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        # The builder would ask whether to run a tokenizer class of the checkpoint's own.
+        kept = {key: value for key, value in json.loads(settings.read_text(encoding="utf-8")).items() if key != "auto_map"}
+        settings.write_text(json.dumps(kept), encoding="utf-8")
 
 
 @contextlib.contextmanager

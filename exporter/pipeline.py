@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint, load_model
-from leanvlm.exporter.config import ExportConfig
+from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
 from leanvlm.exporter.decoder import DECODER, build_decoder, head_dim
 from leanvlm.exporter.dialect import check_dialect, target_opset
 from leanvlm.exporter.graphs import OUTPUTS, VisionGraph
@@ -38,7 +38,7 @@ from leanvlm.exporter.portable_decoder import save_decoder, trace_decoder
 from leanvlm.exporter.pruners import PRUNERS, NoPruner
 from leanvlm.exporter.reference import Reference
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
-from leanvlm.exporter.tokenizer import write_tokenizer
+from leanvlm.exporter.text_files import write_text_files
 from leanvlm.exporter.trace import trace
 from leanvlm.exporter.verify import verify
 from leanvlm.runtime.backends.ort import PROVIDERS
@@ -63,16 +63,7 @@ from leanvlm.runtime.session import Session, load
 MIN_ONNXRUNTIME = "1.23"
 # Where the host's clock cannot time a stage.
 CUT_TARGETS = ("cuda",)
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-)
+COPIED = ("preprocessor_config.json", "processor_config.json")
 TOOLS = ("leanvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
 
 Step = Callable[[str], None]
@@ -126,13 +117,13 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     gc.collect()
     on_step("write token table")
     _write_table(checkpoint, model, folder)
-    _copy_small_files(checkpoint, folder)
+    _write_small_files(request, folder)
     manifest = _manifest(request, vision, stages, folder)
     write_manifest(folder, manifest)
     # Unpacked weights are the files' own pages, so that the check needs no second copy of the model.
     with _open(folder, config.target) as session:
         reference = Reference(checkpoint, model, _reference_device(checkpoint, config.target))
-        measured = verify(session, reference, request.pruners, on_step)
+        measured = verify(session, reference, request.pruners, on_step, raw=config.template == NO_TEMPLATE)
     manifest = replace(manifest, verification=measured)
     write_manifest(folder, manifest)
     return manifest
@@ -214,17 +205,12 @@ def _write_table(checkpoint: Checkpoint, model: nn.Module, folder: Path) -> None
     (folder / EMBED_TOKENS).write_bytes(save({TENSOR: table.contiguous()}))
 
 
-def _copy_small_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy tokenizer, template, processor, generation configuration and licence as the checkpoint has them."""
-    for name in (*COPIED, checkpoint.licence_file):
-        if name is not None and (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
-    write_tokenizer(checkpoint.folder, folder)
-    if not (folder / "generation_config.json").is_file():
-        text, config = checkpoint.config.text_config, checkpoint.config
-        end = getattr(config, "eos_token_id", None)
-        data = {"eos_token_id": end if end is not None else getattr(text, "eos_token_id", None)}
-        (folder / "generation_config.json").write_text(json.dumps(data), encoding="utf-8")
+def _write_small_files(request: Plan, folder: Path) -> None:
+    """Write tokenizer, template and generation settings, and copy processor and licence as the checkpoint has them."""
+    write_text_files(request.config, request.checkpoint, folder)
+    for name in (*COPIED, request.checkpoint.licence_file):
+        if name is not None and (request.checkpoint.folder / name).is_file():
+            shutil.copyfile(request.checkpoint.folder / name, folder / name)
 
 
 def _manifest(request: Plan, vision: dict[int, GraphSpec], stages: dict[str, GraphSpec], folder: Path) -> Manifest:

@@ -14,6 +14,7 @@ from leanvlm.exporter.config import ExportConfig
 from leanvlm.exporter.decoder import check_decoder
 from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.pruners import NoPruner, Pruner, parse
+from leanvlm.exporter.text_files import check_text
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import MANIFEST
 from leanvlm.runtime.preprocess import ImageSpec
@@ -81,6 +82,7 @@ def plan(config: ExportConfig) -> Plan:
         if budget > count:
             raise InputError(f"budget {budget} is more than the {count} image tokens of this model")
     check_decoder(checkpoint.config.text_config)
+    check_text(config, checkpoint)
     references, gate = _gate(config, checkpoint)
     pruners: dict[int, Pruner] = {
         budget: parse(config.pruner, keep=budget, **references) for budget in config.budgets if budget < count

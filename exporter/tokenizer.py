@@ -1,15 +1,20 @@
 """The tokenizer file of a bundle: the checkpoint's own, if transformers reads it as it stands.
 
-The runtime takes `tokenizer.json` literally. transformers rebuilds some tokenizers (Llama's among them) from their vocabulary
-with rules of its own, and a checkpoint is defined by what its processor does; so where the two differ, that is written.
+The runtime takes `tokenizer.json` literally. transformers adds special tokens out of other files, and rebuilds some tokenizers
+(Llama's among them) from their vocabulary with rules of its own. A checkpoint is defined by what its processor does; so where
+the two differ, that is written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
+
+from leanvlm.runtime.errors import CheckpointError
 
 # Spaces at both ends, digits, accents, other scripts, an emoji, line breaks: where rebuilt tokenizers differ.
 PROBES = (
@@ -22,22 +27,47 @@ PROBES = (
 )
 
 
-def write_tokenizer(checkpoint: Path, folder: Path) -> bool:
-    """Write `tokenizer.json` into a bundle so that it gives the checkpoint's token ids.
+def load_tokenizer(checkpoint: Path) -> Any:
+    """Return the tokenizer that transformers makes of a checkpoint's files; a class of its own is not run.
+
+    Raises:
+        CheckpointError: It makes none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # The files can be wrong in any way.
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{checkpoint}: transformers cannot read the tokenizer: {why}") from error
+
+
+def write_tokenizer(theirs: Any, folder: Path) -> bool:
+    """Make a bundle's `tokenizer.json` give the token ids of transformers, and skip the same tokens as special.
 
     Args:
-        checkpoint: Folder with the checkpoint's tokenizer.
+        theirs: What `load_tokenizer` returned.
         folder: The bundle, with a copy of the checkpoint's file.
 
     Returns:
         Whether transformers' version replaced the copy.
     """
-    theirs = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     path = folder / "tokenizer.json"
-    ours = Tokenizer.from_file(str(path))
+    ours, backend = Tokenizer.from_file(str(path)), theirs.backend_tokenizer
     ours.no_truncation()
     ours.no_padding()
-    if all(ours.encode(text).ids == theirs(text)["input_ids"] for text in PROBES):
+    same = _special(ours) == _special(backend)
+    if same and all(ours.encode(text).ids == theirs(text)["input_ids"] for text in _probes(ours, backend)):
         return False
-    theirs.backend_tokenizer.save(str(path))
+    backend.save(str(path))
     return True
+
+
+def _probes(*tokenizers: Tokenizer) -> Iterator[str]:
+    """Yield texts to compare tokenizers by; every added token stands in one with and without spaces around it."""
+    yield from PROBES
+    for token in sorted({token.content for one in tokenizers for token in one.get_added_tokens_decoder().values()}):
+        yield f"a{token}b {token} c"
+
+
+def _special(tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the special tokens."""
+    return {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}

@@ -25,11 +25,12 @@ from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.exporter.reference import Reference, cosine, relative_difference
 from leanvlm.exporter.rounding import BITS
 from leanvlm.runtime.errors import LeanVLMWarning, VerificationError
+from leanvlm.runtime.generation import GenerateOptions
 from leanvlm.runtime.manifest import GraphSpec
 from leanvlm.runtime.preprocess import preprocess
 from leanvlm.runtime.session import Session, user_message
 from leanvlm.runtime.splice import ImageFeatures, splice
-from leanvlm.runtime.text import split_on_image
+from leanvlm.runtime.text import Message, split_on_image
 
 Array = npt.NDArray[Any]
 # A graph's dtype to the precision that it computes in. Rounded weights are exact numbers of it.
@@ -43,6 +44,7 @@ def verify(
     reference: Reference,
     pruners: Mapping[int, Pruner],
     on_step: Callable[[str], None] = lambda step: None,
+    raw: bool = False,
 ) -> dict[str, Any]:
     """Compare a finished bundle with its checkpoint.
 
@@ -51,6 +53,7 @@ def verify(
         reference: The checkpoint.
         pruners: Budget to pruner, as exported.
         on_step: Told what is being compared, for a progress display.
+        raw: Ask without the chat template, which the bundle may not have.
 
     Returns:
         The measured differences, for the manifest.
@@ -78,9 +81,10 @@ def verify(
         _check_vision(budget, measured, _vision_precision(session.manifest.vision[budget]))
     on_step("verify decoder")
     whole = next(iter(tokens.values())).features[0].numpy()
+    question = f"{session.image_token}\n{PROMPT}" if raw else [user_message(PROMPT, 1)]
     for budget in pruners:
         merges = results["vision"][str(budget)]["merged"]
-        measured = _compare_chain(session, reference, images[0], None if merges else whole, budget)
+        measured = _compare_chain(session, reference, images[0], question, None if merges else whole, budget)
         results["tokens"][str(budget)] = measured
         _check_chain(budget, measured, COMPUTED[session.manifest.decoder.kv_dtype])
     return results
@@ -191,7 +195,12 @@ def _check_vision(budget: int, measured: Mapping[str, Any], precision: str) -> N
 
 
 def _compare_chain(
-    session: Session, reference: Reference, image: Image.Image, features: Array | None, budget: int
+    session: Session,
+    reference: Reference,
+    image: Image.Image,
+    question: str | Sequence[Message],
+    features: Array | None,
+    budget: int,
 ) -> dict[str, Any]:
     """Generate greedily with the bundle; let the checkpoint judge every token from its own features of the kept tokens.
 
@@ -199,6 +208,7 @@ def _compare_chain(
         session: The bundle.
         reference: The checkpoint.
         image: The image to ask about.
+        question: What to ask.
         features: The checkpoint's own features of it (N, D); None where tokens were merged, which exist in the bundle only
             and have been compared before.
         budget: The budget to use.
@@ -207,9 +217,10 @@ def _compare_chain(
         Differences of the first logits, and how many tokens are equal or wrong; `unrounded` holds the same against the
         checkpoint's own weights, where the bundle's are rounded.
     """
-    answer = session.generate(PROMPT, [image], budget=budget, max_new_tokens=NEW_TOKENS, ignore_end=True)
     encoded = session.encode_images([image], budget)[0]
-    ids = session.prompt_ids([user_message(PROMPT, 1)], 1)
+    # The most probable tokens, whatever the checkpoint's generation settings would make of the logits.
+    answer = session.respond(question, [encoded], GenerateOptions(NEW_TOKENS, ignore_end=True)).answer
+    ids = session.prompt_ids(question, 1)
     prompt = session.splice(ids, [encoded])
     precision, dtype = session.manifest.precision, session.manifest.decoder.kv_dtype
     expected = exact = _judged(reference, session, ids, encoded, features, answer.token_ids)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from leanvlm.runtime.answer import Answer, Pruning
-from leanvlm.runtime.console import stderr_console
+from leanvlm.runtime.console import is_utf8, stderr_console
 from leanvlm.runtime.errors import InputError, LeanVLMError
+from leanvlm.runtime.generation import GenerateOptions
 from leanvlm.runtime.overlay import check_picture_path, save_overlay
 from leanvlm.runtime.preprocess import load_image
-from leanvlm.runtime.sampling import SamplingConfig
-from leanvlm.runtime.session import GenerateOptions, Session, load, user_message
+from leanvlm.runtime.session import Session, load, user_message
 from leanvlm.runtime.splice import ImageFeatures
 from leanvlm.runtime.text import Message
 
@@ -29,6 +29,7 @@ class Request:
     bundle: Path
     images: tuple[Path, ...]
     prompt: str | None
+    raw: bool
     budget: int | None
     device: str | None
     provider: str | None
@@ -46,14 +47,15 @@ def ask(request: Request) -> None:
         if len(request.images) != 1:
             raise InputError("--overlay draws one image; give exactly one --image")
     with load(request.bundle, device=request.device, provider=request.provider, threads=request.threads) as session:
-        generation = session.stream(request.prompt, request.images, budget=request.budget, **request.options)
+        asked = {"budget": request.budget, "raw": request.raw, **request.options}
+        generation = session.stream(request.prompt, request.images, **asked)
         if not request.as_json:
             for piece in generation:
                 print(piece, end="", flush=True)
             print()
         answer = generation.answer
         if request.as_json:
-            print(json.dumps(answer_json(session, answer), ensure_ascii=False))
+            print(json.dumps(answer_json(session, answer), ensure_ascii=not is_utf8(sys.stdout)))
         if request.overlay is not None:
             save_overlay(request.overlay, load_image(request.images[0]), answer.pruning[0], session.manifest)
         _summarise(answer)
@@ -122,9 +124,8 @@ class Chat:
 def chat(request: Request) -> None:
     """Read messages from standard input until its end; images given with --image go with the first one."""
     console = stderr_console()
-    sampling = SamplingConfig(*(request.options[key] for key in ("temperature", "top_p", "seed")))
-    options = GenerateOptions(request.options["max_new_tokens"], sampling, tuple(request.options["stop"]))
     with load(request.bundle, device=request.device, provider=request.provider, threads=request.threads) as session:
+        options = session.settings.options(**request.options)
         conversation = Chat(session, session.manifest.budget(request.budget), options)
         waiting = list(request.images)
         for path in waiting:

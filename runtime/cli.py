@@ -12,7 +12,14 @@ from typing import Annotated, Any
 
 import typer
 
-from leanvlm.runtime.console import INTERRUPTED, check_outputs, help_without_command, one_line_errors, stderr_console
+from leanvlm.runtime.console import (
+    INTERRUPTED,
+    check_outputs,
+    help_without_command,
+    one_line_errors,
+    parse_ids,
+    stderr_console,
+)
 from leanvlm.runtime.errors import InputError
 
 app = typer.Typer(
@@ -64,9 +71,21 @@ def run(
     bundle: Bundle,
     image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given several times.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What to ask; without it, a chat at the terminal.")] = None,
+    raw_prompt: Annotated[
+        bool, typer.Option("--raw-prompt", help="The prompt is the whole text, with the image token once for each image.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Where the answer is cut.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Share of probability to sample from.")] = 1.0,
+    top_p: Annotated[float | None, typer.Option(help="Share of probability to sample from.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Tokens to sample from; 0 is all.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Share of the best token's probability to sample from.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Over 1 discourages tokens that came before.")] = None,
+    no_repeat_ngram_size: Annotated[int | None, typer.Option(help="Longest run of tokens that may come twice, plus 1.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="No end before so many tokens.")] = None,
+    suppress_tokens: Annotated[str | None, typer.Option(help="Token ids that must not come, such as 5,6.")] = None,
+    bad_words_ids: Annotated[
+        list[str] | None, typer.Option(help="Token ids that must not come in this order, such as 5,6; may be repeated.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="String that ends the answer; may be repeated.")] = None,
     budget: Budget = None,
@@ -76,16 +95,27 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     overlay: Annotated[Path | None, typer.Option(help="Write a picture of the kept tokens (PNG).")] = None,
 ) -> None:
-    """Answer a question about images, or chat."""
+    """Answer a question about images, or chat.
+
+    What is not given of top-p to bad-words-ids is as the checkpoint's generation_config.json says.
+    """
     from leanvlm.runtime.ask import Request, ask, chat
 
     request = Request(
-        bundle, tuple(image or ()), prompt, budget, device, provider, threads, overlay, as_json,
-        {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop or ()},
+        bundle, tuple(image or ()), prompt, raw_prompt, budget, device, provider, threads, overlay, as_json,
+        {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "stop": stop or (),
+            "top_p": top_p, "top_k": top_k, "min_p": min_p,
+            "repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size,
+            "min_new_tokens": min_new_tokens,
+            "suppress_tokens": parse_ids("--suppress-tokens", suppress_tokens),
+            "bad_words_ids": [parse_ids("--bad-words-ids", word) for word in bad_words_ids] if bad_words_ids else None,
+        },
     )  # fmt: skip
     if prompt is None:
-        if as_json:
-            raise InputError("--json needs --prompt")
+        for option, given in (("--json", as_json), ("--raw-prompt", raw_prompt)):
+            if given:
+                raise InputError(f"{option} needs --prompt")
         chat(request)
     else:
         ask(request)

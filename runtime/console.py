@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import warnings
@@ -66,12 +67,26 @@ def help_without_command(context: Any) -> None:
         print(context.get_help())
 
 
+def parse_ids(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Read token ids such as 5,6; None stays None.
+
+    Raises:
+        InputError: Something that is no token id.
+    """
+    if text is None:
+        return None
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise InputError(f"{option} {text!r} is not a list of token ids, such as 5,6")
+    return tuple(int(part) for part in text.split(","))
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the process with one line for an error that a user can mend: status 2, or 130 for Ctrl-C.
 
     A full disk, a missing permission and the like are such errors; anything else is a bug and keeps its traceback.
     """
+    _write_anything()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -89,6 +104,18 @@ def one_line_errors() -> Iterator[None]:
                 raise
             reason = "no space left on the disk" if error.errno == errno.ENOSPC else (error.strerror or str(error))
             _fail(f"{reason}: {error.filename}" if error.filename else reason, 2)
+
+
+def is_utf8(stream: Any) -> bool:
+    """Return whether a stream can write every character."""
+    return (getattr(stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
+
+
+def _write_anything() -> None:
+    """Let output escape what its encoding does not have, such as a kanji on a terminal of Latin letters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, status: int) -> None:

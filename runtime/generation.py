@@ -1,53 +1,175 @@
-"""An answer in the making."""
+"""How an answer is generated: what a request says, and what the checkpoint's generation_config.json says where it does not.
+
+The file's settings count as in `generate` of transformers, but for three: an answer is greedy unless the request gives a
+temperature (whatever `do_sample` and `temperature` say), is as long as the request says (`max_new_tokens`, `max_length`), and
+what neither the request nor the file sets does nothing (transformers samples with a top_k of 50 then).
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Generator, Iterator
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
 
-from leanvlm.runtime.answer import Answer
-from leanvlm.runtime.errors import InputError
+import numpy as np
+import numpy.typing as npt
+
+from leanvlm.runtime.errors import BundleError, InputError
+from leanvlm.runtime.logits import LOGITS_SETTINGS, NEUTRAL, LogitsConfig, process
+from leanvlm.runtime.sampling import SamplingConfig, sample
+
+MAX_NEW_TOKENS = 128
+GENERATION_CONFIG = "generation_config.json"
+SAMPLING_SETTINGS = ("top_k", "top_p", "min_p")
+"""Settings of the file that sampling uses."""
 
 
-class Generation:
-    """An answer in the making: iterate over its pieces of text; `answer` is there when they end.
+class Scores(Protocol):
+    """What the decoder thinks of the next token."""
 
-    Nothing is decoded before a piece is asked for. It is one stream: a second loop goes on where the first one stopped, and
-    threads that share it share its pieces out. Whoever stops early may go on later, or call `close`; an object that is
-    dropped closes itself. Nothing else waits for it: it has a cache of its own.
+    def greedy(self) -> int:
+        """Return the most probable token; raise BackendError if no score is finite."""
+        ...
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Return the scores of all tokens (V,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How an answer is generated; the checkpoint's own settings are in `GenerationSettings`.
+
+    Attributes:
+        max_new_tokens: At least 1.
+        sampling: Temperature 0 is greedy.
+        stop: Strings that end the answer and are left out of it. They match the text of special tokens too.
+        ignore_end: Go on after an end token, for measuring: as if the model had none.
+        logits: What is done to the logits before a token is chosen.
     """
 
-    def __init__(self, pieces: Generator[str, None, Answer]) -> None:
-        self._pieces = pieces
-        self._turn = threading.RLock()
-        self._answer: Answer | None = None
+    max_new_tokens: int = MAX_NEW_TOKENS
+    sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (frozen)
+    stop: tuple[str, ...] = ()
+    ignore_end: bool = False
+    logits: LogitsConfig = NEUTRAL
 
-    def __iter__(self) -> Iterator[str]:
-        return self
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens {self.max_new_tokens} is not possible; give at least 1")
 
-    def __next__(self) -> str:
-        with self._turn:
-            try:
-                return next(self._pieces)
-            except StopIteration as end:
-                # A generator says what it returned once; later it only says that it has ended.
-                self._answer = end.value or self._answer
-                raise StopIteration from None
 
-    def close(self) -> None:
-        """Give the answer up, with its cache; one that has ended stays as it is."""
-        with self._turn:
-            self._pieces.close()
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What a checkpoint's generation_config.json says.
 
-    @property
-    def answer(self) -> Answer:
-        """The finished answer; runs the generation to its end if that was not done.
+    Attributes:
+        end_ids: Tokens that end an answer.
+        sampling: For a request with a temperature.
+        logits: For every request.
+    """
+
+    end_ids: frozenset[int] = frozenset()
+    sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (frozen)
+    logits: LogitsConfig = NEUTRAL
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GenerationSettings:
+        """Read the settings out of a generation configuration; a null is a setting that is not there.
 
         Raises:
-            InputError: It was closed, or failed, before its end.
+            InputError: A value that is not possible.
         """
-        for _ in self:
-            pass
-        if self._answer is None:
-            raise InputError("this answer was given up before its end; ask again")
-        return self._answer
+        end = data.get("eos_token_id")
+        ends = [] if end is None else end if isinstance(end, list) else [end]
+        if not all(isinstance(token, int) for token in ends):
+            raise InputError(f"eos_token_id must be a token id or a list of them, not {end!r}")
+        given = {name: value for name in SAMPLING_SETTINGS if (value := data.get(name)) is not None}
+        wrong = next((name for name, value in given.items() if not isinstance(value, int | float)), None)
+        if wrong is not None:
+            raise InputError(f"{wrong} must be a number, not {given[wrong]!r}")
+        logits = NEUTRAL.changed({name: data.get(name) for name in LOGITS_SETTINGS})
+        return cls(frozenset(ends), SamplingConfig(**given), logits)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> GenerationSettings:
+        """Read the generation_config.json of a bundle.
+
+        Raises:
+            BundleError: It cannot be read, or holds a value that is not possible.
+        """
+        path = folder / GENERATION_CONFIG
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError) as error:
+            raise BundleError(f"{path} cannot be read: {error}") from error
+        except InputError as error:
+            raise BundleError(f"{path}: {error}") from error
+
+    def options(
+        self,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_end: bool = False,
+        **settings: Any,
+    ) -> GenerateOptions:
+        """Return the options of a request.
+
+        Args:
+            max_new_tokens: Where the answer is cut.
+            temperature: 0 is greedy.
+            seed: Makes sampling repeatable.
+            stop: Strings that end the answer.
+            ignore_end: Go on after an end token.
+            settings: `top_k`, `top_p`, `min_p` and the fields of `LogitsConfig`; one that is missing or None is the
+                checkpoint's.
+
+        Raises:
+            InputError: A value that is not possible.
+        """
+        chosen = {name: settings.pop(name) for name in SAMPLING_SETTINGS if name in settings}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        sampling = replace(self.sampling, temperature=temperature, seed=seed, **chosen)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        return GenerateOptions(max_new_tokens, sampling, stops, ignore_end, self.logits.changed(settings))
+
+
+class Chooser:
+    """Chooses the tokens of one answer in turn; the logits stay on the device if only their highest is wanted."""
+
+    def __init__(self, options: GenerateOptions, prompt: Sequence[int], end_ids: frozenset[int]) -> None:
+        """Begin an answer.
+
+        Args:
+            options: How to generate.
+            prompt: The prompt's tokens, each image all of its placeholders.
+            end_ids: Tokens that end an answer.
+        """
+        self._options = options
+        self._ids, self._prompt = list(prompt), len(prompt)
+        self._end_ids = frozenset() if options.ignore_end else end_ids
+        self._rng = options.sampling.generator()
+
+    def choose(self, scores: Scores) -> int:
+        """Return the next token."""
+        sampling, settings = self._options.sampling, self._options.logits
+        if sampling.temperature == 0 and not settings.active:
+            return scores.greedy()
+        logits = scores.logits()
+        if settings.active:
+            logits = process(logits, settings, np.asarray(self._ids, np.int64), self._prompt, self._end_ids)
+        token = sample(
+            logits,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            rng=self._rng,
+        )
+        self._ids.append(token)
+        return token

@@ -6,10 +6,9 @@ embedding of a prompt goes is decided here, so the graphs know nothing of prompt
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -17,41 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from leanvlm.runtime.answer import Answer, Pruning, Timings
+from leanvlm.runtime.answer import Answer, Generation, Pruning, Timings
 from leanvlm.runtime.backends import Backend, Decoder, Graph, open_backend
 from leanvlm.runtime.embeddings import TokenTable
-from leanvlm.runtime.errors import BackendError, BundleError, ContextOverflowError, InputError, SessionClosedError
-from leanvlm.runtime.generation import Generation
+from leanvlm.runtime.errors import BackendError, ContextOverflowError, InputError, SessionClosedError
+from leanvlm.runtime.generation import MAX_NEW_TOKENS, Chooser, GenerateOptions, GenerationSettings
 from leanvlm.runtime.manifest import Manifest, read_manifest, verify_files
 from leanvlm.runtime.preprocess import ImageSource, image_list, preprocess
-from leanvlm.runtime.sampling import SamplingConfig, sample
 from leanvlm.runtime.splice import ImageFeatures, Prompt, splice
-from leanvlm.runtime.text import Message, StopStrings, Template, TextTokenizer, check_image_tokens, split_on_image
+from leanvlm.runtime.streaming import AnswerText
+from leanvlm.runtime.text import Message, Template, TextTokenizer, check_image_tokens, split_on_image
 
-MAX_NEW_TOKENS = 128
 # A cache a little larger than needed serves the next turns and prompts too.
 CACHE_STEP = 64
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """How an answer is generated.
-
-    Attributes:
-        max_new_tokens: At least 1.
-        sampling: Temperature 0 is greedy, whatever the checkpoint's generation_config.json says.
-        stop: Strings that end the answer and are left out of it.
-        ignore_end: Go on after an end token, for measuring.
-    """
-
-    max_new_tokens: int = MAX_NEW_TOKENS
-    sampling: SamplingConfig = SamplingConfig()  # noqa: RUF009 (frozen)
-    stop: tuple[str, ...] = ()
-    ignore_end: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens {self.max_new_tokens} is not possible; give at least 1")
 
 
 class Session:
@@ -67,6 +44,7 @@ class Session:
         manifest: What the bundle says of itself.
         folder: Where it is.
         backend: What runs its graphs.
+        settings: What its generation_config.json says.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
@@ -76,7 +54,8 @@ class Session:
         self.template = Template.from_folder(folder)
         self.tokenizer = TextTokenizer.from_folder(folder)
         self.table = TokenTable(folder / manifest.embed_tokens)
-        self.end_ids = _end_ids(folder)
+        self.settings = GenerationSettings.from_folder(folder)
+        self.end_ids = self.settings.end_ids
         self._graphs: dict[int, Graph] = {}
         self._decoder: Decoder | None = None
         self._closed = False
@@ -106,12 +85,13 @@ class Session:
         images: ImageSource | Sequence[ImageSource] = (),
         *,
         budget: int | None = None,
+        raw: bool = False,
         max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
-        top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_end: bool = False,
+        **settings: Any,
     ) -> Generation:
         """Answer a prompt piece by piece.
 
@@ -120,25 +100,31 @@ class Session:
             images: One image or several in the order of their places; each as `load_image` takes it: a path, the bytes of
                 an image file, an open file, a Pillow image or levels (H, W, 3) uint8.
             budget: Image tokens kept per crop; one of the bundle's, None for its default.
+            raw: The prompt is the whole text as it is, with the image token (`image_token`) once for each image; no template.
             max_new_tokens: Where the answer is cut.
             temperature: 0 is greedy.
-            top_p: Share of probability sampled from, over 0 and at most 1.
             seed: Makes sampling repeatable.
-            stop: Strings that end the answer.
+            stop: Strings that end the answer; they match the text of special tokens too.
             ignore_end: Go on after an end token, for measuring.
+            settings: `top_p`, `top_k`, `min_p`, for sampling, and the fields of `LogitsConfig`, such as `repetition_penalty`;
+                one that is missing or None is as the checkpoint's generation_config.json says.
 
         Raises:
             InputError: An option, image or prompt that cannot be used.
             ContextOverflowError: Prompt and answer do not fit the model's context; said before any image is looked at.
         """
         images = image_list(images)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        options = GenerateOptions(max_new_tokens, SamplingConfig(temperature, top_p, seed), stops, ignore_end)
+        options = self.settings.options(
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop, ignore_end=ignore_end, **settings
+        )
         chosen = self.manifest.budget(budget)
-        messages = [user_message(prompt, len(images))] if isinstance(prompt, str) else list(prompt)
+        messages = [user_message(prompt, len(images))] if isinstance(prompt, str) and not raw else prompt
+        if raw and not (isinstance(prompt, str) and prompt.strip()):
+            raise InputError("a raw prompt is a text that is not empty")
         start, timings = perf_counter(), Timings()
         ids = self.prompt_ids(messages, len(images))
         self.check_context(ids, chosen, options.max_new_tokens)
+        options.logits.check_ids(self.manifest.decoder.vocab_size)
         timings.splice += 1e3 * (perf_counter() - start)
         features = self.encode_images(images, chosen, timings)
         return self._answer(ids, features, options, timings, start)
@@ -170,7 +156,7 @@ class Session:
 
     def respond(
         self,
-        messages: Sequence[Message],
+        messages: str | Sequence[Message],
         features: Sequence[ImageFeatures],
         options: GenerateOptions,
         timings: Timings | None = None,
@@ -179,7 +165,7 @@ class Session:
         """Answer a conversation whose images are encoded already.
 
         Args:
-            messages: The conversation.
+            messages: The conversation; or a text that is the whole prompt, with one image token for each image.
             features: One entry for each image part, in order.
             options: How to generate.
             timings: Times so far.
@@ -201,16 +187,23 @@ class Session:
         start: float,
     ) -> Generation:
         begin = perf_counter()
+        options.logits.check_ids(self.manifest.decoder.vocab_size)
         prompt = self.splice(ids, features)
         self._check_fit(prompt.next_position, options.max_new_tokens)
         timings.splice += 1e3 * (perf_counter() - begin)
         return Generation(self._pieces(prompt, features, options, timings, start))
 
-    def prompt_ids(self, messages: Sequence[Message], images: int) -> list[int]:
-        """Render and tokenise a conversation; every image is one image token in the result."""
-        ids = self.tokenizer.encode(self.template.render(messages))
-        check_image_tokens(ids, self.manifest.image_token_id, images)
+    def prompt_ids(self, messages: str | Sequence[Message], images: int) -> list[int]:
+        """Render and tokenise a conversation, or tokenise a raw prompt; every image is one image token in the result."""
+        raw = isinstance(messages, str)
+        ids = self.tokenizer.encode(messages if isinstance(messages, str) else self.template.render(messages))
+        check_image_tokens(ids, self.manifest.image_token_id, images, self.image_token if raw else None)
         return ids
+
+    @property
+    def image_token(self) -> str:
+        """The text that stands for an image in a raw prompt."""
+        return str(self.tokenizer.tokenizer.id_to_token(self.manifest.image_token_id))
 
     def vision(self, budget: int) -> Graph:
         """Return the vision graph of a budget, opened on first use. Beside other threads, run it under `backend.lock`."""
@@ -251,8 +244,10 @@ class Session:
 
     def splice(self, ids: Sequence[int], features: Sequence[ImageFeatures]) -> Prompt:
         """Plan a prompt: image embeddings in the places of the image tokens."""
-        segments = [self.table.rows(segment) for segment in split_on_image(ids, self.manifest.image_token_id)]
-        return splice(segments, features, self.manifest.positions)
+        image, count = self.manifest.image_token_id, self.manifest.tokens_per_crop
+        segments = [self.table.rows(segment) for segment in split_on_image(ids, image)]
+        expanded = tuple(token for found in ids for token in ([image] * count if found == image else [found]))
+        return replace(splice(segments, features, self.manifest.positions), ids=expanded)
 
     def check_context(self, ids: Sequence[int], budget: int, new: int) -> None:
         """Raise ContextOverflowError if a prompt does not fit the model's context with its answer, before images are encoded.
@@ -283,34 +278,26 @@ class Session:
         start: float,
     ) -> Generator[str, None, Answer]:
         """Yield the answer's text as it comes and return the finished answer."""
-        stream, stops = self.tokenizer.stream(), StopStrings(options.stop)
-        text: list[str] = []
+        text = AnswerText(self.tokenizer, options.stop)
         ids: list[int] = []
         reason = "length"
         with closing(self._tokens(prompt, options, timings, start)) as tokens:
             for token in tokens:
                 ids.append(token)
                 ended = token in self.end_ids and not options.ignore_end
-                piece = stops.push(stream.flush() if ended else stream.push(token))
-                # Templates end right behind "ASSISTANT:", so an answer begins with a space of no use.
-                piece = piece if text else piece.lstrip()
-                if piece:
-                    text.append(piece)
+                if piece := text.push(token, end=ended):
                     yield piece
-                if ended or stops.stopped:
+                if ended or text.stopped:
                     reason = "stop"
                     break
-        rest = "" if stops.stopped else stops.push(stream.flush()) + stops.flush()
-        if rest:
-            text.append(rest)
+        if rest := text.flush():
             yield rest
         pruning = tuple(image.pruning for image in features)
-        return Answer("".join(text), tuple(ids), len(prompt), reason, timings, pruning)
+        return Answer(text.text, tuple(ids), len(prompt), reason, timings, pruning)
 
     def _tokens(self, prompt: Prompt, options: GenerateOptions, timings: Timings, start: float) -> Generator[int, None, None]:
         """Yield up to `max_new_tokens` token ids: prefill, then one decode step a token, each in a turn of its own."""
-        sampling, token = options.sampling, 0
-        rng = sampling.generator()
+        chooser, token = Chooser(options, prompt.ids, self.end_ids), 0
         with self.backend.lock:
             self._check_open()
             decoder = self.decoder()
@@ -332,10 +319,7 @@ class Session:
                         scores = sequence.step(self.table.rows([token])[0], prompt.next_position + count - 1)
                         timings.decode.append(1e3 * (perf_counter() - begin))
                     begin = perf_counter()
-                    if sampling.temperature == 0:
-                        token = scores.greedy()
-                    else:
-                        token = sample(scores.logits(), temperature=sampling.temperature, top_p=sampling.top_p, rng=rng)
+                    token = chooser.choose(scores)
                     end = perf_counter()
                 timings.sample.append(1e3 * (end - begin))
                 if count == 0:
@@ -388,13 +372,3 @@ def user_message(text: str, images: int) -> Message:
 
 def _round_up(positions: int, limit: int) -> int:
     return min(-(-positions // CACHE_STEP) * CACHE_STEP, limit)
-
-
-def _end_ids(folder: Path) -> frozenset[int]:
-    """Read the end tokens of the bundle's generation_config.json."""
-    path = folder / "generation_config.json"
-    try:
-        end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
-    return frozenset([end] if isinstance(end, int) else end or [])

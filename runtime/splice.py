@@ -49,6 +49,7 @@ class Prompt:
         places: (S,) int64, for each place of the prompt its row among the text's rows followed by the images'.
         positions: (S,) int64, ascending, the place of each for the decoder's rotary embedding.
         next_position: Where the answer's first token goes; with original positions it is more than S, the cache's length.
+        ids: The tokens as transformers' processor writes them, each image all of its N placeholders; for generation settings.
     """
 
     text: Embeddings
@@ -56,6 +57,7 @@ class Prompt:
     places: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
     next_position: int
+    ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """Return S, the places that the prompt takes."""

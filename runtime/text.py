@@ -1,7 +1,7 @@
 """Prompts to token ids and token ids back to text, with `tokenizers` and `jinja2` only."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,14 +14,15 @@ import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from leanvlm.runtime.errors import BundleError, InputError
+from leanvlm.runtime.streaming import BYTES, StreamDecoder
 
 Message = Mapping[str, Any]
 """{"role": str, "content": str or a list of {"type": "image"} and {"type": "text", "text": str}}"""
 
-UNDECODED = "\N{REPLACEMENT CHARACTER}"
 
-MAX_PENDING = 32
-"""Tokens that may wait for the end of a character; a character has four bytes, so more are damaged text."""
+TEMPLATE = "chat_template.jinja"
+TEMPLATE_CONFIGS = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
+"""Where older checkpoints keep the template, under `chat_template`."""
 
 
 class Template:
@@ -59,14 +60,10 @@ class Template:
             BundleError: There is no template, or a file cannot be read.
         """
         special_tokens = _special_tokens(_read_json(folder / "tokenizer_config.json"))
-        path = folder / "chat_template.jinja"
-        if path.is_file():
-            return cls(_read_text(path), special_tokens)
-        for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-            source = _default_template(_read_json(folder / name))
-            if source is not None:
-                return cls(source, special_tokens)
-        raise BundleError(f"{folder} holds no chat template (chat_template.jinja)")
+        source = find_template(folder)
+        if source is None:
+            raise BundleError(f"{folder} holds no chat template ({TEMPLATE})")
+        return cls(source, special_tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """Write the prompt for a conversation.
@@ -110,7 +107,8 @@ class TextTokenizer:
         self.tokenizer = tokenizer
         self.bos_token = bos_token
         added = tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special = {token_id: token.content for token_id, token in added.items() if token.special}
+        self.byte_ids = frozenset(found for token in BYTES if (found := tokenizer.token_to_id(token)) is not None)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "TextTokenizer":
@@ -148,103 +146,21 @@ class TextTokenizer:
         """The text of token ids."""
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def stream(self) -> "StreamDecoder":
+    def stream(self) -> StreamDecoder:
         """A decoder for one answer's tokens, one at a time."""
         return StreamDecoder(self)
 
 
-class StreamDecoder:
-    """Text of tokens as they come; the pieces join to what decoding all of them at once gives.
+def find_template(folder: Path) -> str | None:
+    """Return the source of a folder's chat template, from the first of the files that may hold one.
 
-    A token is decoded behind the one before it, because tokenizers write spaces according to what stands in front,
-    and only text that ends with a whole character is given out. The work per token does not grow with the answer.
-    Special tokens are skipped. Bytes that never become a character come out as U+FFFD.
+    Raises:
+        BundleError: A file cannot be read.
     """
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._context: list[int] = []
-        self._pending: list[int] = []
-        self._given = ""  # The part of the window's text that is out already.
-
-    def push(self, token_id: int) -> str:
-        """Take a token and return the text that it completes, often one word, possibly none."""
-        if token_id in self._tokenizer.special_ids:
-            return ""
-        self._pending.append(token_id)
-        text = self._tokenizer.decode(self._context + self._pending)
-        if text.endswith(UNDECODED) and len(self._pending) < MAX_PENDING:
-            # The end may be half of a character, and byte tokens behind a broken one change what was in front.
-            whole = text.rstrip(UNDECODED)
-            if len(whole) <= len(self._given) or not whole.startswith(self._given):
-                return ""
-            piece, self._given = whole[len(self._given) :], whole
-            return piece
-        return self._settle(text)
-
-    def flush(self) -> str:
-        """Return what was held back at the end of the answer, and make ready for another."""
-        piece = self._settle(self._tokenizer.decode(self._context + self._pending)) if self._pending else ""
-        self._context, self._given = [], ""
-        return piece
-
-    def _settle(self, text: str) -> str:
-        """Give out the rest of the window's text, and make its last tokens the context of the next."""
-        if not text.startswith(self._given):
-            # Bytes that are no character spoilt the run of bytes behind which they stand: decode them by themselves.
-            text, self._given = self._tokenizer.decode(self._pending), ""
-        piece = text[len(self._given) :]
-        following = self._tokenizer.decode(self._pending)
-        if following:
-            self._context, self._given = self._pending, following
-        else:
-            # A context without text would leave the next token at the beginning, where its space is cut off.
-            self._context, self._given = self._context + self._pending, text
-        self._pending = []
-        return piece
-
-
-class StopStrings:
-    """Ends an answer at the first of some strings, and holds back text that could be the beginning of one.
-
-    The result does not depend on how the text is cut into pieces: the stop string that is complete first counts.
-
-    Attributes:
-        stopped: Whether a stop string was found; nothing comes out any more then.
-    """
-
-    def __init__(self, stops: Iterable[str]) -> None:
-        """Set the strings.
-
-        Args:
-            stops: Strings that end the answer and are no part of it; none is allowed.
-
-        Raises:
-            InputError: A stop string is empty.
-        """
-        self._stops = tuple(stops)
-        if not all(self._stops):
-            raise InputError("a stop string must not be empty")
-        self._held = ""
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        """Take a piece of text and return what can be shown."""
-        if self.stopped:
-            return ""
-        text = self._held + text
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        shown = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[shown:]
-        return text[:shown]
-
-    def flush(self) -> str:
-        """Return what was held back: at the end of the answer it is text like any other."""
-        held, self._held = self._held, ""
-        return held
+    if (folder / TEMPLATE).is_file():
+        return _read_text(folder / TEMPLATE)
+    found = (_default_template(_read_json(folder / name)) for name in TEMPLATE_CONFIGS)
+    return next((source for source in found if source is not None), None)
 
 
 def split_on_image(ids: Sequence[int], image_token_id: int) -> list[list[int]]:
@@ -266,13 +182,14 @@ def split_on_image(ids: Sequence[int], image_token_id: int) -> list[list[int]]:
     return segments
 
 
-def check_image_tokens(ids: Sequence[int], image_token_id: int, images: int) -> None:
+def check_image_tokens(ids: Sequence[int], image_token_id: int, images: int, raw: str | None = None) -> None:
     """Make sure that a prompt has a place for every image.
 
     Args:
         ids: Token ids of the whole prompt.
         image_token_id: The image token.
         images: How many images are given with the prompt.
+        raw: The image token's text, where the user writes it; None where a template does.
 
     Raises:
         InputError: The prompt has more or fewer image tokens than there are images.
@@ -285,6 +202,8 @@ def check_image_tokens(ids: Sequence[int], image_token_id: int, images: int) -> 
         if found > images
         else "the chat template drops images, or the prompt was cut"
     )
+    if raw is not None:
+        way_out = f"write {raw} once for each image, where it goes"
     raise InputError(f"the prompt has {found} image tokens for {images} images: {way_out}")
 
 
@@ -349,11 +268,6 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """The entries such as `bos_token`, whose values are a string or an object with its `content`."""
     contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in config.items()}
     return {name: value for name, value in contents.items() if name.endswith("_token") and isinstance(value, str)}
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def _read_text(path: Path) -> str:

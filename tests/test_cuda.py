@@ -19,9 +19,10 @@ from leanvlm.runtime import Session, load
 from leanvlm.runtime.backends import cuda
 from leanvlm.runtime.backends.placement import misplaced_nodes
 from leanvlm.runtime.errors import BackendError, LeanVLMWarning, VerificationError
+from leanvlm.runtime.generation import GenerateOptions
 from leanvlm.runtime.manifest import FileSpec, read_manifest
 from leanvlm.runtime.preprocess import preprocess
-from leanvlm.runtime.session import GenerateOptions, user_message
+from leanvlm.runtime.session import user_message
 from leanvlm.runtime.splice import splice
 
 BUDGET, NEW_TOKENS = 64, 32

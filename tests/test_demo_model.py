@@ -14,8 +14,9 @@ from leanvlm.demo import MODEL_DIR
 from leanvlm.demo.render import render
 from leanvlm.demo.scenes import Question, Scene, held_out_questions, make_scene
 from leanvlm.runtime import Session, load
+from leanvlm.runtime.generation import GenerateOptions
 from leanvlm.runtime.preprocess import preprocess
-from leanvlm.runtime.session import GenerateOptions, user_message
+from leanvlm.runtime.session import user_message
 from leanvlm.runtime.splice import ImageFeatures
 
 SCENES = [(kind, seed) for kind in ("simple", "complex") for seed in range(8)]

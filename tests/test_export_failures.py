@@ -31,7 +31,7 @@ WRITERS = (
     "save_sharing",
     "build_decoder",
     "save",
-    "write_tokenizer",
+    "write_text_files",
     "write_manifest",
     "verify",
     "_put_in_place",
@@ -212,7 +212,7 @@ def test_the_older_bundle_comes_back_when_the_new_one_cannot_take_its_place(
 def test_a_graph_that_differs_from_its_model_is_not_kept(
     leanvlm: Command, tiny_llava: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def differs(*arguments: object) -> None:
+    def differs(*arguments: object, **options: object) -> None:
         raise VerificationError("vision graph of budget 121: features differ")
 
     monkeypatch.setattr(pipeline, "verify", differs)

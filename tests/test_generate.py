@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,12 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from leanvlm.exporter import ExportConfig, export
 from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.runtime import Session, load
+from leanvlm.runtime.errors import InputError
+from leanvlm.runtime.generation import GenerationSettings
+from leanvlm.runtime.session import user_message
 
 PROMPTS = ("What is on the table?", "Count the red cups, please.", "Año 2026: describe 画像 in one line.")
 NEW_TOKENS = 24
@@ -140,3 +146,75 @@ def _pruned_embeddings(model: Any, inputs: Any) -> torch.Tensor:
         keep = torch.ones(len(ids), dtype=torch.bool)
         keep[dropped] = False
     return embeddings[keep][None]
+
+
+def test_generation_settings_equal_generate(bundle: Path, images: Any, model: Any, processor: Any) -> None:
+    """As the file's and as the request's, with an end token that the model gives early."""
+    inputs = _inputs(processor, PROMPTS[1], images[:1])
+    plain, prompt = _greedy(model, **inputs), inputs["input_ids"].shape[1]
+    settings: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.5},
+        {"repetition_penalty": 0.5, "no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": plain[:3]},
+        {"begin_suppress_tokens": plain[:3]},
+        {"bad_words_ids": [[plain[3]]]},
+        {"bad_words_ids": [plain[1:4], [prompt % 7, 9]]},
+        {"min_new_tokens": 12},
+        {"min_length": prompt + 15},
+        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": plain[6:8], "min_new_tokens": 12},
+    ]
+    ends, answers = [plain[9], 3], []
+    with load(bundle) as session:
+        for extra in settings:
+            out = model.generate(
+                **inputs, do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=ends, pad_token_id=0, **extra
+            )
+            wanted = out[0, prompt:].tolist()
+            options: dict[str, Any] = {"budget": tiny.TOKENS, "max_new_tokens": NEW_TOKENS}
+            session.settings = GenerationSettings.from_dict({"eos_token_id": ends, **extra})
+            session.end_ids = session.settings.end_ids
+            assert list(session.generate(PROMPTS[1], images[0], **options).token_ids) == wanted, extra
+            session.settings = GenerationSettings.from_dict({"eos_token_id": ends})
+            assert list(session.generate(PROMPTS[1], images[0], **options, **extra).token_ids) == wanted, extra
+            answers.append(wanted)
+    assert answers.count(answers[0]) == 1, "a setting changes nothing"
+
+
+def test_settings_see_the_prompt_of_the_processor(bundle: Path, images: Any, processor: Any) -> None:
+    wanted = _inputs(processor, PROMPTS[0], images)["input_ids"][0].tolist()
+    with load(bundle) as session:
+        features = session.encode_images(images, BUDGET)
+        ids = session.prompt_ids([user_message(PROMPTS[0], len(images))], len(images))
+        assert list(session.splice(ids, features).ids) == wanted
+
+
+def test_a_raw_prompt_is_the_text_as_it_is(bundle: Path, images: Any, processor: Any) -> None:
+    content = [{"type": "image"}, {"type": "text", "text": PROMPTS[0]}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    with load(bundle) as session:
+        assert session.image_token == "<image>"
+        raw = session.generate(text, images[0], raw=True, max_new_tokens=8)
+        assert raw.token_ids == session.generate(PROMPTS[0], images[0], max_new_tokens=8).token_ids
+        other = session.generate(f"<image>{PROMPTS[0]}", images[0], raw=True, max_new_tokens=8)
+        assert other.prompt_tokens == raw.prompt_tokens - len("USER: \n ASSISTANT:")
+
+
+def test_an_export_without_a_template(tiny_llava: Path, images: Any, tmp_path: Path) -> None:
+    """A checkpoint whose template is for text only, with generation settings and a tokenizer class of its own."""
+    checkpoint = shutil.copytree(tiny_llava, tmp_path / "checkpoint")
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[0]['content'] | trim }}")
+    tokenizer = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(tokenizer | own))
+    settings = {"eos_token_id": 2, "repetition_penalty": 1.3, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    export(ExportConfig(str(checkpoint), (BUDGET,), tmp_path / "bundle", template="none"))
+    with load(tmp_path / "bundle") as session:
+        assert session.settings == GenerationSettings.from_dict(settings)
+        answer = session.generate(f"USER: <image>\n{PROMPTS[0]} ASSISTANT:", images[0], raw=True, max_new_tokens=4)
+        assert answer.token_ids
+        with pytest.raises(InputError, match="was exported without one; write the whole prompt and pass --raw-prompt"):
+            session.generate(PROMPTS[0], images[0])

@@ -1,28 +1,17 @@
-"""Templates, tokenizer and streaming against transformers and against decoding everything at once."""
+"""Templates and tokenizer against transformers."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from byte_fallback import LLAMA, llama_like
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from leanvlm.demo import MODEL_DIR
 from leanvlm.runtime.errors import BundleError, InputError
-from leanvlm.runtime.text import (
-    MAX_PENDING,
-    UNDECODED,
-    StopStrings,
-    StreamDecoder,
-    Template,
-    TextTokenizer,
-    check_image_tokens,
-    split_on_image,
-)
+from leanvlm.runtime.text import Template, TextTokenizer, check_image_tokens, split_on_image
 
 # Image parts first, `generation` around the assistant's text: the shape of LLaVA-1.5's template.
 LLAVA_LIKE = """{% for m in messages %}{{ m['role'].upper() + ': ' }}
@@ -50,36 +39,13 @@ CONVERSATION: list[dict[str, Any]] = [
 ]
 
 
-def llama_like() -> Tokenizer:
-    """A tokenizer of Llama's kind: a word begins with ▁, and unknown characters are spelt in UTF-8 bytes."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz.,:!?0123456789\nABISTUV"]
-    merges = [("▁", "▁"), ("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "a"), ("i", "n"), ("▁▁", "▁▁")]
-    vocab = {piece: index for index, piece in enumerate([*pieces, *letters, *("".join(merge) for merge in merges)])}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (*pieces[:3], "<image>")])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
-
-
-LLAMA = TextTokenizer(llama_like(), "<s>")
 DEMO = TextTokenizer.from_folder(MODEL_DIR)
-BOTH = pytest.mark.parametrize("tokenizer", [LLAMA, DEMO], ids=["byte-fallback", "byte-level"])
 
 
 def processor_with(template: str) -> LlavaProcessor:
     """The Hugging Face processor of a LLaVA whose tokenizer is `LLAMA`."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=llama_like(), bos_token="<s>", eos_token="</s>")
     return LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14, chat_template=template)
-
-
-def pieces_of(tokenizer: TextTokenizer, ids: Sequence[int]) -> list[str]:
-    stream = tokenizer.stream()
-    return [*(stream.push(token_id) for token_id in ids), stream.flush()]
 
 
 # ---------------------------------------------------------------------------------------------------- templates
@@ -198,109 +164,6 @@ def test_damaged_files_are_the_bundles_fault(tmp_path: Path, damage: Callable[[P
 def test_a_missing_template_is_the_bundles_fault(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no chat template"):
         Template.from_folder(tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------- streaming
-
-UNICODE = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(" ▁abth 🎉👩‍👩‍👧日é\ufffd\n")))
-
-
-@BOTH
-@given(text=UNICODE)
-def test_pieces_join_to_the_full_text(tokenizer: TextTokenizer, text: str) -> None:
-    ids = tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
-    pieces = pieces_of(tokenizer, ids)
-    assert "".join(pieces) == tokenizer.decode(ids)
-    # A character that came in halves would have shown up as a replacement character.
-    assert "".join(pieces).count(UNDECODED) == text.count(UNDECODED)
-
-
-@given(ids=st.lists(st.integers(0, DEMO.tokenizer.get_vocab_size() - 1), max_size=MAX_PENDING - 1))
-def test_pieces_of_any_byte_level_tokens_join_to_the_full_text(ids: list[int]) -> None:
-    assert "".join(pieces_of(DEMO, ids)) == DEMO.decode(ids)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "pieces"),
-    [
-        (["▁the", "▁", "<0xF0>", "<0x9F>", "<0x8E>", "<0x89>", "s"], ["the", " ", "", "", "", "🎉", "s", ""]),
-        (["▁a", "</s>", "▁the", "<image>", "▁▁", "b"], ["a", "", " the", "", "  ", "b", ""]),
-        (["<0xFF>", "a"], ["", "\ufffda", ""]),
-        (["<0xC3>", "<0xA9>", "<0xFF>", "a"], ["", "é", "", "\ufffda", ""]),
-        (["a", "<0xE2>", "<0x9C>"], ["a", "", "", "\ufffd\ufffd"]),
-        (["</s>"], ["", ""]),
-    ],
-)
-def test_pieces_come_as_soon_as_they_are_whole(tokens: list[str], pieces: list[str]) -> None:
-    assert pieces_of(LLAMA, [LLAMA.tokenizer.token_to_id(token) for token in tokens]) == pieces
-
-
-def test_a_flushed_stream_starts_anew() -> None:
-    ids = LLAMA.tokenizer.encode("the a", add_special_tokens=False).ids
-    stream = LLAMA.stream()
-    texts = ["".join([*(stream.push(token_id) for token_id in ids), stream.flush()]) for _ in range(2)]
-    assert texts == ["the a", "the a"]
-
-
-class CountingTokenizer(TextTokenizer):
-    """Notes the longest list that it is asked to decode."""
-
-    longest = 0
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Decode, and note how many."""
-        self.longest = max(self.longest, len(ids))
-        return super().decode(ids, skip_special_tokens=skip_special_tokens)
-
-
-@pytest.mark.parametrize("tokens", [["a"], ["▁the", "▁"], ["<0xF0>", "<0x9F>", "<0x8E>", "<0x89>"], ["<0xFF>"]])
-def test_the_work_per_token_is_bounded(tokens: list[str]) -> None:
-    tokenizer = CountingTokenizer(llama_like())
-    stream = StreamDecoder(tokenizer)
-    text = "".join(stream.push(tokenizer.tokenizer.token_to_id(token)) for token in tokens * 300)
-    assert tokenizer.longest <= 2 * MAX_PENDING
-    assert len(text) >= 300 - MAX_PENDING
-
-
-# ------------------------------------------------------------------------------------------------- stop strings
-
-
-def until_stop(text: str, stops: list[str]) -> tuple[str, bool]:
-    """What is shown of `text`, by looking at every beginning of it in turn."""
-    for end in range(len(text) + 1):
-        found = [stop for stop in stops if text[:end].endswith(stop)]
-        if found:
-            return text[: end - max(map(len, found))], True
-    return text, False
-
-
-@given(
-    pieces=st.lists(st.text("ab", max_size=4), max_size=12),
-    stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
-)
-def test_stop_strings_do_not_depend_on_the_pieces(pieces: list[str], stops: list[str]) -> None:
-    stop = StopStrings(stops)
-    shown = "".join([*map(stop.push, pieces), stop.flush()])
-    assert (shown, stop.stopped) == until_stop("".join(pieces), stops)
-
-
-def test_only_a_possible_beginning_is_held_back() -> None:
-    stop = StopStrings(["\nUSER:", "###"])
-    assert [stop.push(piece) for piece in ("Yes.", "\nUS", "A", "#", "##!", "more")] == [
-        "Yes.",
-        "",
-        "\nUSA",
-        "",
-        "",
-        "",
-    ]
-    assert stop.stopped
-    assert stop.flush() == ""
-
-
-def test_an_empty_stop_string_is_refused() -> None:
-    with pytest.raises(InputError, match="must not be empty"):
-        StopStrings(["a", ""])
 
 
 # ------------------------------------------------------------------------------------------- image placeholders

@@ -26,6 +26,7 @@ class LeanVLMExportCommand(BaseOptimumCLICommand):
         parser.add_argument("--budget", default="64", help="image tokens kept per crop, such as 64 or 64,128")
         parser.add_argument("--pruner", default="agile", help="name or name:field=value,…")
         parser.add_argument("--gate-file", type=Path, default=None, help="what `leanvlm calibrate gate` wrote for this model")
+        parser.add_argument("--template", default=None, help="file with a chat template (jinja) to use; none exports without")
         parser.add_argument("--target", default="cpu", help=", ".join(TARGETS))
         parser.add_argument("--precision", default=None, help="fp32, fp16, int8 or int4; default: the target's")
         parser.add_argument("--positions", default="compact", help=f"{' or '.join(POSITIONS)}: how kept tokens are numbered")

@@ -10,12 +10,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
+from leanvlm.runtime.generation import Scores
 from leanvlm.runtime.manifest import Manifest
 
 __all__ = ["BACKENDS", "Backend", "Decoder", "Graph", "Scores", "open_backend", "processors"]
@@ -41,16 +41,6 @@ class Graph(Protocol):
         """
         ...
 
-
-class Scores(Protocol):
-    """What the decoder thinks of the next token."""
-
-    def greedy(self) -> int:
-        """Return the most probable token; raise BackendError if no score is finite."""
-        ...
-
-    def logits(self) -> npt.NDArray[np.float32]:
-        """Return the scores of all tokens (V,)."""
         ...
 
 

@@ -1,0 +1,137 @@
+"""The text side of a bundle: tokenizer, special tokens, chat template and generation settings, as transformers reads them.
+
+The ecosystem writes these into a dozen files that overrule each other. Here transformers itself reads them, and a bundle gets
+four files that leave nothing to decide: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` and
+`generation_config.json`. A plan writes them too, into a folder that goes away, so that it refuses what an export would.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from leanvlm.exporter.checkpoint import Checkpoint
+from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
+from leanvlm.exporter.generation import generation_config
+from leanvlm.exporter.tokenizer import load_tokenizer, write_tokenizer
+from leanvlm.runtime.errors import BundleError, CheckpointError, InputError, UnsupportedModelError
+from leanvlm.runtime.generation import GENERATION_CONFIG, GenerationSettings
+from leanvlm.runtime.session import user_message
+from leanvlm.runtime.text import TEMPLATE, Template, TextTokenizer, find_template
+
+WITHOUT = "{{ raise_exception('the bundle was exported without one; write the whole prompt and pass --raw-prompt') }}"
+QUESTION = "What is on the table?"
+WAY_OUT = (
+    f"give one that takes images with --template FILE, or export with --template {NO_TEMPLATE} and ask with run --raw-prompt"
+)
+
+
+def write_text_files(config: ExportConfig, checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a bundle's text files.
+
+    Args:
+        config: May name a template of its own.
+        checkpoint: Where the files come from.
+        folder: The bundle.
+
+    Raises:
+        LeanVLMError: A file that is missing, that cannot be read or that asks for what the runtime does not do.
+    """
+    settings = generation_config(checkpoint.folder, checkpoint.config)
+    (folder / GENERATION_CONFIG).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    TextTokenizer.from_folder(checkpoint.folder)  # Says which file is damaged.
+    tokenizer = load_tokenizer(checkpoint.folder)
+    shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
+    write_tokenizer(tokenizer, folder)
+    special = json.dumps(_with_special_tokens(checkpoint.folder, tokenizer), indent=1, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(special + "\n", encoding="utf-8")
+    (folder / TEMPLATE).write_text(_template(config, checkpoint), encoding="utf-8")
+
+
+def check_text(config: ExportConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose text files would not make a working bundle, before any weight is read.
+
+    Raises:
+        LeanVLMError: What `write_text_files` raises; tokens that the model has no embedding for; a template that does not
+            write one image token for one image.
+    """
+    with TemporaryDirectory(prefix="leanvlm-") as scratch:
+        folder = Path(scratch)
+        write_text_files(config, checkpoint, folder)
+        _check_ids(checkpoint, TextTokenizer.from_folder(folder), GenerationSettings.from_folder(folder))
+        if config.template != NO_TEMPLATE:
+            _check_template(folder, checkpoint)
+
+
+def _with_special_tokens(folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """Return the tokenizer's configuration with the special tokens that templates get, and without code to run."""
+    path = folder / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    names = {name for name, value in config.items() if name.endswith("_token") and not isinstance(value, bool)}
+    special: dict[str, str] = tokenizer.special_tokens_map
+    return {k: v for k, v in config.items() if k not in names | {"auto_map"}} | special
+
+
+def _template(config: ExportConfig, checkpoint: Checkpoint) -> str:
+    """Return the source of the chat template: the one that the request names, else the checkpoint's."""
+    if config.template == NO_TEMPLATE:
+        return WITHOUT
+    if config.template is not None:
+        try:
+            return Path(config.template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--template {config.template} cannot be read: {error}") from error
+    source = find_template(checkpoint.folder)
+    if source is None:
+        raise CheckpointError(f"{checkpoint.name} has no chat template; {WAY_OUT}")
+    return source
+
+
+def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: GenerationSettings) -> None:
+    """Refuse ids that the model has no embedding for; a table may well have more rows than there are tokens."""
+    rows = int(checkpoint.config.text_config.vocab_size)
+    name = checkpoint.name
+    vocab = tokenizer.tokenizer.get_vocab()
+    token, highest = max(vocab.items(), key=lambda item: item[1])
+    if highest >= rows:
+        raise CheckpointError(
+            f"{name}'s tokenizer has tokens up to {highest} ({token!r}), its model embeds {rows}; "
+            "save it after model.resize_token_embeddings(len(tokenizer)), or with the tokenizer that it was trained with"
+        )
+    image = checkpoint.spec.image_token_id
+    if image not in vocab.values():
+        raise CheckpointError(
+            f"{name}'s config.json says that token {image} stands for an image, which its tokenizer does not know; "
+            "add it to the tokenizer, or set image_token_index to the tokenizer's"
+        )
+    beyond = next((end for end in sorted(settings.end_ids) if end >= rows), None)
+    if beyond is not None:
+        raise CheckpointError(f"{name}'s eos_token_id {beyond} is beyond its model's {rows} tokens; set it to one of these")
+    try:
+        settings.logits.check_ids(rows)
+    except InputError as error:
+        raise CheckpointError(f"{name}'s {GENERATION_CONFIG}: {error}") from error
+
+
+def _check_template(folder: Path, checkpoint: Checkpoint) -> None:
+    """Refuse a template that does not write a question with one image, and one with none."""
+    try:
+        template, tokenizer = Template.from_folder(folder), TextTokenizer.from_folder(folder)
+    except BundleError as error:
+        raise CheckpointError(f"{checkpoint.name}: {error}") from error
+    for images in (1, 0):
+        try:
+            text = template.render([user_message(QUESTION, images)])
+        except InputError as error:
+            raise UnsupportedModelError(f"{checkpoint.name}: {error}, so it may be for text only; {WAY_OUT}") from error
+        found = tokenizer.encode(text).count(checkpoint.spec.image_token_id)
+        if found != images:
+            what = f"writes {found} image tokens for {images} images, so it may be for text only"
+        elif QUESTION not in text:
+            what = "leaves the text out"
+        else:
+            continue
+        raise UnsupportedModelError(f"{checkpoint.name}'s chat template {what}; {WAY_OUT}")
