@@ -41,8 +41,6 @@ class Graph(Protocol):
         """
         ...
 
-        ...
-
 
 class Backend(Protocol):
     """Opens the graphs of one bundle on one device.
