@@ -76,9 +76,9 @@ def verify(
             expected = pruner(unpruned)
         merged = None if expected.hidden is None else reference.project(expected.hidden).numpy()
         measured = _compare_vision(outputs, unpruned.features.numpy(), expected.indices.numpy(), merged)
-        measured |= _compare_rank(outputs["effective_rank"], unpruned.features)
         results["vision"][str(budget)] = measured
         _check_vision(budget, measured, _vision_precision(session.manifest.vision[budget]))
+        measured |= _compare_rank(outputs["effective_rank"], unpruned.features)
     on_step("verify decoder")
     whole = next(iter(tokens.values())).features[0].numpy()
     question = f"{session.image_token}\n{PROMPT}" if raw else [user_message(PROMPT, 1)]

@@ -209,7 +209,6 @@ def test_command_line(tmp_path: Path, tiny_llava: Path, pictures: Path, leanvlm:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("calibrate", "Missing command"),
         ("calibrate gate", "Missing option '--model'"),
         ("calibrate gate --model llava", "--images is missing"),
         ("calibrate gate --model demo --scenes 3", "at least 8 images"),

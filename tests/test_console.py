@@ -33,7 +33,7 @@ def test_what_an_encoding_does_not_have_is_escaped(encoding: str, written: str, 
 def test_json_stays_json(encoding: str, demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(Session, "_tokens", lambda session, *rest: iter(session.tokenizer.encode("日本 für")))
+    monkeypatch.setattr(Session, "_tokens", lambda session, *rest: (token for token in session.tokenizer.encode("日本 für")))
     options = {"max_new_tokens": 20, "stop": ()}
     with one_line_errors():
         ask(Request(demo_bundle, (), "Hi", False, None, None, None, 1, None, True, options))

@@ -238,7 +238,7 @@ def test_bundles_of_other_targets(tensorrt_bundle: Path, gpu: Any) -> None:
     newer = replace(manifest, target="tensorrt-rtx")
     with pytest.raises(InputError, match=r"needs TensorRT 10.14 or newer and 10.3.0 is installed"):
         plan_build(config_of(tensorrt_bundle, engine="tensorrt", sms=()), newer, stand_in())
-    assert plan_build(config_of(tensorrt_bundle, engine="tensorrt", sms=()), newer, stand_in("10.14.1")).jobs
+    assert plan_build(config_of(tensorrt_bundle, engine="tensorrt", sms=()), newer, stand_in("10.16.1")).jobs
 
 
 def test_too_little_memory_or_disk_is_said_before_the_build(

@@ -413,17 +413,3 @@ def test_the_processor_that_counts_must_be_readable(folder: Path) -> None:
     (folder / PROCESSOR).write_text("?", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"/processor_config\.json cannot be read"):
         opened(folder)
-
-
-ADDED = {"content": "<image>", "special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-
-
-def test_the_image_token_must_be_one_of_the_tokenizers(folder: Path) -> None:
-    set_in("config.json", image_token_index=300)(folder)
-    with pytest.raises(CheckpointError, match="has no token 300: correct image_token_id"):
-        opened(folder)
-    edit(folder / "tokenizer_config.json", lambda data: data.update(added_tokens_decoder={"300": ADDED}))
-    assert opened(folder).spec.image_token_id == 300
-    edit(folder / "tokenizer_config.json", lambda data: data.pop("added_tokens_decoder"))
-    (folder / "added_tokens.json").write_text('{"<image>": 300}', encoding="utf-8")
-    assert opened(folder).spec.image_token_id == 300

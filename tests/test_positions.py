@@ -31,7 +31,7 @@ def bundle(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _image(kept: list[int], total: int, width: int) -> ImageFeatures:
-    pruning = Pruning(len(kept), total, 1.0, 1.0, len(kept), True, np.array(kept), np.zeros(total, np.float32))
+    pruning = Pruning(len(kept), total, 1.0, len(kept), True, np.array(kept), np.zeros(total, np.float32))
     return ImageFeatures(np.full((len(kept), width), 7.0, np.float32), pruning)
 
 
