@@ -33,8 +33,8 @@ def types(model: ir.Model) -> Counter[str]:
     return Counter(f"{node.domain}.{node.op_type}".removeprefix("ai.onnx").removeprefix(".") for node in model.graph)
 
 
-# Rounding leaves eigenvalues that should be zero at up to 3e-8, where the estimated root has a slope of 2e3: each adds up to 6e-5 to
-# sums of 3 and more. The few of these small graphs moved the rank by 1.5e-4.
+# Rounding leaves eigenvalues that should be zero at up to 3e-8, where the estimated root has a slope of 2e3: each adds up to
+# 6e-5 to sums of 3 and more. The few of these small graphs moved the rank by 1.5e-4.
 RANK = 5e-4
 
 
