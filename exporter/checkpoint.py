@@ -18,6 +18,7 @@ from leanvlm.demo import BUILT_IN
 from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, ExportConfig
 from leanvlm.exporter.models import ARCHITECTURES, Family, FamilySpec, family_for
 from leanvlm.exporter.weights import ADAPTER, adapter_alone, find_weights, load_weights
+from leanvlm.runtime.console import check_utf8
 from leanvlm.runtime.errors import CheckpointError, LeanVLMError, LeanVLMWarning, UnsupportedModelError
 from leanvlm.runtime.manifest import SourceSpec, file_sha256
 from leanvlm.runtime.preprocess import ImageSpec
@@ -133,6 +134,7 @@ def _download(name: str, config: ExportConfig, patterns: tuple[str, ...]) -> Pat
 
 
 def _read(folder: Path, name: str, revision: str | None, erank_ref: float, *, weights: bool = True) -> Checkpoint:
+    check_utf8(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; --model takes demo, an alias, a Hub id or a checkpoint folder")
     if not (folder / "config.json").is_file():

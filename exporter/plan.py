@@ -15,6 +15,7 @@ from leanvlm.exporter.decoder import check_decoder
 from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.pruners import NoPruner, Pruner, parse
 from leanvlm.exporter.text_files import check_text
+from leanvlm.runtime.console import check_utf8
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import MANIFEST
 from leanvlm.runtime.preprocess import ImageSpec
@@ -133,9 +134,10 @@ def check_output(config: ExportConfig) -> None:
     """Check that the output folder can be written.
 
     Raises:
-        InputError: It exists and `force` is off, or it is a link or something other than a bundle.
+        InputError: It exists and `force` is off, it is a link or something other than a bundle, or its name is not UTF-8.
     """
     output = config.output_folder
+    check_utf8(output)
     if output.is_symlink():
         real = output.resolve()
         absent = "" if real.exists() else ", which does not exist"

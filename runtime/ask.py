@@ -1,4 +1,4 @@
-"""`leanvlm run`: one question, or a chat at the terminal."""
+"""`leanvlm run` with a prompt: one question, one answer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ from typing import Any
 
 from leanvlm.runtime.answer import Answer, Pruning
 from leanvlm.runtime.console import is_utf8, stderr_console
-from leanvlm.runtime.errors import InputError, LeanVLMError
-from leanvlm.runtime.generation import GenerateOptions
+from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.overlay import check_picture_path, save_overlay
 from leanvlm.runtime.preprocess import load_image
-from leanvlm.runtime.session import Session, load, user_message
-from leanvlm.runtime.splice import ImageFeatures
-from leanvlm.runtime.text import Message
-
-HELP = "/image FILE adds an image to your next message, /reset starts over, /exit ends (so does Ctrl-D)."
+from leanvlm.runtime.session import Session, load
 
 
 @dataclass(frozen=True)
@@ -90,82 +85,11 @@ def _summarise(answer: Answer) -> None:
     kept = ", ".join(f"{image.kept} of {image.total} image tokens" for image in answer.pruning) or "no image"
     first = answer.timings.time_to_first_token
     stderr_console().print(f"[dim]{kept}; {len(answer.token_ids)} tokens, the first after {first:.0f} ms (with loading)[/dim]")
+    warn_if_cut(answer)
 
 
-class Chat:
-    """A conversation that remembers its messages and its images' embeddings, so each image is encoded once."""
-
-    def __init__(self, session: Session, budget: int, options: GenerateOptions) -> None:
-        self._session = session
-        self._budget = budget
-        self._options = options
-        self._messages: list[Message] = []
-        self._features: list[ImageFeatures] = []
-
-    def say(self, text: str, images: Sequence[Path]) -> Answer:
-        """Print the answer to a message as it comes; a failed turn leaves the conversation as it was."""
-        messages = [*self._messages, user_message(text, len(images))]
-        ids = self._session.prompt_ids(messages, len(self._features) + len(images))
-        self._session.check_context(ids, self._budget, self._options.max_new_tokens)
-        features = self._features + self._session.encode_images(images, self._budget)
-        generation = self._session.respond(messages, features, self._options)
-        for piece in generation:
-            print(piece, end="", flush=True)
-        print()
-        reply: Message = {"role": "assistant", "content": [{"type": "text", "text": generation.answer.text}]}
-        self._messages, self._features = [*messages, reply], features
-        return generation.answer
-
-    def reset(self) -> None:
-        """Forget everything said."""
-        self._messages, self._features = [], []
-
-
-def chat(request: Request) -> None:
-    """Read messages from standard input until its end; images given with --image go with the first one."""
-    console = stderr_console()
-    with load(request.bundle, device=request.device, provider=request.provider, threads=request.threads) as session:
-        options = session.settings.options(**request.options)
-        conversation = Chat(session, session.manifest.budget(request.budget), options)
-        waiting = list(request.images)
-        for path in waiting:
-            load_image(path)
-        console.print(HELP)
-        while (line := _read_line()) is not None:
-            try:
-                waiting = _turn(conversation, line, waiting)
-            except LeanVLMError as error:
-                console.print(f"leanvlm: {error}", markup=False)
-            except EOFError:
-                return
-
-
-def _turn(conversation: Chat, line: str, waiting: list[Path]) -> list[Path]:
-    """Carry out one line and return the images that wait for the next message."""
-    command, _, rest = line.partition(" ")
-    if command == "/exit":
-        raise EOFError
-    if command == "/reset":
-        conversation.reset()
-        return []
-    if command == "/image":
-        path = Path(rest.strip())
-        load_image(path)
-        return [*waiting, path]
-    if line.startswith("/"):
-        raise InputError(f"{command} is not known; {HELP}")
-    if line:
-        conversation.say(line, waiting)
-        return []
-    return waiting
-
-
-def _read_line() -> str | None:
-    """Return one line of input, or None at its end."""
-    if sys.stdin.isatty():
-        try:
-            return input("> ").strip()
-        except EOFError:
-            return None
-    line = sys.stdin.readline()
-    return line.strip() if line else None
+def warn_if_cut(answer: Answer) -> None:
+    """Say on standard error that an answer has no end of its own."""
+    if answer.finish_reason == "length":
+        count = len(answer.token_ids)
+        stderr_console().print(f"cut at {count} {'token' if count == 1 else 'tokens'}: --max-new-tokens N goes on further")

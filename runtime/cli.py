@@ -99,7 +99,8 @@ def run(
 
     What is not given of top-p to bad-words-ids is as the checkpoint's generation_config.json says.
     """
-    from leanvlm.runtime.ask import Request, ask, chat
+    from leanvlm.runtime.ask import Request, ask
+    from leanvlm.runtime.chat import chat
 
     request = Request(
         bundle, tuple(image or ()), prompt, raw_prompt, budget, device, provider, threads, overlay, as_json,

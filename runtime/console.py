@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,18 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[Path] = (
         seen[option] = path
 
 
+def check_utf8(folder: str | Path) -> None:
+    """Check that the name of a bundle's or checkpoint's folder is UTF-8: the libraries that open files in it take no other.
+
+    Raises:
+        InputError: It is not.
+    """
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the folder's name {folder} is not valid UTF-8, which is needed; rename it") from None
+
+
 def _one_file(first: Path, second: Path) -> bool:
     """Whether two paths are one file, or would be: also through links, where the file is not there yet."""
     try:
@@ -86,7 +98,7 @@ def one_line_errors() -> Iterator[None]:
 
     A full disk, a missing permission and the like are such errors; anything else is a bug and keeps its traceback.
     """
-    _write_anything()
+    _prepare_streams()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -111,15 +123,29 @@ def is_utf8(stream: Any) -> bool:
     return (getattr(stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
 
 
-def _write_anything() -> None:
-    """Let output escape what its encoding does not have, such as a kanji on a terminal of Latin letters."""
-    for stream in (sys.stdout, sys.stderr):
+def _prepare_streams() -> None:
+    """Make the standard streams usable whatever they are.
+
+    One that is closed (`>&-`) is the null device: else what belongs to standard error would go to standard output, and a file
+    opened later would get the free number, and a library's messages. Output escapes what its encoding does not have, such
+    as a kanji on a terminal of Latin letters; input keeps bytes that are no text, as names of files may have them.
+    """
+    for name, mode, errors in (
+        ("stdin", "r", "surrogateescape"),
+        ("stdout", "w", "backslashreplace"),
+        ("stderr", "w", "backslashreplace"),
+    ):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open to the end)
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=errors)
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"leanvlm: {' '.join(message.split())}", file=sys.stderr)
+    # The status says it where nobody can be told.
+    with suppress(OSError):
+        print(f"leanvlm: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from leanvlm.runtime.console import check_utf8
 from leanvlm.runtime.errors import BundleError, InputError, ManifestError
 from leanvlm.runtime.preprocess import ImageSpec
 
@@ -360,7 +361,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     Raises:
         BundleError: The folder is not a bundle, or a file is missing or has another size.
         ManifestError: The manifest cannot be read, or names a path outside the folder.
+        InputError: The folder's name is not UTF-8.
     """
+    check_utf8(folder)
     folder = Path(folder)
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a folder; give the folder that `leanvlm export` wrote")
