@@ -130,7 +130,8 @@ def rank_and_gram(features: Tensor) -> tuple[Tensor, Tensor]:
     """
     count, width = features.shape[1:]
     # Turned before it is widened: half the bytes.
-    pieces = features.unflatten(2, (_pieces(width), -1)).transpose(1, 2).float()  # (B, C, N, D / C)
+    cut = _pieces(width)
+    pieces = features.reshape(-1, count, cut, width // cut).transpose(1, 2).float()  # (B, C, N, D / C)
     mean = pieces.mean(2, keepdim=True)
     offset = mean.square().sum((1, 2, 3))  # (B,), m . m
     centred = pieces - mean
