@@ -9,6 +9,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from leanvlm.exporter.config import ExportConfig, parse_budgets
+from leanvlm.exporter.place import check_output
 from leanvlm.runtime.console import stderr_console
 from leanvlm.runtime.optional import require
 
@@ -50,12 +51,12 @@ def export_command(
 
 def run_export(config: ExportConfig, *, dry_run: bool) -> None:
     """Export with a progress bar on standard error; the last line on standard output is the bundle's folder."""
+    check_output(config)
     require("torch", "export")
     require("transformers", "export")
     from leanvlm.exporter.pipeline import export_plan
-    from leanvlm.exporter.plan import check_output, fetch, plan
+    from leanvlm.exporter.plan import fetch, plan
 
-    check_output(config)
     _quiet_libraries()
     request = plan(config)
     if dry_run:

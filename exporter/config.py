@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -41,6 +42,7 @@ class ExportConfig:
         gate_file: What `leanvlm calibrate gate` wrote for this model; sets the gate's references where `pruner` does not.
         template: File with a chat template (jinja) to use instead of the checkpoint's; `none` exports without one, for prompts
             that are written whole.
+        here: The folder that a relative `output` is in, whatever the current folder becomes.
 
     Raises:
         InputError: A value that no export can have.
@@ -59,11 +61,12 @@ class ExportConfig:
     offline: bool = False
     gate_file: Path | None = None
     template: str | Path | None = None
+    here: Path = field(default_factory=Path.cwd, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.model.strip():
             raise InputError("--model is empty; give demo, llava, a Hub id or a folder")
-        if self.output_folder.name in ("", ".."):
+        if self._output.name in ("", ".."):
             raise InputError(f"--output {str(self.output)!r} does not name a folder; give one to write, such as llava-64")
         if not self.budgets:
             raise InputError("--budget is empty; give one or more numbers of image tokens, such as 64 or 64,128")
@@ -87,7 +90,13 @@ class ExportConfig:
 
     @property
     def output_folder(self) -> Path:
-        """The folder to write."""
+        """The folder to write, as an absolute path; only its last part may be a link."""
+        place = self.here / self._output
+        # Unlike Path.resolve, this leaves a link that leads to itself for whoever opens it.
+        return Path(os.path.realpath(place.parent), place.name)
+
+    @property
+    def _output(self) -> Path:
         if self.output is not None:
             return Path(self.output)
         name = Path(self.model.rstrip("/")).name or "bundle"

@@ -10,7 +10,6 @@ import copy
 import gc
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -33,6 +32,7 @@ from leanvlm.exporter.passes import DECODER_PASSES, PASSES
 from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import save_sharing
 from leanvlm.exporter.passes.stage_names import STAGES
+from leanvlm.exporter.place import files_replaced, put_in_place, scratch_folder, warn_of_losses
 from leanvlm.exporter.plan import DTYPES, EMBED_TOKENS, VISION_DATA, Plan, vision_dtype
 from leanvlm.exporter.portable_decoder import save_decoder, trace_decoder
 from leanvlm.exporter.pruners import PRUNERS, NoPruner
@@ -79,18 +79,16 @@ def export_plan(request: Plan, on_step: Step = lambda step: None) -> Manifest:
     Raises:
         LeanVLMError: The checkpoint, a graph or the verification failed; nothing is left behind.
     """
-    output = request.config.output_folder
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        folder = scratch / output.name
+    config = request.config
+    there = files_replaced(config)
+    warn_of_losses(config.output_folder, there)
+    with scratch_folder(config.output_folder) as scratch:
+        folder = scratch / config.output_folder.name
         folder.mkdir()
         manifest = _write_bundle(request, folder, scratch, on_step)
         on_step("put in place")
-        _put_in_place(folder, output, scratch)
+        put_in_place(folder, config, there, scratch)
         return manifest
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> Manifest:
@@ -278,21 +276,6 @@ def _tensors(values: Any) -> tuple[TensorSpec, ...]:
         TensorSpec(value.name, value.dtype.numpy().name, tuple(d if isinstance(d, int) else str(d) for d in value.shape))
         for value in values
     )
-
-
-def _put_in_place(folder: Path, output: Path, scratch: Path) -> None:
-    """Rename the finished folder to its place; an older bundle moves aside first and comes back if that fails."""
-    if not output.exists():
-        folder.rename(output)
-        return
-    aside = scratch / "older"
-    try:
-        output.rename(aside)
-        folder.rename(output)
-    except BaseException:
-        if aside.exists() and not output.exists():
-            aside.rename(output)
-        raise
 
 
 def _version(package: str) -> str | None:

@@ -13,14 +13,13 @@ from leanvlm.exporter.checkpoint import Checkpoint, hub_id, open_checkpoint
 from leanvlm.exporter.config import ExportConfig
 from leanvlm.exporter.decoder import check_decoder
 from leanvlm.exporter.gate_file import read_gate_file
+from leanvlm.exporter.place import check_output
 from leanvlm.exporter.pruners import NoPruner, Pruner, parse
 from leanvlm.exporter.text_files import check_text
-from leanvlm.runtime.console import check_utf8
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.manifest import MANIFEST
 from leanvlm.runtime.preprocess import ImageSpec
 
-__all__ = ["DTYPES", "EMBED_TOKENS", "VISION_DATA", "Plan", "check_output", "fetch", "plan", "vision_dtype"]
+__all__ = ["DTYPES", "EMBED_TOKENS", "VISION_DATA", "Plan", "fetch", "plan", "vision_dtype"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # Where the decoder's precision is not the vision graph's too.
@@ -130,26 +129,6 @@ def fetch(request: Plan) -> Plan:
     return replace(request, checkpoint=checkpoint)
 
 
-def check_output(config: ExportConfig) -> None:
-    """Check that the output folder can be written.
-
-    Raises:
-        InputError: It exists and `force` is off, it is a link or something other than a bundle, or its name is not UTF-8.
-    """
-    output = config.output_folder
-    check_utf8(output)
-    if output.is_symlink():
-        real = output.resolve()
-        absent = "" if real.exists() else ", which does not exist"
-        raise InputError(f"{output} is a link to {real}{absent}; remove the link, or name that folder itself with -o")
-    if not output.exists():
-        return
-    if not config.force:
-        raise InputError(f"{output} exists; choose another -o, or pass --force to replace it")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
-        raise InputError(f"{output} exists and is not a bundle; --force replaces only bundles")
-
-
 def vision_dtype(config: ExportConfig) -> torch.dtype:
     """Return the dtype that an export's vision graphs compute in, the gate and the selection aside."""
     return VISION_DTYPE.get(config.target) or DTYPES[config.resolved_precision]
@@ -175,7 +154,7 @@ def _estimate(config: ExportConfig, checkpoint: Checkpoint, budgets: list[int]) 
 
 
 def _check_disk(request: Plan) -> None:
-    place = request.config.output_folder.absolute().parent
+    place = request.config.output_folder.parent
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanvlm.runtime.errors import InputError, LeanVLMError, LeanVLMWarning
+from leanvlm.runtime.signals import Terminated, raised_when_terminated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,17 +95,21 @@ def parse_ids(option: str, text: str | None) -> tuple[int, ...] | None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line for an error that a user can mend: status 2, or 130 for Ctrl-C.
+    """End the process with one line for an error that a user can mend: status 2.
 
-    A full disk, a missing permission and the like are such errors; anything else is a bug and keeps its traceback.
+    Ctrl-C, SIGTERM and SIGHUP end it with one line too, when what is half-done is cleared away: status 130, 143 and 129. A full
+    disk, a missing permission and the like are errors of the first kind; anything else is a bug and keeps its traceback.
     """
     _prepare_streams()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            yield
+            with raised_when_terminated():
+                yield
         except KeyboardInterrupt:
             _fail("interrupted", INTERRUPTED)
+        except Terminated as end:
+            _fail(end.reason, int(end.code or 0))
         except LeanVLMError as error:
             _fail(str(error), error.exit_status)
         except BrokenPipeError:

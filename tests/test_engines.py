@@ -43,6 +43,7 @@ from leanvlm.runtime.manifest import (
     write_manifest,
 )
 from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.signals import Terminated, raised_when_terminated
 
 SMS = (80, 86, 89, 120)
 SECONDS = 60.0
@@ -341,17 +342,18 @@ def read_manifest_unchecked(bundle: Path) -> Manifest:
 
 
 @rtx
-def test_ctrl_c_ends_a_build_and_leaves_nothing(bundle: Path) -> None:
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_signal_ends_a_build_and_leaves_nothing(bundle: Path, number: int, error: type[BaseException]) -> None:
     config = config_of(bundle, budgets=(64,))
     builder = Builder.of(config)
     plan = plan_build(config, read_manifest(bundle), builder.module)
 
     def interrupt(job: EngineJob, phase: str, share: float) -> None:
         if job.budget is None:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     assert threading.current_thread() is threading.main_thread()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error), raised_when_terminated():
         build_engines(plan, builder, interrupt)
     # The first engine was finished before.
     assert [path.name for path in sorted((bundle / "engines/86").iterdir())] == ["vision_64.engine"]

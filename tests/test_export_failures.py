@@ -21,6 +21,7 @@ from conftest import Command
 
 import leanvlm.exporter.pipeline as pipeline
 from leanvlm.exporter import ExportConfig
+from leanvlm.exporter.place import files_replaced, put_in_place
 from leanvlm.exporter.plan import Plan, plan
 from leanvlm.runtime.errors import VerificationError
 
@@ -34,7 +35,7 @@ WRITERS = (
     "write_text_files",
     "write_manifest",
     "verify",
-    "_put_in_place",
+    "put_in_place",
 )
 
 
@@ -78,7 +79,7 @@ def request_(tiny_llava: Path, output: Path) -> Plan:
 def older_bundle(output: Path) -> dict[str, bytes]:
     """Put a bundle in the export's place; what matters is that it stays."""
     output.mkdir(parents=True)
-    (output / "leanvlm.json").write_text("{}", encoding="utf-8")
+    (output / "leanvlm.json").write_text('{"files": {"vision.data": {}}}', encoding="utf-8")
     (output / "vision.data").write_bytes(b"older")
     return contents(output.parent)
 
@@ -204,8 +205,9 @@ def test_the_older_bundle_comes_back_when_the_new_one_cannot_take_its_place(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", interrupted)
+    config = ExportConfig("demo", output=output, force=True)
     with pytest.raises((KeyboardInterrupt, OSError)):
-        pipeline._put_in_place(scratch / "new", output, scratch)
+        put_in_place(scratch / "new", config, files_replaced(config), scratch)
     assert contents(output.parent) == before
 
 

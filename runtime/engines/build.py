@@ -1,13 +1,12 @@
 """Build the engines of a plan, one after the other, and put each in its place when it is whole.
 
-The builder's own progress reports go to a callback. Ctrl-C ends a build at its next step; what was finished stays, and the
-manifest names only what is there.
+The builder's own progress reports go to a callback. Ctrl-C, SIGTERM or SIGHUP ends a build at its next step; what was finished
+stays, and the manifest names only what is there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from leanvlm.runtime.engines.plan import ENGINES, BuildConfig, BuildPlan, Engine
 from leanvlm.runtime.engines.profiles import Profile
 from leanvlm.runtime.errors import BackendError, GraphError
 from leanvlm.runtime.manifest import EngineSpec, GraphSpec, Manifest, TensorSpec, write_manifest
+from leanvlm.runtime.signals import deferred_signals
 
 TIMING_CACHE = ENGINES / "timing.cache"
 # Of the library's types, those that our graphs have at their ends.
@@ -77,7 +77,8 @@ def _build(job: EngineJob, plan: BuildPlan, builder: Builder, on_progress: Calla
     profiles = tuple(_add_profile(maker, settings, profile, network) for profile in job.profiles)
     cache = _timing_cache(settings, config)
     builder.complaints.clear()
-    with _deferred_interrupt() as interrupted:
+    # An exception must not pass through the library.
+    with deferred_signals() as interrupted:
         settings.progress_monitor = _monitor(module, on_progress, interrupted)
         plan_bytes = maker.build_serialized_network(network, settings)
     if plan_bytes is None:
@@ -180,22 +181,6 @@ def _add_profile(maker: Any, settings: Any, profile: Profile, network: Any) -> M
     if free != set(profile):
         raise BackendError(f"no shapes are known for {', '.join(sorted(free - set(profile)))}")
     return found
-
-
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Set the event on Ctrl-C and raise KeyboardInterrupt at the end: an exception must not pass through the library."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.signal(signal.SIGINT, lambda number, frame: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if event.is_set():
-        raise KeyboardInterrupt
 
 
 def _monitor(module: Any, on_progress: Callable[[str, float], None], interrupted: threading.Event) -> Any:

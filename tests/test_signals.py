@@ -1,0 +1,211 @@
+"""Ctrl-C, SIGTERM and SIGHUP end a command with one line and leave nothing half-written, whenever they come."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from leanvlm.runtime.console import one_line_errors
+from leanvlm.runtime.signals import Terminated, deferred_signals, raised_when_terminated
+
+ENDS = {
+    signal.SIGINT: (130, "leanvlm: interrupted\n"),
+    signal.SIGTERM: (143, "leanvlm: terminated\n"),
+    signal.SIGHUP: (129, "leanvlm: terminal lost\n"),
+}
+
+# Runs the command line in a process that signals itself when a function is called, or a module imported.
+CHILD = """
+import importlib, os, signal, sys, threading
+
+moment, numbers, arguments = sys.argv[1], [int(number) for number in sys.argv[2].split(",")], sys.argv[3:]
+
+def strike():
+    # As from outside: to the process, at any of its threads.
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    threading.Event().wait(0.05)
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == moment:
+            sys.meta_path.remove(self)
+            strike()
+
+def wrap(module, name):
+    function = getattr(module, name)
+    def call(*arguments, **options):
+        strike()
+        return function(*arguments, **options)
+    setattr(module, name, call)
+
+from leanvlm.runtime.__main__ import main
+if ":" in moment:
+    module, name = moment.split(":")
+    wrap(importlib.import_module(module), name)
+else:
+    sys.meta_path.insert(0, Finder())
+sys.argv = ["leanvlm", *arguments]
+main()
+"""
+
+
+def _as_in_a_terminal() -> None:
+    """Let a new process hear all signals; a shell's background jobs, and what they start, ignore Ctrl-C."""
+    for number in ENDS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def strike(moment: str, numbers: tuple[int, ...], *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command that gets signals at a moment: `module` when it is imported, `module:function` when it is called."""
+    command = [sys.executable, "-c", CHILD, moment, ",".join(str(int(number)) for number in numbers), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, check=False, preexec_fn=_as_in_a_terminal, timeout=120
+    )
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_from_the_first_import_on(tmp_path: Path, number: signal.Signals) -> None:
+    result = strike("numpy", (number,), "inspect", "anything", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == ENDS[number]
+
+
+def test_nothing_heavy_is_imported_before_signals_are_heard() -> None:
+    code = "import sys, leanvlm.runtime.__main__; assert not {'numpy', 'typer', 'rich', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Steps of an export in their order; before the last one nothing may be left, behind it all is there.
+EXPORT = {
+    "start": ("torch", (signal.SIGTERM,)),
+    "tracing": ("torch.export:export", (signal.SIGHUP,)),
+    "building": ("leanvlm.exporter.pipeline:build_decoder", (signal.SIGTERM, signal.SIGHUP)),
+    "verifying": ("leanvlm.exporter.pipeline:verify", (signal.SIGTERM,)),
+}
+
+
+@pytest.mark.parametrize("moment", EXPORT)
+def test_an_export_leaves_nothing(tiny_llava: Path, tmp_path: Path, moment: str) -> None:
+    where, numbers = EXPORT[moment]
+    result = strike(where, numbers, "export", "--model", tiny_llava, "--budget", 121, "-o", "x", cwd=tmp_path)
+    assert (result.returncode, result.stderr) in [ENDS[number] for number in numbers]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_is_put_in_place_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leanvlm.exporter import ExportConfig
+    from leanvlm.exporter.place import put_in_place, scratch_folder
+
+    config, rename = ExportConfig("demo", output=tmp_path / "x"), Path.rename
+
+    def struck(self: Path, target: Path) -> Path:
+        signal.raise_signal(signal.SIGTERM)
+        return rename(self, target)
+
+    def export() -> None:
+        with raised_when_terminated(), scratch_folder(config.output_folder) as scratch:
+            (scratch / "x").mkdir()
+            (scratch / "x" / "file").touch()
+            monkeypatch.setattr(Path, "rename", struck)
+            put_in_place(scratch / "x", config, {}, scratch)
+
+    with pytest.raises(Terminated):
+        export()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["x", "x/file"]
+
+
+def test_removing_is_not_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor by an impatient second Ctrl-C."""
+    from leanvlm.exporter.place import scratch_folder
+
+    remove = shutil.rmtree
+
+    def struck(*arguments: object, **options: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        remove(*arguments, **options)  # type: ignore[arg-type]
+
+    def export() -> None:
+        with scratch_folder(tmp_path / "x") as scratch:
+            (scratch / "file").touch()
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(shutil, "rmtree", struck)
+    with pytest.raises(KeyboardInterrupt):
+        export()
+    assert not list(tmp_path.iterdir())
+
+
+def test_profile_and_calibrate_leave_nothing(tiny_bundle: Path, tiny_llava: Path, sample_image: Path, tmp_path: Path) -> None:
+    options = ("--image", sample_image, "--json", "figures.json", "--html", "page.html")
+    ended = strike("leanvlm.runtime.session:load", (signal.SIGTERM,), "profile", tiny_bundle, *options, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == ENDS[signal.SIGTERM]
+    options = ("gate", "--model", "demo-small", "--scenes", 8)
+    ended = strike("leanvlm.calibration.gate:fit_gate", (signal.SIGTERM,), "calibrate", *options, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == ENDS[signal.SIGTERM]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_handlers_are_put_back_and_those_of_others_stay(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        signal.raise_signal(number)
+    assert (end.value.code, capsys.readouterr().err) == ENDS[number]
+    assert signal.getsignal(number) is before
+    signal.signal(number, signal.SIG_IGN)  # As under nohup.
+    try:
+        with one_line_errors(), deferred_signals() as came:
+            signal.raise_signal(number)
+        assert not came.is_set()
+    finally:
+        signal.signal(number, before)
+
+
+def test_one_request_ends_once() -> None:
+    """SIGTERM and SIGHUP together, as systemd may send them: the second must not cut the first one's cleaning."""
+    cleaned = []
+
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            cleaned.append(True)
+
+    with pytest.raises(Terminated) as end, raised_when_terminated():
+        work()
+    assert (end.value.code, cleaned) == (143, [True])
+
+
+def test_deferred_signals_come_at_the_end() -> None:
+    passed = []
+
+    def work() -> None:
+        with deferred_signals() as outer:
+            with deferred_signals() as inner:
+                signal.raise_signal(signal.SIGINT)
+                passed.append(inner.is_set())
+            passed.append(outer.is_set())
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert passed == [True, True]
+
+
+def test_other_threads_change_no_handlers() -> None:
+    results: list[object] = []
+
+    def work() -> None:
+        with raised_when_terminated(), deferred_signals():
+            results.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results == [signal.SIG_DFL]
