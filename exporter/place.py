@@ -36,8 +36,8 @@ def check_output(config: ExportConfig) -> None:
     """Check that the output folder can be written.
 
     Raises:
-        InputError: It exists and `force` is off, it holds something else than a bundle, its name is not UTF-8, or another export
-            writes it.
+        InputError: It exists and `force` is off, it holds something else than a bundle, its name is not UTF-8, or another
+            export writes it.
     """
     check_utf8(config.output_folder)
     files_replaced(config)
