@@ -29,8 +29,8 @@ def test_damaged_vision_weights_are_an_error_or_do_not_matter(
     with load(whole, device="cpu", threads=1) as session:
         budgets = session.manifest.budgets
         wanted = {budget: session.encode_images(images, budget) for budget in budgets}
-    # The first, the last and three between: embeddings, blocks, projector.
-    for start in np.linspace(0, size - BLOCK, 5, dtype=int) // 4 * 4:
+    # Embeddings, blocks, projector; the masks of truth values at the file's end have no NaN.
+    for start in np.linspace(0, 0.9 * size, 5, dtype=int) // 4 * 4:
         weights = np.memmap(damaged / "vision.data", np.uint8, mode="r+")
         before = weights[start : start + BLOCK].copy()
         # A NaN in half precision, and two of them are one in single.
