@@ -194,10 +194,16 @@ class Terminal:
         """Press keys."""
         os.write(self._master, text.encode())
 
-    def interrupt(self) -> None:
-        """Press Ctrl-C when the program waits: readline notices a signal only then."""
-        time.sleep(0.3)
-        self.process.send_signal(signal.SIGINT)
+    def interrupt(self, text: str) -> None:
+        """Press Ctrl-C until a text is there: readline notices a signal only while it waits, never one that came before."""
+        for _ in range(5):
+            self.process.send_signal(signal.SIGINT)
+            end = time.monotonic() + PATIENCE / 5
+            while text not in self._unread and select.select([self._master], [], [], max(0.0, end - time.monotonic()))[0]:
+                self._unread += os.read(self._master, 4096).decode()
+            if text in self._unread:
+                break
+        self.expect(text)
 
 
 def test_a_terminal_has_editing_history_and_interrupts(demo_bundle: Path, photo: Path) -> None:
@@ -212,8 +218,7 @@ def test_a_terminal_has_editing_history_and_interrupts(demo_bundle: Path, photo:
         terminal.expect("> ")
         terminal.type("\x1b[A")
         terminal.expect(QUESTION)
-        terminal.interrupt()
-        terminal.expect("Ctrl-C again or Ctrl-D ends")
+        terminal.interrupt("Ctrl-C again or Ctrl-D ends")
         terminal.expect("> ")
         terminal.type("/reset\n")
         terminal.expect("the conversation starts over")
