@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -24,6 +25,8 @@ def pytest_configure() -> None:
     from leanvlm.runtime.optional import without_telemetry
 
     without_telemetry()
+    # A run in the background may have Ctrl-C ignored, and hand that down to the processes that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
