@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from transformers import ProcessorMixin
+
 from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
 from leanvlm.exporter.generation import generation_config
@@ -20,7 +22,7 @@ from leanvlm.exporter.tokenizer import load_tokenizer, write_tokenizer
 from leanvlm.runtime.errors import BundleError, CheckpointError, InputError, UnsupportedModelError
 from leanvlm.runtime.generation import GENERATION_CONFIG, GenerationSettings
 from leanvlm.runtime.session import user_message
-from leanvlm.runtime.text import TEMPLATE, Template, TextTokenizer, find_template
+from leanvlm.runtime.text import TEMPLATE, Template, TextTokenizer
 
 WITHOUT = "{{ raise_exception('the bundle was exported without one; write the whole prompt and pass --raw-prompt') }}"
 QUESTION = "What is on the table?"
@@ -48,7 +50,7 @@ def write_text_files(config: ExportConfig, checkpoint: Checkpoint, folder: Path)
     write_tokenizer(tokenizer, folder)
     special = json.dumps(_with_special_tokens(checkpoint.folder, tokenizer), indent=1, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(special + "\n", encoding="utf-8")
-    (folder / TEMPLATE).write_text(_template(config, checkpoint), encoding="utf-8")
+    (folder / TEMPLATE).write_text(_template(config, checkpoint, tokenizer), encoding="utf-8")
 
 
 def check_text(config: ExportConfig, checkpoint: Checkpoint) -> None:
@@ -75,7 +77,7 @@ def _with_special_tokens(folder: Path, tokenizer: Any) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in names | {"auto_map"}} | special
 
 
-def _template(config: ExportConfig, checkpoint: Checkpoint) -> str:
+def _template(config: ExportConfig, checkpoint: Checkpoint, tokenizer: Any) -> str:
     """Return the source of the chat template: the one that the request names, else the checkpoint's."""
     if config.template == NO_TEMPLATE:
         return WITHOUT
@@ -84,10 +86,17 @@ def _template(config: ExportConfig, checkpoint: Checkpoint) -> str:
             return Path(config.template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--template {config.template} cannot be read: {error}") from error
-    source = find_template(checkpoint.folder)
-    if source is None:
-        raise CheckpointError(f"{checkpoint.name} has no chat template; {WAY_OUT}")
-    return source
+    try:
+        processor, _ = ProcessorMixin.get_processor_dict(checkpoint.folder, local_files_only=True)
+    except Exception as error:  # The files can be wrong in any way.
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{checkpoint.folder}: transformers cannot read the chat template: {why}") from error
+    # A tokenizer's own counts where the processor has none.
+    for source in (processor.get("chat_template"), tokenizer.chat_template):
+        default = source.get("default") if isinstance(source, dict) else source
+        if isinstance(default, str):
+            return default
+    raise CheckpointError(f"{checkpoint.name} has no chat template; {WAY_OUT}")
 
 
 def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: GenerationSettings) -> None:

@@ -196,3 +196,45 @@ def test_without_a_file_the_configuration_counts_as_for_transformers(checkpoint:
     theirs = GenerationConfig.from_pretrained(checkpoint, config_file_name="config.json", _from_model_config=True)
     settings = GenerationSettings.from_dict(generation_config(checkpoint, opened.config))
     assert settings.end_ids == {theirs.eos_token_id} == {2}
+
+
+def in_folder(folder: Path) -> None:
+    """Keep the template where several of them are kept."""
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "chat_template.jinja").rename(folder / "additional_chat_templates" / "default.jinja")
+
+
+def in_processor_config(folder: Path) -> None:
+    set_all("processor_config.json", chat_template="processor" + TEMPLATE)(folder)
+
+
+def in_json(folder: Path) -> None:
+    set_all("chat_template.json", chat_template="json" + TEMPLATE)(folder)
+
+
+# transformers leaves the files of that folder open.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "changes",
+    [[in_json], [in_processor_config], [in_processor_config, in_json], [in_folder]],
+    ids=lambda changes: changes[-1].__name__,
+)
+def test_of_several_templates_the_one_of_transformers_counts(checkpoint: Path, tmp_path: Path, changes: list[Change]) -> None:
+    for change in changes:
+        change(checkpoint)
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    config = ExportConfig(str(checkpoint))
+    write_text_files(config, open_checkpoint(config), bundle)
+    wanted = AutoProcessor.from_pretrained(checkpoint).apply_chat_template(CHAT, add_generation_prompt=True)
+    assert Template.from_folder(bundle).render(CHAT) == wanted
+
+
+def test_a_template_that_transformers_cannot_read_is_one_line(checkpoint: Path) -> None:
+    in_json(checkpoint)
+    in_folder(checkpoint)
+    config = ExportConfig(str(checkpoint))
+    with pytest.raises(
+        CheckpointError, match="cannot read the chat template: Cannot load chat template due to conflicting files"
+    ):
+        check_text(config, open_checkpoint(config))
