@@ -65,7 +65,8 @@ def check_text(config: ExportConfig, checkpoint: Checkpoint) -> None:
         write_text_files(config, checkpoint, folder)
         _check_ids(checkpoint, TextTokenizer.from_folder(folder), GenerationSettings.from_folder(folder))
         if config.template != NO_TEMPLATE:
-            _check_template(folder, checkpoint)
+            origin = checkpoint.name if config.template is None else f"--template {config.template}"
+            _check_template(folder, checkpoint, origin)
 
 
 def _with_special_tokens(folder: Path, tokenizer: Any) -> dict[str, Any]:
@@ -125,17 +126,17 @@ def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: Gener
         raise CheckpointError(f"{name}'s {GENERATION_CONFIG}: {error}") from error
 
 
-def _check_template(folder: Path, checkpoint: Checkpoint) -> None:
+def _check_template(folder: Path, checkpoint: Checkpoint, origin: str) -> None:
     """Refuse a template that does not write a question with one image, and one with none."""
     try:
         template, tokenizer = Template.from_folder(folder), TextTokenizer.from_folder(folder)
     except BundleError as error:
-        raise CheckpointError(f"{checkpoint.name}: {error}") from error
+        raise CheckpointError(f"{origin}: {error}") from error
     for images in (1, 0):
         try:
             text = template.render([user_message(QUESTION, images)])
         except InputError as error:
-            raise UnsupportedModelError(f"{checkpoint.name}: {error}, so it may be for text only; {WAY_OUT}") from error
+            raise UnsupportedModelError(f"{origin}: {error}, so it may be for text only; {WAY_OUT}") from error
         found = tokenizer.encode(text).count(checkpoint.spec.image_token_id)
         if found != images:
             what = f"writes {found} image tokens for {images} images, so it may be for text only"
@@ -143,4 +144,4 @@ def _check_template(folder: Path, checkpoint: Checkpoint) -> None:
             what = "leaves the text out"
         else:
             continue
-        raise UnsupportedModelError(f"{checkpoint.name}'s chat template {what}; {WAY_OUT}")
+        raise UnsupportedModelError(f"{origin}: the chat template {what}; {WAY_OUT}")

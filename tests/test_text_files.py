@@ -16,7 +16,7 @@ from leanvlm.exporter.checkpoint import open_checkpoint
 from leanvlm.exporter.config import ExportConfig
 from leanvlm.exporter.generation import HONOURED, IRRELEVANT, REFUSED, generation_config
 from leanvlm.exporter.text_files import check_text, write_text_files
-from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
+from leanvlm.runtime.errors import CheckpointError, LeanVLMError, UnsupportedModelError
 from leanvlm.runtime.generation import GenerationSettings
 from leanvlm.runtime.text import Template, TextTokenizer
 
@@ -237,4 +237,13 @@ def test_a_template_that_transformers_cannot_read_is_one_line(checkpoint: Path) 
     with pytest.raises(
         CheckpointError, match="cannot read the chat template: Cannot load chat template due to conflicting files"
     ):
+        check_text(config, open_checkpoint(config))
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ 1 / 0 }}", "no image"])
+def test_a_template_that_is_given_is_named_and_not_the_checkpoint(checkpoint: Path, source: str) -> None:
+    given = checkpoint / "own.jinja"
+    given.write_text(source)
+    config = ExportConfig(str(checkpoint), template=given)
+    with pytest.raises(LeanVLMError, match=f"^--template {given}: the chat template "):
         check_text(config, open_checkpoint(config))
