@@ -19,6 +19,7 @@ from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
 from leanvlm.exporter.generation import generation_config
 from leanvlm.exporter.tokenizer import load_tokenizer, write_tokenizer
+from leanvlm.exporter.verify import NEW_TOKENS
 from leanvlm.runtime.errors import BundleError, CheckpointError, InputError, UnsupportedModelError
 from leanvlm.runtime.generation import GENERATION_CONFIG, GenerationSettings
 from leanvlm.runtime.session import user_message
@@ -58,7 +59,7 @@ def check_text(config: ExportConfig, checkpoint: Checkpoint) -> None:
 
     Raises:
         LeanVLMError: What `write_text_files` raises; tokens that the model has no embedding for; a template that does not
-            write one image token for one image.
+            write one image token for one image; a context that is too short for an image.
     """
     with TemporaryDirectory(prefix="leanvlm-") as scratch:
         folder = Path(scratch)
@@ -137,11 +138,23 @@ def _check_template(folder: Path, checkpoint: Checkpoint, origin: str) -> None:
             text = template.render([user_message(QUESTION, images)])
         except InputError as error:
             raise UnsupportedModelError(f"{origin}: {error}, so it may be for text only; {WAY_OUT}") from error
-        found = tokenizer.encode(text).count(checkpoint.spec.image_token_id)
+        ids = tokenizer.encode(text)
+        found = ids.count(checkpoint.spec.image_token_id)
         if found != images:
             what = f"writes {found} image tokens for {images} images, so it may be for text only"
         elif QUESTION not in text:
             what = "leaves the text out"
         else:
+            _check_context(checkpoint, len(ids) - found)
             continue
         raise UnsupportedModelError(f"{origin}: the chat template {what}; {WAY_OUT}")
+
+
+def _check_context(checkpoint: Checkpoint, words: int) -> None:
+    """Refuse a model whose context does not hold one unpruned image with a short question and its answer."""
+    context, image = int(checkpoint.config.text_config.max_position_embeddings), checkpoint.spec.tokens_per_crop
+    if image + words + NEW_TOKENS > context:
+        raise CheckpointError(
+            f"{checkpoint.name}'s context of {context} tokens (max_position_embeddings) does not hold an image of {image}, "
+            f"a question of {words} and an answer of {NEW_TOKENS}; set it to what the model was trained with"
+        )

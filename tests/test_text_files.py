@@ -247,3 +247,10 @@ def test_a_template_that_is_given_is_named_and_not_the_checkpoint(checkpoint: Pa
     config = ExportConfig(str(checkpoint), template=given)
     with pytest.raises(LeanVLMError, match=f"^--template {given}: the chat template "):
         check_text(config, open_checkpoint(config))
+
+
+def test_a_context_too_short_for_an_image_is_refused(checkpoint: Path) -> None:
+    edit("config.json", lambda config: config["text_config"].update(max_position_embeddings=64))(checkpoint)
+    config = ExportConfig(str(checkpoint))
+    with pytest.raises(CheckpointError, match=r"context of 64 tokens \(max_position_embeddings\) does not hold an image of"):
+        check_text(config, open_checkpoint(config))
