@@ -41,6 +41,8 @@ DECODER = "decoder.onnx"
 BUILDERS = {"llama": ("LlamaForCausalLM", "LlamaModel")}
 # Rotary scalings whose angles are fixed for a position, up to the context's length at least.
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+# What makes the cache of transformers forget the older tokens, of a Llama too, whose own attention knows no window.
+WINDOWS = ("sliding_window", "attention_chunk_size")
 # ONNX Runtime's CPU kernel of GroupQueryAttention takes no other head sizes.
 HEAD_MULTIPLE = 16
 OPTIONS = {
@@ -54,13 +56,25 @@ def check_decoder(config: Any) -> None:
     """Check that the builder can make a decoder of this text configuration.
 
     Raises:
-        UnsupportedModelError: A decoder type, rotary scaling or head size that cannot be built.
+        UnsupportedModelError: A decoder type, rotary scaling, attention window or head size that cannot be built.
     """
     if config.model_type not in BUILDERS:
         raise UnsupportedModelError(f"a {config.model_type!r} decoder is not supported; supported: {', '.join(BUILDERS)}")
     rope = str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
     if rope not in ROPE_TYPES:
         raise UnsupportedModelError(f"rope type {rope!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor")
+    if partial not in (None, 1):
+        raise UnsupportedModelError(
+            f"partial_rotary_factor {partial} is not supported: a Llama's heads are rotated whole; remove it from text_config"
+        )
+    for name in WINDOWS:
+        window = getattr(config, name, None)
+        if window is not None and window < config.max_position_embeddings:
+            raise UnsupportedModelError(
+                f"{name} {window} is not supported: the decoder's attention reads the whole context; "
+                "a model that was trained without a window does not need it in text_config"
+            )
     head = head_dim(config)
     if head % HEAD_MULTIPLE:
         raise UnsupportedModelError(

@@ -13,14 +13,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from transformers import ProcessorMixin
+
 from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
 from leanvlm.exporter.generation import generation_config
 from leanvlm.exporter.tokenizer import load_tokenizer, write_tokenizer
+from leanvlm.exporter.verify import NEW_TOKENS
 from leanvlm.runtime.errors import BundleError, CheckpointError, InputError, UnsupportedModelError
 from leanvlm.runtime.generation import GENERATION_CONFIG, GenerationSettings
 from leanvlm.runtime.session import user_message
-from leanvlm.runtime.text import TEMPLATE, Template, TextTokenizer, find_template
+from leanvlm.runtime.text import TEMPLATE, Template, TextTokenizer
 
 WITHOUT = "{{ raise_exception('the bundle was exported without one; write the whole prompt and pass --raw-prompt') }}"
 QUESTION = "What is on the table?"
@@ -48,7 +51,7 @@ def write_text_files(config: ExportConfig, checkpoint: Checkpoint, folder: Path)
     write_tokenizer(tokenizer, folder)
     special = json.dumps(_with_special_tokens(checkpoint.folder, tokenizer), indent=1, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(special + "\n", encoding="utf-8")
-    (folder / TEMPLATE).write_text(_template(config, checkpoint), encoding="utf-8")
+    (folder / TEMPLATE).write_text(_template(config, checkpoint, tokenizer), encoding="utf-8")
 
 
 def check_text(config: ExportConfig, checkpoint: Checkpoint) -> None:
@@ -56,14 +59,15 @@ def check_text(config: ExportConfig, checkpoint: Checkpoint) -> None:
 
     Raises:
         LeanVLMError: What `write_text_files` raises; tokens that the model has no embedding for; a template that does not
-            write one image token for one image.
+            write one image token for one image; a context that is too short for an image.
     """
     with TemporaryDirectory(prefix="leanvlm-") as scratch:
         folder = Path(scratch)
         write_text_files(config, checkpoint, folder)
         _check_ids(checkpoint, TextTokenizer.from_folder(folder), GenerationSettings.from_folder(folder))
         if config.template != NO_TEMPLATE:
-            _check_template(folder, checkpoint)
+            origin = checkpoint.name if config.template is None else f"--template {config.template}"
+            _check_template(folder, checkpoint, origin)
 
 
 def _with_special_tokens(folder: Path, tokenizer: Any) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def _with_special_tokens(folder: Path, tokenizer: Any) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in names | {"auto_map"}} | special
 
 
-def _template(config: ExportConfig, checkpoint: Checkpoint) -> str:
+def _template(config: ExportConfig, checkpoint: Checkpoint, tokenizer: Any) -> str:
     """Return the source of the chat template: the one that the request names, else the checkpoint's."""
     if config.template == NO_TEMPLATE:
         return WITHOUT
@@ -84,10 +88,17 @@ def _template(config: ExportConfig, checkpoint: Checkpoint) -> str:
             return Path(config.template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--template {config.template} cannot be read: {error}") from error
-    source = find_template(checkpoint.folder)
-    if source is None:
-        raise CheckpointError(f"{checkpoint.name} has no chat template; {WAY_OUT}")
-    return source
+    try:
+        processor, _ = ProcessorMixin.get_processor_dict(checkpoint.folder, local_files_only=True)
+    except Exception as error:  # The files can be wrong in any way.
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{checkpoint.folder}: transformers cannot read the chat template: {why}") from error
+    # A tokenizer's own counts where the processor has none.
+    for source in (processor.get("chat_template"), tokenizer.chat_template):
+        default = source.get("default") if isinstance(source, dict) else source
+        if isinstance(default, str):
+            return default
+    raise CheckpointError(f"{checkpoint.name} has no chat template; {WAY_OUT}")
 
 
 def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: GenerationSettings) -> None:
@@ -116,22 +127,34 @@ def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: Gener
         raise CheckpointError(f"{name}'s {GENERATION_CONFIG}: {error}") from error
 
 
-def _check_template(folder: Path, checkpoint: Checkpoint) -> None:
+def _check_template(folder: Path, checkpoint: Checkpoint, origin: str) -> None:
     """Refuse a template that does not write a question with one image, and one with none."""
     try:
         template, tokenizer = Template.from_folder(folder), TextTokenizer.from_folder(folder)
     except BundleError as error:
-        raise CheckpointError(f"{checkpoint.name}: {error}") from error
+        raise CheckpointError(f"{origin}: {error}") from error
     for images in (1, 0):
         try:
             text = template.render([user_message(QUESTION, images)])
         except InputError as error:
-            raise UnsupportedModelError(f"{checkpoint.name}: {error}, so it may be for text only; {WAY_OUT}") from error
-        found = tokenizer.encode(text).count(checkpoint.spec.image_token_id)
+            raise UnsupportedModelError(f"{origin}: {error}, so it may be for text only; {WAY_OUT}") from error
+        ids = tokenizer.encode(text)
+        found = ids.count(checkpoint.spec.image_token_id)
         if found != images:
             what = f"writes {found} image tokens for {images} images, so it may be for text only"
         elif QUESTION not in text:
             what = "leaves the text out"
         else:
+            _check_context(checkpoint, len(ids) - found)
             continue
-        raise UnsupportedModelError(f"{checkpoint.name}'s chat template {what}; {WAY_OUT}")
+        raise UnsupportedModelError(f"{origin}: the chat template {what}; {WAY_OUT}")
+
+
+def _check_context(checkpoint: Checkpoint, words: int) -> None:
+    """Refuse a model whose context does not hold one unpruned image with a short question and its answer."""
+    context, image = int(checkpoint.config.text_config.max_position_embeddings), checkpoint.spec.tokens_per_crop
+    if image + words + NEW_TOKENS > context:
+        raise CheckpointError(
+            f"{checkpoint.name}'s context of {context} tokens (max_position_embeddings) does not hold an image of {image}, "
+            f"a question of {words} and an answer of {NEW_TOKENS}; set it to what the model was trained with"
+        )

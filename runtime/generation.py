@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +58,10 @@ class GenerateOptions:
     logits: LogitsConfig = NEUTRAL
 
     def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, Integral) or isinstance(self.max_new_tokens, bool):
+            raise InputError(f"max_new_tokens must be a whole number, not {self.max_new_tokens!r}")
+        if not all(isinstance(text, str) for text in self.stop):
+            raise InputError(f"stop must be a string or several, not {self.stop!r}")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens {self.max_new_tokens} is not possible; give at least 1")
 
@@ -87,9 +92,6 @@ class GenerationSettings:
         if not all(isinstance(token, int) for token in ends):
             raise InputError(f"eos_token_id must be a token id or a list of them, not {end!r}")
         given = {name: value for name in SAMPLING_SETTINGS if (value := data.get(name)) is not None}
-        wrong = next((name for name, value in given.items() if not isinstance(value, int | float)), None)
-        if wrong is not None:
-            raise InputError(f"{wrong} must be a number, not {given[wrong]!r}")
         logits = NEUTRAL.changed({name: data.get(name) for name in LOGITS_SETTINGS})
         return cls(frozenset(ends), SamplingConfig(**given), logits)
 

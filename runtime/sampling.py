@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ class SamplingConfig:
         min_p: Share of the most probable token's probability that a token needs, from 0 to 1.
 
     Raises:
-        InputError: A value is out of its range.
+        InputError: A value is out of its range, or of another type.
     """
 
     temperature: float = 0.0
@@ -32,6 +33,13 @@ class SamplingConfig:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, kind, wanted in (
+            ("temperature", Real, "a number"), ("top_p", Real, "a number"), ("min_p", Real, "a number"),
+            ("top_k", Integral, "a whole number"), ("seed", Integral | None, "a whole number"),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise InputError(f"{name} must be {wanted}, not {value!r}")
         # Written so that NaN fails too.
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise InputError(f"temperature must be a number of at least 0, not {self.temperature}")

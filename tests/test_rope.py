@@ -96,3 +96,19 @@ def test_other_scalings_are_refused_by_name(tiny_llava: Path, rope: str) -> None
     text.rope_parameters = {"rope_type": rope, "rope_theta": 10_000.0}
     with pytest.raises(UnsupportedModelError, match=f"rope type '{rope}' is not supported; supported: default, linear"):
         check_decoder(text)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"sliding_window": 16}, "sliding_window 16 is not supported"),
+        ({"attention_chunk_size": 16}, "attention_chunk_size 16 is not supported"),
+    ],
+)
+def test_half_turned_heads_and_windows_are_refused_by_name(tiny_llava: Path, changed: dict[str, Any], words: str) -> None:
+    """A Llama's cache in transformers forgets what is behind a window; one as long as the context forgets nothing."""
+    text = open_checkpoint(ExportConfig(str(tiny_llava))).config.text_config
+    check_decoder(type(text)(**text.to_dict() | {"sliding_window": text.max_position_embeddings, "partial_rotary_factor": 1.0}))
+    with pytest.raises(UnsupportedModelError, match=words):
+        check_decoder(type(text)(**text.to_dict() | changed))

@@ -1,5 +1,8 @@
 """Sampling against transformers' warpers and against the probabilities that it should follow."""
 
+import re
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis.extra import numpy as st_numpy
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from leanvlm.runtime.errors import BackendError, InputError
+from leanvlm.runtime.generation import GenerationSettings
 from leanvlm.runtime.sampling import SamplingConfig, nucleus, sample
 
 
@@ -102,8 +106,31 @@ def test_a_seed_repeats_the_tokens() -> None:
         ("top_p", 1.1),
         ("top_p", float("nan")),
         ("seed", -1),
+        ("temperature", "hot"),
+        ("top_p", None),
+        ("min_p", [0.1]),
+        ("top_k", 2.5),
+        ("top_k", True),
+        ("seed", "a"),
     ],
 )
-def test_values_out_of_range_are_named(field: str, value: float) -> None:
-    with pytest.raises(InputError, match=f"{field} must be .*{value}"):
+def test_values_that_are_not_possible_are_named(field: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{field} must be .*{re.escape(str(value))}"):
         SamplingConfig(**{field: value})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    SamplingConfig(np.float32(0.5), top_p=np.float64(0.9), seed=np.int64(3), top_k=np.int32(4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, not 1.5"),
+        ({"max_new_tokens": "3"}, "max_new_tokens must be a whole number, not '3'"),
+        ({"stop": [5]}, "stop must be a string or several"),
+    ],
+)
+def test_options_of_another_type_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        GenerationSettings().options(**options)

@@ -16,7 +16,7 @@ from leanvlm.exporter.checkpoint import open_checkpoint
 from leanvlm.exporter.config import ExportConfig
 from leanvlm.exporter.generation import HONOURED, IRRELEVANT, REFUSED, generation_config
 from leanvlm.exporter.text_files import check_text, write_text_files
-from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
+from leanvlm.runtime.errors import CheckpointError, LeanVLMError, UnsupportedModelError
 from leanvlm.runtime.generation import GenerationSettings
 from leanvlm.runtime.text import Template, TextTokenizer
 
@@ -196,3 +196,61 @@ def test_without_a_file_the_configuration_counts_as_for_transformers(checkpoint:
     theirs = GenerationConfig.from_pretrained(checkpoint, config_file_name="config.json", _from_model_config=True)
     settings = GenerationSettings.from_dict(generation_config(checkpoint, opened.config))
     assert settings.end_ids == {theirs.eos_token_id} == {2}
+
+
+def in_folder(folder: Path) -> None:
+    """Keep the template where several of them are kept."""
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "chat_template.jinja").rename(folder / "additional_chat_templates" / "default.jinja")
+
+
+def in_processor_config(folder: Path) -> None:
+    set_all("processor_config.json", chat_template="processor" + TEMPLATE)(folder)
+
+
+def in_json(folder: Path) -> None:
+    set_all("chat_template.json", chat_template="json" + TEMPLATE)(folder)
+
+
+# transformers leaves the files of that folder open.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "changes",
+    [[in_json], [in_processor_config], [in_processor_config, in_json], [in_folder]],
+    ids=lambda changes: changes[-1].__name__,
+)
+def test_of_several_templates_the_one_of_transformers_counts(checkpoint: Path, tmp_path: Path, changes: list[Change]) -> None:
+    for change in changes:
+        change(checkpoint)
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    config = ExportConfig(str(checkpoint))
+    write_text_files(config, open_checkpoint(config), bundle)
+    wanted = AutoProcessor.from_pretrained(checkpoint).apply_chat_template(CHAT, add_generation_prompt=True)
+    assert Template.from_folder(bundle).render(CHAT) == wanted
+
+
+def test_a_template_that_transformers_cannot_read_is_one_line(checkpoint: Path) -> None:
+    in_json(checkpoint)
+    in_folder(checkpoint)
+    config = ExportConfig(str(checkpoint))
+    with pytest.raises(
+        CheckpointError, match="cannot read the chat template: Cannot load chat template due to conflicting files"
+    ):
+        check_text(config, open_checkpoint(config))
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ 1 / 0 }}", "no image"])
+def test_a_template_that_is_given_is_named_and_not_the_checkpoint(checkpoint: Path, source: str) -> None:
+    given = checkpoint / "own.jinja"
+    given.write_text(source)
+    config = ExportConfig(str(checkpoint), template=given)
+    with pytest.raises(LeanVLMError, match=f"^--template {given}: the chat template "):
+        check_text(config, open_checkpoint(config))
+
+
+def test_a_context_too_short_for_an_image_is_refused(checkpoint: Path) -> None:
+    edit("config.json", lambda config: config["text_config"].update(max_position_embeddings=64))(checkpoint)
+    config = ExportConfig(str(checkpoint))
+    with pytest.raises(CheckpointError, match=r"context of 64 tokens \(max_position_embeddings\) does not hold an image of"):
+        check_text(config, open_checkpoint(config))
