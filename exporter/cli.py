@@ -75,11 +75,11 @@ def run_export(config: ExportConfig, *, dry_run: bool) -> None:
     console.print(f"verified against the checkpoint (greedy tokens equal at budget {checks})")
     if costs := [f"{b}: {c['unrounded']['cosine']:.3f}" for b, c in chain.items() if "unrounded" in c]:
         console.print(f"rounded alike; rounding itself leaves a cosine of the first logits at budget {', '.join(costs)}")
-    print(config.output_folder)
+    print(config.named_output)
 
 
 def _describe(request: Any) -> str:
-    lines = [f"{request.checkpoint.name} ({request.checkpoint.family.model_type}) to {request.config.output_folder}:"]
+    lines = [f"{request.checkpoint.name} ({request.checkpoint.family.model_type}) to {request.config.named_output}:"]
     lines += [f"  {name:<26} about {_size(size)}" for name, size in request.sizes.items()]
     lines.append(f"  {'together':<26} about {_size(request.total_bytes)}, and tokenizer and processor files")
     return "\n".join(lines)

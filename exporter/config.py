@@ -66,7 +66,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if not self.model.strip():
             raise InputError("--model is empty; give demo, llava, a Hub id or a folder")
-        if self._output.name in ("", ".."):
+        if self.named_output.name in ("", ".."):
             raise InputError(f"--output {str(self.output)!r} does not name a folder; give one to write, such as llava-64")
         if not self.budgets:
             raise InputError("--budget is empty; give one or more numbers of image tokens, such as 64 or 64,128")
@@ -91,12 +91,13 @@ class ExportConfig:
     @property
     def output_folder(self) -> Path:
         """The folder to write, as an absolute path; only its last part may be a link."""
-        place = self.here / self._output
+        place = self.here / self.named_output
         # Unlike Path.resolve, this leaves a link that leads to itself for whoever opens it.
         return Path(os.path.realpath(place.parent), place.name)
 
     @property
-    def _output(self) -> Path:
+    def named_output(self) -> Path:
+        """The folder to write, as the request names it."""
         if self.output is not None:
             return Path(self.output)
         name = Path(self.model.rstrip("/")).name or "bundle"

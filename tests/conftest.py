@@ -25,8 +25,9 @@ def pytest_configure() -> None:
     from leanvlm.runtime.optional import without_telemetry
 
     without_telemetry()
-    # A run in the background may have Ctrl-C ignored, and hand that down to the processes that tests start.
+    # A run in the background or under nohup ignores these, and would hand that down to the processes that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
