@@ -19,7 +19,7 @@ from leanvlm.exporter import ExportConfig
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.pruners.agile import AgilePruner
 from leanvlm.exporter.pruners.base import VisionTokens
-from leanvlm.exporter.pruners.gates import exact_effective_rank
+from leanvlm.exporter.pruners.gates import effective_rank, exact_effective_rank
 from leanvlm.exporter.reference import Reference
 from leanvlm.runtime.preprocess import preprocess
 
@@ -74,6 +74,13 @@ def test_llava_like_features_keep_the_tokens_of_the_exact_rank(
         shares = [overlaps[keep] for overlaps in found]
         assert np.mean(shares) >= mean, keep
         assert min(shares) >= worst, keep
+
+
+def test_llava_like_features_have_the_estimated_rank(images: list[Image]) -> None:
+    features = [torch.from_numpy(points)[None] for points, _ in images]
+    errors = [abs(float(effective_rank(points)) / float(exact_effective_rank(points)) - 1) for points in features]
+    assert np.mean(errors) < 0.003
+    assert max(errors) <= 0.005
 
 
 def _overlapping(images: Iterator[Image], erank_ref: float) -> None:
