@@ -18,10 +18,11 @@ from leanvlm.demo import BUILT_IN
 from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, ExportConfig
 from leanvlm.exporter.models import ARCHITECTURES, Family, FamilySpec, family_for
 from leanvlm.exporter.weights import ADAPTER, adapter_alone, find_weights, load_weights
+from leanvlm.runtime.bundle import file_sha256
 from leanvlm.runtime.console import check_utf8
 from leanvlm.runtime.errors import CheckpointError, LeanVLMError, LeanVLMWarning, UnsupportedModelError
-from leanvlm.runtime.manifest import SourceSpec, file_sha256
 from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.specs import SourceSpec
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
 PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leanvlm.runtime.bundle import file_sha256
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.manifest import SourceSpec, file_sha256
+from leanvlm.runtime.specs import SourceSpec
 
 # 2: without constants of the rank estimator, which holds for every model now.
 SCHEMA = 2

@@ -42,24 +42,18 @@ from leanvlm.exporter.text_files import write_text_files
 from leanvlm.exporter.trace import trace
 from leanvlm.exporter.verify import verify
 from leanvlm.runtime.backends.ort import PROVIDERS
+from leanvlm.runtime.bundle import file_sha256, write_manifest
+from leanvlm.runtime.crops import CropRule, CropShape
 from leanvlm.runtime.embeddings import TENSOR
 from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.errors import LeanVLMWarning
 from leanvlm.runtime.gpu import free_memory
-from leanvlm.runtime.manifest import (
-    MANIFEST,
-    VISION_OUTPUTS,
-    DecoderSpec,
-    FileSpec,
-    GraphSpec,
-    Manifest,
-    PrunerSpec,
-    TensorSpec,
-    file_sha256,
-    write_manifest,
-)
+from leanvlm.runtime.manifest import MANIFEST, VISION_OUTPUTS, Manifest
 from leanvlm.runtime.optional import require
+from leanvlm.runtime.positions import PositionRule
+from leanvlm.runtime.prompt import Layout
 from leanvlm.runtime.session import Session, load
+from leanvlm.runtime.specs import DecoderSpec, FileSpec, GraphSpec, PrunerSpec, Role, TensorSpec, VisionSpec
 
 MIN_ONNXRUNTIME = "1.23"
 # Where the host's clock cannot time a stage.
@@ -148,14 +142,14 @@ def _reference_device(checkpoint: Checkpoint, target: str) -> str:
 
 def _write_vision(
     request: Plan, model: nn.Module, folder: Path, on_step: Step
-) -> tuple[dict[int, GraphSpec], dict[str, GraphSpec]]:
+) -> tuple[list[VisionSpec], dict[str, GraphSpec]]:
     """Trace one vision graph per budget and save them over one weights file, on a GPU with cuts to time their stages by."""
     spec, family, target = request.checkpoint.spec, request.checkpoint.family, request.config.target
     dtype, image = vision_dtype(request.config), request.image
     projector = _in_dtype(family.projector(model), dtype)
     example = torch.zeros(2, 3, *spec.image_size, dtype=torch.uint8 if image.layout == "uint8" else dtype)
     models: dict[str, ir.Model] = {}
-    specs: dict[int, GraphSpec] = {}
+    specs: list[VisionSpec] = []
     for budget, pruner in request.pruners.items():
         on_step(f"trace vision {budget}")
         tower = family.tower(model, pruner.scored_block, image if image.layout == "uint8" else None)
@@ -167,7 +161,7 @@ def _write_vision(
         if target in LIBRARIES:
             check_dialect(traced, name)
         models[name] = traced
-        specs[budget] = GraphSpec(name, _tensors(traced.graph.inputs), _tensors(traced.graph.outputs))
+        specs.append(VisionSpec(name, _tensors(traced.graph.inputs), _tensors(traced.graph.outputs), 0, budget))
     cuts = {}
     if target in CUT_TARGETS:
         default = f"vision_{next(iter(request.pruners))}.onnx"
@@ -212,7 +206,7 @@ def _write_small_files(request: Plan, folder: Path) -> None:
             shutil.copyfile(request.checkpoint.folder / name, folder / name)
 
 
-def _manifest(request: Plan, vision: dict[int, GraphSpec], stages: dict[str, GraphSpec], folder: Path) -> Manifest:
+def _manifest(request: Plan, vision: list[VisionSpec], stages: dict[str, GraphSpec], folder: Path) -> Manifest:
     checkpoint, config = request.checkpoint, request.config
     first = request.pruners[config.budgets[0]] if config.budgets[0] in request.pruners else NoPruner()
     # As JSON holds them, so that a manifest that is read back is equal.
@@ -228,19 +222,19 @@ def _manifest(request: Plan, vision: dict[int, GraphSpec], stages: dict[str, Gra
         source=checkpoint.source(),
         family=checkpoint.family.model_type,
         pruner=PrunerSpec(name, params, request.gate),
-        budgets=(*config.budgets, *(b for b in vision if b not in config.budgets)),
-        tokens_per_crop=checkpoint.spec.tokens_per_crop,
-        grid=checkpoint.spec.grid,
+        budgets=(*config.budgets, *(graph.budget for graph in vision if graph.budget not in config.budgets)),
+        crops=CropRule("whole", (CropShape(checkpoint.spec.image_size, checkpoint.spec.grid),)),
+        layout=Layout(),
         target=config.target,
         precision=config.resolved_precision,
-        vision=vision,
+        vision=tuple(vision),
         stages=stages,
         decoder=decoder,
         splice=splice,
         embed_tokens=EMBED_TOKENS,
         image=request.image,
         image_token_id=checkpoint.spec.image_token_id,
-        positions=config.positions,
+        positions=PositionRule(config.positions),
         min_onnxruntime=MIN_ONNXRUNTIME,
         versions={tool: found for tool in TOOLS if (found := _version(tool))},
         files=files,
@@ -261,8 +255,23 @@ def _decoder_spec(checkpoint: Checkpoint, folder: Path) -> DecoderSpec:
         vocab_size=text.vocab_size,
         context_length=text.max_position_embeddings,
         kv_dtype="float16" if kv_dtype == ir.DataType.FLOAT16 else "float32",
+        roles={str(value.name): _role(str(value.name)) for value in graph.inputs},
         cache="shared" if any(str(value.name).startswith("present.") for value in graph.outputs) else "appended",
     )
+
+
+ROLES: dict[str, Role] = {
+    "inputs_embeds": "embeddings",
+    "attention_mask": "mask",
+    "position_ids": "positions",
+    "past_length": "past_length",
+    "last_position": "last_position",
+}
+
+
+def _role(name: str) -> Role:
+    """Return what an input of a decoder's graph is for."""
+    return ROLES.get(name) or ("key" if name.endswith(".key") else "value")
 
 
 def _write_splice(decoder: DecoderSpec, folder: Path) -> GraphSpec:

@@ -64,7 +64,7 @@ class Reference:
         return features.cpu()
 
     @torch.no_grad()
-    def embed(self, ids: Sequence[int]) -> Array:
+    def rows(self, ids: Sequence[int]) -> Array:
         """Return the token table's rows (len(ids), D) in fp32."""
         table = self.checkpoint.family.embed_tokens(self.model)
         rows: Array = table[torch.tensor(list(ids), dtype=torch.long, device=self.device)].float().cpu().numpy()

@@ -26,11 +26,11 @@ from leanvlm.exporter.reference import Reference, cosine, relative_difference
 from leanvlm.exporter.rounding import BITS
 from leanvlm.runtime.errors import LeanVLMWarning, VerificationError
 from leanvlm.runtime.generation import GenerateOptions
-from leanvlm.runtime.manifest import GraphSpec
 from leanvlm.runtime.preprocess import preprocess
+from leanvlm.runtime.prompt import ImageFeatures, assemble, compose
 from leanvlm.runtime.session import Session, user_message
-from leanvlm.runtime.splice import ImageFeatures, splice
-from leanvlm.runtime.text import Message, split_on_image
+from leanvlm.runtime.specs import GraphSpec
+from leanvlm.runtime.text import Message
 
 Array = npt.NDArray[Any]
 # A graph's dtype to the precision that it computes in. Rounded weights are exact numbers of it.
@@ -70,14 +70,14 @@ def verify(
     for budget, pruner in pruners.items():
         on_step(f"verify vision {budget}")
         outputs = fetched(session.vision(budget).run({"pixel_values": pixels}))
-        _check_placement(budget, session.backend.misplaced(budget, pixels))
+        _check_placement(budget, session.backend.misplaced(session.manifest.vision_graph(budget), pixels))
         unpruned = tokens[pruner.scored_block]
         with torch.no_grad():
             expected = pruner(unpruned)
         merged = None if expected.hidden is None else reference.project(expected.hidden).numpy()
         measured = _compare_vision(outputs, unpruned.features.numpy(), expected.indices.numpy(), merged)
         results["vision"][str(budget)] = measured
-        _check_vision(budget, measured, _vision_precision(session.manifest.vision[budget]))
+        _check_vision(budget, measured, _vision_precision(session.manifest.vision_graph(budget)))
         measured |= _compare_rank(outputs["effective_rank"], unpruned.features)
     on_step("verify decoder")
     whole = next(iter(tokens.values())).features[0].numpy()
@@ -221,7 +221,7 @@ def _compare_chain(
     # The most probable tokens, whatever the checkpoint's generation settings would make of the logits.
     answer = session.respond(question, [encoded], GenerateOptions(NEW_TOKENS, ignore_end=True)).answer
     ids = session.prompt_ids(question, 1)
-    prompt = session.splice(ids, [encoded])
+    prompt = session.prompt(ids, [encoded])
     precision, dtype = session.manifest.precision, session.manifest.decoder.kv_dtype
     expected = exact = _judged(reference, session, ids, encoded, features, answer.token_ids)
     if precision in BITS:
@@ -255,12 +255,14 @@ def _judged(
     answer: Sequence[int],
 ) -> Array:
     """Return the checkpoint's logits (len(answer), V) for every token of an answer, from its own embeddings."""
-    image = encoded if features is None else replace(encoded, embeddings=features[encoded.pruning.indices])
-    segments = [reference.embed(segment) for segment in split_on_image(ids, session.manifest.image_token_id)]
-    prompt = splice(segments, [image], session.manifest.positions)
-    sequence = np.concatenate([prompt.embeddings(), reference.embed(answer[:-1])])
-    places = np.concatenate([prompt.positions, prompt.next_position + np.arange(len(answer) - 1)])
-    return reference.logits(sequence, places, len(answer))
+    (crop,) = encoded.crops
+    whole = crop if features is None else replace(crop, embeddings=features[crop.pruning.indices])
+    manifest = session.manifest
+    runs = compose(ids, manifest.image_token_id, [ImageFeatures((whole,))], manifest.layout)
+    prompt = assemble(runs, reference, manifest.positions, manifest.image_token_id)
+    sequence = np.concatenate([prompt.embeddings(), reference.rows(answer[:-1])])
+    positions = np.concatenate([prompt.positions[0], prompt.next_position + np.arange(len(answer) - 1)])
+    return reference.logits(sequence, positions, len(answer))
 
 
 def _check_chain(budget: int, measured: Mapping[str, Any], precision: str) -> None:

@@ -52,7 +52,7 @@ def ask(request: Request) -> None:
         if request.as_json:
             print(json.dumps(answer_json(session, answer), ensure_ascii=not is_utf8(sys.stdout)))
         if request.overlay is not None:
-            save_overlay(request.overlay, load_image(request.images[0]), answer.pruning[0], session.manifest)
+            save_overlay(request.overlay, load_image(request.images[0]), answer.pruning[0], session.manifest.image)
         _summarise(answer)
 
 

@@ -15,8 +15,8 @@ from leanvlm.runtime.console import stderr_console
 from leanvlm.runtime.errors import ContextOverflowError, InputError, LeanVLMError
 from leanvlm.runtime.generation import GenerateOptions
 from leanvlm.runtime.preprocess import preprocess
+from leanvlm.runtime.prompt import ImageFeatures
 from leanvlm.runtime.session import Session, load, user_message
-from leanvlm.runtime.splice import ImageFeatures
 from leanvlm.runtime.text import Message
 
 HINT = "/image FILE adds an image to your next message; /help says more."

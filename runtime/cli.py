@@ -163,8 +163,8 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its sha256.")] = False,
 ) -> None:
     """Show what a bundle holds, and what pruning does to an image."""
+    from leanvlm.runtime.bundle import read_manifest, verify_files
     from leanvlm.runtime.inspection import describe, inspect_image
-    from leanvlm.runtime.manifest import read_manifest, verify_files
 
     if overlay is not None and image is None:
         raise InputError("--overlay needs --image")

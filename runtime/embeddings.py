@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,14 @@ from leanvlm.runtime.errors import BundleError
 
 TENSOR = "embed_tokens.weight"
 DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+
+
+class TokenRows(Protocol):
+    """Looks the embeddings of token ids up."""
+
+    def rows(self, ids: Sequence[int]) -> npt.NDArray[np.floating[Any]]:
+        """Return the embeddings, (len(ids), D)."""
+        ...
 
 
 class TokenTable:

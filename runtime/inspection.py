@@ -23,7 +23,7 @@ def describe(folder: Path, manifest: Manifest) -> str:
         "family": manifest.family,
         "target": f"{manifest.target}, {manifest.precision}, ONNX Runtime {manifest.min_onnxruntime} or newer",
         "budgets": f"{', '.join(map(str, manifest.budgets))} of {manifest.tokens_per_crop} image tokens a crop",
-        "pruner": f"{manifest.pruner.name}{f' ({params})' if params else ''}, positions {manifest.positions}",
+        "pruner": f"{manifest.pruner.name}{f' ({params})' if params else ''}, positions {manifest.positions.kept}",
         **_gate_file(manifest),
         "decoder": f"{decoder.layers} layers, {decoder.kv_heads} KV heads of {decoder.head_dim}, "
         f"context {decoder.context_length}",
@@ -56,9 +56,9 @@ def inspect_image(folder: Path, image: Path, budget: int | None, overlay: Path |
     picture = load_image(image)
     with load(folder, device=device) as session:
         chosen = session.manifest.budget(budget)
-        pruning = session.encode_images([image], chosen)[0].pruning
+        pruning = session.encode_images([image], chosen)[0].crops[0].pruning
         if overlay is not None:
-            save_overlay(overlay, picture, pruning, session.manifest)
+            save_overlay(overlay, picture, pruning, session.manifest.image)
         return _explain(session.manifest, pruning, overlay)
 
 

@@ -13,8 +13,7 @@ from PIL import Image
 from leanvlm.runtime.answer import Pruning
 from leanvlm.runtime.console import check_outputs
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.manifest import Manifest
-from leanvlm.runtime.preprocess import preprocess
+from leanvlm.runtime.preprocess import ImageSpec, preprocess
 
 SCALE = 2
 DIM = 0.22
@@ -34,22 +33,23 @@ def check_picture_path(path: Path, images: Sequence[Path] = ()) -> None:
     check_outputs({"--overlay": path}, images)
 
 
-def save_overlay(path: Path, image: Image.Image, pruning: Pruning, manifest: Manifest) -> None:
+def save_overlay(path: Path, image: Image.Image, pruning: Pruning, spec: ImageSpec) -> None:
     """Write the picture for one image; it shows what the model sees, so the crop is cut off."""
     check_picture_path(path)
-    draw_overlay(image, pruning, manifest).save(path)
+    draw_overlay(image, pruning, spec).save(path)
 
 
-def draw_overlay(image: Image.Image, pruning: Pruning, manifest: Manifest) -> Image.Image:
+def draw_overlay(image: Image.Image, pruning: Pruning, spec: ImageSpec) -> Image.Image:
     """Return kept tokens and attention side by side, each (SCALE * H, SCALE * W)."""
-    levels = preprocess([image], replace(manifest.image, layout="uint8"))[0].transpose(1, 2, 0)
+    levels = preprocess([image], replace(spec, layout="uint8"))[0].transpose(1, 2, 0)
     height, width = levels.shape[:2]
     size = (width * SCALE, height * SCALE)
     kept = np.zeros(pruning.total, dtype=np.float32)
     kept[pruning.indices] = 1.0
-    light = _patches(kept, manifest.grid, (height, width))
+    grid, prefix = pruning.shape.grid, pruning.shape.prefix
+    light = _patches(kept[prefix:], grid, (height, width))
     dimmed = (levels * (DIM + (1 - DIM) * light[:, :, None])).astype(np.uint8)
-    heat = _colour(_patches(_relative(pruning.attention), manifest.grid, (height, width)))
+    heat = _colour(_patches(_relative(pruning.attention[prefix:]), grid, (height, width)))
     canvas = Image.new("RGB", (2 * size[0] + GAP, size[1]), (255, 255, 255))
     canvas.paste(Image.fromarray(dimmed).resize(size, Image.Resampling.NEAREST), (0, 0))
     canvas.paste(Image.fromarray(heat).resize(size, Image.Resampling.NEAREST), (size[0] + GAP, 0))

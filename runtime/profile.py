@@ -89,7 +89,7 @@ def measure(config: ProfileConfig, on_step: Callable[[str], None] = lambda step:
         shares = {}
         for budget in budgets:
             on_step(f"profiling the nodes of budget {budget}")
-            shares[budget] = session.backend.vision_shares(budget, preprocessed, NODE_RUNS)
+            shares[budget] = session.backend.vision_shares(session.manifest.vision_graph(budget), preprocessed, NODE_RUNS)
         conditions = _conditions(config, session)
     # The session is closed: its weights may leave no room for those of the process whose memory is measured.
     figures: dict[str, Any] = {}

@@ -27,9 +27,9 @@ from leanvlm.exporter.plan import plan
 from leanvlm.exporter.pruners import AgilePruner
 from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.runtime import load
+from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.inspection import describe
-from leanvlm.runtime.manifest import read_manifest
 from leanvlm.runtime.preprocess import preprocess
 
 
@@ -185,9 +185,9 @@ def test_a_reference_travels_into_graph_and_manifest(tmp_path: Path, leanvlm: Co
     with load(bundle) as session:
         pruned, whole = (session.encode_images(pictures, budget) for budget in (64, 576))
     exact = exact_effective_rank(tokens.features).tolist()
-    assert [image.pruning.effective_rank for image in pruned] == pytest.approx(exact, rel=0.02)
+    assert [image.crops[0].pruning.effective_rank for image in pruned] == pytest.approx(exact, rel=0.02)
     # Only the gate pays for a rank.
-    assert {image.pruning.effective_rank for image in whole} == {None}
+    assert {image.crops[0].pruning.effective_rank for image in whole} == {None}
     checked = manifest.verification["vision"]
     assert checked["64"]["effective_rank"]["error"] < 0.02
     assert "effective_rank" not in checked["576"]

@@ -20,7 +20,7 @@ from leanvlm.demo import ERANK_REF
 from leanvlm.runtime import Session, doctor
 from leanvlm.runtime.answer import STAGES
 from leanvlm.runtime.backends.ort import OrtGraph
-from leanvlm.runtime.manifest import read_manifest
+from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.text import Message
 
 ROOT = Path(__file__).parents[1]

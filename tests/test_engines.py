@@ -25,26 +25,17 @@ from leanvlm.exporter.passes import DECODER_PASSES, PASSES
 from leanvlm.exporter.portable_decoder import save_decoder, trace_decoder
 from leanvlm.exporter.pruners import parse
 from leanvlm.exporter.trace import OPSET, trace
+from leanvlm.runtime.bundle import file_sha256, read_manifest, write_manifest
 from leanvlm.runtime.engines import library
 from leanvlm.runtime.engines import plan as planning
 from leanvlm.runtime.engines.build import Builder, build_engines, check_ends, write_whole
 from leanvlm.runtime.engines.plan import BuildConfig, EngineJob, command_line, parse_sms, plan_build
 from leanvlm.runtime.engines.profiles import Limits, decoder_profiles, shapes_text, vision_profile
 from leanvlm.runtime.errors import BackendError, GraphError, InputError, LeanVLMError, MissingExtraError
-from leanvlm.runtime.manifest import (
-    VISION_OUTPUTS,
-    DecoderSpec,
-    EngineSpec,
-    FileSpec,
-    GraphSpec,
-    Manifest,
-    TensorSpec,
-    file_sha256,
-    read_manifest,
-    write_manifest,
-)
+from leanvlm.runtime.manifest import VISION_OUTPUTS, Manifest
 from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.signals import Terminated, raised_when_terminated
+from leanvlm.runtime.specs import DecoderSpec, EngineSpec, FileSpec, GraphSpec, TensorSpec
 
 SMS = (80, 86, 89, 120)
 SECONDS = 60.0
@@ -85,7 +76,7 @@ def test_every_graph_for_every_gpu_of_the_built_in_model(bundle: Path) -> None:
         assert engine.sha256 == file_sha256(path)
         assert 0 < engine.seconds < SECONDS
         assert (engine.engine, engine.version, engine.precision) == ("tensorrt-rtx", builder.module.__version__, "fp16")
-        graph = manifest.decoder.graph if engine.budget is None else manifest.vision[engine.budget]
+        graph = manifest.decoder.graph if engine.budget is None else manifest.vision_graph(engine.budget)
         assert set(engine.inputs) == set(graph.inputs)
         assert set(engine.outputs) == set(graph.outputs)
         assert len(engine.profiles) == (2 if engine.budget is None else 1)
@@ -288,7 +279,7 @@ def test_compute_capabilities_are_read_as_people_write_them() -> None:
 
 def test_profiles_and_their_text(tensorrt_bundle: Path) -> None:
     manifest = read_manifest(tensorrt_bundle)
-    profile = vision_profile(manifest.vision[64], Limits(images=3))
+    profile = vision_profile(manifest.vision_graph(64), Limits(images=3))
     assert shapes_text(profile, 2) == "pixel_values:3x3x336x336"
     prefill, decode = decoder_profiles(manifest.decoder, Limits(prompt=50, positions=60), 64)
     assert prefill["inputs_embeds"] == ((1, 1, 256), (1, 50, 256), (1, 50, 256))
@@ -434,7 +425,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_engines_outside_of_the_manifests_words_are_refused(tensorrt_bundle: Path) -> None:
     manifest = read_manifest(tensorrt_bundle)
-    graph = manifest.vision[64]
+    graph = manifest.vision_graph(64)
     engine = EngineSpec(
         "engines/86/vision_64.engine", "tensorrt-rtx", "1.7", 86, "fp16", graph.file, 64, graph.inputs, graph.outputs,
         (vision_profile(graph, LIMITS),), "none", False, 5, "0" * 64, 1.0,

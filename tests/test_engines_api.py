@@ -16,13 +16,13 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.engines import plan as planning
 from leanvlm.runtime.engines.build import Builder, build_engines
 from leanvlm.runtime.engines.library import network_flags, quiet_logger
 from leanvlm.runtime.engines.plan import BuildConfig, plan_build
 from leanvlm.runtime.engines.profiles import Limits
 from leanvlm.runtime.errors import BackendError, LeanVLMWarning
-from leanvlm.runtime.manifest import read_manifest
 
 WEAK = ("FP16", "BF16", "INT8", "FP8", "INT4", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS")
 KEPT = ("TF32", "REFIT", "STRIP_PLAN", "VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME", "DIRECT_IO")

@@ -22,9 +22,9 @@ from leanvlm.exporter.passes import stage_names
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, parse
 from leanvlm.exporter.reference import Reference
 from leanvlm.runtime import load
+from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.embeddings import TokenTable
 from leanvlm.runtime.errors import UnsupportedPrunerError, VerificationError
-from leanvlm.runtime.manifest import read_manifest
 
 FORBIDDEN = {"Loop", "If", "Scan", "NonZero", "Compress", "Unique"}
 

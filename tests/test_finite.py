@@ -11,7 +11,7 @@ from PIL import Image
 
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.errors import BackendError
-from leanvlm.runtime.splice import ImageFeatures
+from leanvlm.runtime.prompt import ImageFeatures
 
 BLOCK = 4096
 
@@ -44,7 +44,7 @@ def test_damaged_vision_weights_are_an_error_or_do_not_matter(
                     named += 1
                     continue
                 for ours, theirs in zip(found, wanted[budget], strict=True):
-                    np.testing.assert_array_equal(np.asarray(ours.embeddings), np.asarray(theirs.embeddings))
+                    np.testing.assert_array_equal(np.asarray(ours.crops[0].embeddings), np.asarray(theirs.crops[0].embeddings))
         weights[start : start + BLOCK] = before
         weights.flush()
     assert named >= 4

@@ -16,8 +16,9 @@ from onnx import TensorProto, helper
 
 from leanvlm.exporter import ExportConfig, export
 from leanvlm.runtime import load
+from leanvlm.runtime.bundle import file_sha256
 from leanvlm.runtime.errors import GraphError
-from leanvlm.runtime.manifest import MANIFEST, file_sha256
+from leanvlm.runtime.manifest import MANIFEST
 
 Place = Callable[[int, Path], str | None]
 

@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from prompts import text_prompt
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from leanvlm.exporter import ExportConfig, dialect, tolerances
@@ -29,11 +30,10 @@ from leanvlm.exporter.reference import Reference, relative_difference
 from leanvlm.exporter.verify import probe_images
 from leanvlm.runtime import load
 from leanvlm.runtime.backends.portable import PortableCache
+from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.engines.profiles import Limits, usual_limits
 from leanvlm.runtime.errors import UnsupportedModelError
-from leanvlm.runtime.manifest import read_manifest
 from leanvlm.runtime.preprocess import preprocess
-from leanvlm.runtime.splice import splice
 
 Array = npt.NDArray[Any]
 HEADS, KV_HEADS, HEAD, WIDTH, LAYERS, VOCABULARY = 6, 3, 16, 96, 3, 80
@@ -182,7 +182,7 @@ def test_attention_is_one_operator_where_the_parser_knows_it(traced: Traced) -> 
 
 def test_a_bundle_for_tensorrt_keeps_to_the_oldest_parsers_table(tensorrt_bundle: Path) -> None:
     manifest = read_manifest(tensorrt_bundle)
-    graphs = [*manifest.vision.values(), manifest.decoder.graph]
+    graphs = [*manifest.vision, manifest.decoder.graph]
     assert len(graphs) == 3
     for graph in graphs:
         model = ir.load(tensorrt_bundle / graph.file)
@@ -298,7 +298,7 @@ def content(built_in: Any, picture: Path, length: int) -> np.ndarray:
     """
     pixels = preprocess([Image.open(picture).convert("RGB")], built_in.checkpoint.image_spec)
     (image,) = built_in.vision(pixels).features.numpy()
-    text = built_in.embed(np.random.default_rng(0).integers(4, 600, 24))
+    text = built_in.rows(np.random.default_rng(0).integers(4, 600, 24))
     rows = np.concatenate([text[:4], image, text[4:]])
     return np.tile(rows, (-(-length // len(rows)), 1))[:length]
 
@@ -315,7 +315,7 @@ def test_the_files_at_the_profiles_ends(
     embeddings = content(built_in, sample_image, prompt + STEPS)
     wanted = built_in.logits(embeddings, np.arange(len(embeddings)), STEPS + 1)
     limit = tolerances.LOGITS["fp16"] * np.abs(wanted).max()
-    cache.load(splice([embeddings[:prompt]], [], "compact"))
+    cache.load(text_prompt(embeddings[:prompt]))
     scores = cache.prefill()
     for step in range(STEPS + 1):
         assert np.abs(scores.logits() - wanted[step]).max() <= limit

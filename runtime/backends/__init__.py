@@ -17,6 +17,7 @@ from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
 from leanvlm.runtime.generation import Scores
 from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.specs import GraphSpec
 
 __all__ = ["BACKENDS", "Backend", "Decoder", "Graph", "Scores", "open_backend", "processors"]
 
@@ -53,19 +54,19 @@ class Backend(Protocol):
     device: str
     lock: AbstractContextManager[Any]
 
-    def graph(self, budget: int) -> Graph:
-        """Open the vision graph of a budget."""
+    def graph(self, spec: GraphSpec) -> Graph:
+        """Open a vision graph."""
         ...
 
     def decoder(self) -> Decoder:
         """Open the decoder."""
         ...
 
-    def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: GraphSpec, pixel_values: Array, runs: int) -> dict[str, float]:
         """Return the share of vision, project and prune in a vision graph's time."""
         ...
 
-    def misplaced(self, budget: int, pixel_values: Array) -> list[str]:
+    def misplaced(self, spec: GraphSpec, pixel_values: Array) -> list[str]:
         """Return the nodes, shape arithmetic aside, that do not run on the device: of a vision graph and of the decoder."""
         ...
 

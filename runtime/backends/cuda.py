@@ -35,9 +35,10 @@ from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.errors import BackendError, GraphError
 from leanvlm.runtime.gpu import free_memory, gpus, misfit
 from leanvlm.runtime.kernels import without_kernels
-from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest, TensorSpec
+from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.prompt import Prompt
 from leanvlm.runtime.sampling import check_peak
-from leanvlm.runtime.splice import Prompt
+from leanvlm.runtime.specs import DecoderSpec, GraphSpec, TensorSpec
 
 Array = npt.NDArray[Any]
 FEATURES = "image_features"
@@ -75,9 +76,9 @@ class CudaBackend(OrtBackend):
             self._check_memory()
             preload_libraries(self.ort)
 
-    def graph(self, budget: int) -> CudaGraph:
-        """Open the vision graph of a budget (image tokens per crop)."""
-        return self._graph(self.manifest.vision[budget])
+    def graph(self, spec: GraphSpec) -> CudaGraph:
+        """Open a vision graph."""
+        return self._graph(spec)
 
     def decoder(self) -> Decoder:
         """Open the decoder and the graph that puts prompts together."""
@@ -105,12 +106,12 @@ class CudaBackend(OrtBackend):
         }
         return [(PROVIDERS["cuda"], settings), PROVIDERS["cpu"]]
 
-    def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: GraphSpec, pixel_values: Array, runs: int) -> dict[str, float]:
         """Return the share of each stage in a vision graph's time: what it takes longer than the graph that ends before it."""
         if self.device == "cpu":
-            return super().vision_shares(budget, pixel_values, runs)
+            return super().vision_shares(spec, pixel_values, runs)
         cuts = [self.manifest.stages[stage] for stage in GRAPH_STAGES[:-1]]
-        ends = [self._median_ms(spec, pixel_values, runs) for spec in (*cuts, self.manifest.vision[budget])]
+        ends = [self._median_ms(graph, pixel_values, runs) for graph in (*cuts, spec)]
         spent = [max(end - start, 0.0) for start, end in zip([0.0, *ends], ends, strict=False)]
         return {stage: time / sum(spent) for stage, time in zip(GRAPH_STAGES, spent, strict=True)}
 
@@ -123,13 +124,13 @@ class CudaBackend(OrtBackend):
             times.append(1e3 * (perf_counter() - begin))
         return median(times)
 
-    def misplaced(self, budget: int, pixel_values: Array) -> list[str]:
+    def misplaced(self, spec: GraphSpec, pixel_values: Array) -> list[str]:
         """Return the nodes of a vision graph and the decoder that run on the processor, shape arithmetic aside."""
         if self.device == "cpu":
             return []
-        spec = self.manifest.decoder
-        events = self.node_events(self.manifest.vision[budget], {"pixel_values": pixel_values})
-        events += self.node_events(spec.graph, _decoder_probe(spec))
+        decoder = self.manifest.decoder
+        events = self.node_events(spec, {"pixel_values": pixel_values})
+        events += self.node_events(decoder.graph, _decoder_probe(decoder))
         return misplaced_nodes(events, PROVIDERS[self.device])
 
     def _graph(self, spec: GraphSpec) -> CudaGraph:
@@ -250,18 +251,17 @@ class CudaCache:
         self._spec = spec = decoder.spec
         self._captured = kept
         self._dtype = np.dtype(spec.kv_dtype)
-        self._positioned = any(tensor.name == "position_ids" for tensor in spec.graph.inputs)
+        self._positioned = bool(spec.named("positions"))
         self._caches: dict[str, Any] = {}
         self._slots: dict[int, Slot] = {}
         self._mask: npt.NDArray[np.int64] = np.zeros((1, capacity), np.int64)
         self._prompt: Prompt | None = None
         self.length = 0
         shape = (1, spec.kv_heads, capacity, spec.head_dim)
-        for layer in range(spec.layers):
-            for part in ("key", "value"):
-                # Whatever lies in fresh memory may be no number, which even a weight of zero lets through.
-                self._caches[f"{layer}.{part}"] = cache = self._memory.empty(shape, self._dtype)
-                cache.update_inplace(np.zeros(shape, self._dtype))
+        for name in spec.caches:
+            # Whatever lies in fresh memory may be no number, which even a weight of zero lets through.
+            self._caches[name] = cache = self._memory.empty(shape, self._dtype)
+            cache.update_inplace(np.zeros(shape, self._dtype))
 
     def load(self, prompt: Prompt) -> None:
         """Put a prompt together on the device, for a new sequence: the text's rows go up, the images' are there."""
@@ -280,9 +280,9 @@ class CudaCache:
         binding.bind_cpu_input("text", text)
         count, width = shared.shape[0] * shared.shape[1], shared.shape[2]
         binding.bind_input("images", self._memory.device, 0, self._dtype, (count, width), shared.tensor.data_ptr())
-        places = np.zeros(self._padded(len(prompt)), np.int64)
-        places[: len(prompt)] = prompt.places
-        binding.bind_cpu_input("places", places)
+        index = np.zeros(self._padded(len(prompt)), np.int64)
+        index[: len(prompt)] = prompt.index
+        binding.bind_cpu_input("index", index)
         binding.bind_ortvalue_output("inputs_embeds", slot.tensors["inputs_embeds"])
         try:
             self._decoder.splice.run_with_iobinding(binding)
@@ -297,7 +297,7 @@ class CudaCache:
         self._mask[0] = np.arange(self.capacity) < padded
         slot.tensors["last_position"].update_inplace(np.array([length - 1], np.int64))
         positions = np.zeros(padded, np.int64)
-        positions[:length] = self._prompt.positions
+        positions[:length] = self._prompt.positions[0]
         scores = self._run(slot, positions)
         self.length = length
         return scores
@@ -346,8 +346,8 @@ class CudaCache:
             if tensor.name in tensors:
                 binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
         for name, cache in self._caches.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
-            binding.bind_ortvalue_output(f"present.{name}", cache)
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(self._spec.caches[name], cache)
         for name in ("logits", "next_token", "top_logit"):
             binding.bind_ortvalue_output(name, tensors[name])
         graph_id = next(self._decoder.ids) if self._captured else UNCAPTURED
@@ -356,8 +356,8 @@ class CudaCache:
 
 def _shared_features(prompt: Prompt) -> DeviceFeatures | None:
     """Return the run that made all images of a prompt, in order and nothing else, if it is still on the device."""
-    rows = [image.embeddings for image in prompt.images if isinstance(image.embeddings, DeviceRows)]
-    if not rows or len(rows) < len(prompt.images):
+    rows = [crop.embeddings for crop in prompt.crops if isinstance(crop.embeddings, DeviceRows)]
+    if not rows or len(rows) < len(prompt.crops):
         return None
     features = rows[0].features
     one_run = all(row.features is features for row in rows)

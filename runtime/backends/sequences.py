@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from leanvlm.runtime.splice import Prompt
+from leanvlm.runtime.prompt import Prompt
 
 if TYPE_CHECKING:
     from leanvlm.runtime.backends import Scores

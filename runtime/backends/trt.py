@@ -25,13 +25,13 @@ from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.backends.trt_engine import TrtContext, TrtEngine, bind_all
 from leanvlm.runtime.engines.library import LIBRARIES, load_runtime, quiet_logger, this_sm
 from leanvlm.runtime.errors import BackendError
-from leanvlm.runtime.manifest import DecoderSpec, EngineSpec, Manifest
+from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.prompt import Prompt
 from leanvlm.runtime.sampling import check_peak
-from leanvlm.runtime.splice import Prompt
+from leanvlm.runtime.specs import DecoderSpec, EngineSpec, GraphSpec
 
 Array = npt.NDArray[Any]
 FEATURES, PIXELS = "image_features", "pixel_values"
-PAST, NEW = "past_key_values.", "new_key_values."
 PREFILL, DECODE = 0, 1
 
 
@@ -59,20 +59,20 @@ class TrtBackend:
         self._logger = quiet_logger(self._module, self._complaints)
         self._memory: Device | None = None
 
-    def graph(self, budget: int) -> TrtGraph:
-        """Open the vision engine of a budget."""
-        return TrtGraph(self._open(self.manifest.vision[budget].file), self._device(), self.lock)
+    def graph(self, spec: GraphSpec) -> TrtGraph:
+        """Open the engine of a vision graph."""
+        return TrtGraph(self._open(spec.file), self._device(), self.lock)
 
     def decoder(self) -> Decoder:
         """Open the decoder's engine."""
         opened = TrtDecoder(self._open(self.manifest.decoder.graph.file), self.manifest.decoder, self._device())
         return Decoder(lambda capacity, kept: TrtCache(opened, capacity, kept))
 
-    def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: GraphSpec, pixel_values: Array, runs: int) -> dict[str, float]:
         """Return the whole for `vision`: TensorRT compiles the graph as one, with project and prune in it."""
         return {"vision": 1.0}
 
-    def misplaced(self, budget: int, pixel_values: Array) -> list[str]:
+    def misplaced(self, spec: GraphSpec, pixel_values: Array) -> list[str]:
         """Return nothing: an engine runs on the GPU as a whole."""
         return []
 
@@ -256,7 +256,7 @@ class TrtCache:
         self._captured = kept
         self._contexts = decoder.contexts(kept)
         self._dtype = np.dtype(spec.kv_dtype)
-        self._names = [tensor.name for tensor in spec.graph.inputs if tensor.name.startswith(PAST)]
+        self._names = list(spec.caches)
         # Before the memory is there: one that no step could use is not to be kept.
         self._contexts[DECODE].check(self._names[0], (1, spec.kv_heads, capacity, spec.head_dim))
         ends = {tensor.name: tensor for tensor in spec.graph.outputs}
@@ -274,14 +274,14 @@ class TrtCache:
         check_room(len(prompt), self.capacity)
         self._prompt, self.length = prompt, 0
         target = self._buffers(len(prompt))["inputs_embeds"]
-        addresses = [getattr(image.embeddings, "address", None) for image in prompt.images]
+        addresses = [getattr(crop.embeddings, "address", None) for crop in prompt.crops]
         if any(address is None for address in addresses):
             target.fill(prompt.embeddings(self._dtype))
             return
         width = self._spec.hidden_size * self._dtype.itemsize
         # Rows as `places` numbers them: the text's first, then each image's.
-        rows, text = np.asarray(prompt.places), prompt.text.astype(self._dtype, copy=False)
-        starts = np.cumsum([len(text), *(image.embeddings.shape[0] for image in prompt.images)])
+        rows, text = np.asarray(prompt.index), prompt.text.astype(self._dtype, copy=False)
+        starts = np.cumsum([len(text), *(crop.embeddings.shape[0] for crop in prompt.crops)])
         for begin, end in _runs(rows):
             row, place = int(rows[begin]), target.address + begin * width
             if row < len(text):
@@ -294,7 +294,7 @@ class TrtCache:
     def prefill(self) -> TrtScores:
         """Read the loaded prompt, with an empty cache."""
         assert self._prompt is not None, "load comes before prefill"
-        return self._append(PREFILL, self._prompt.positions)
+        return self._append(PREFILL, self._prompt.positions[0])
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> TrtScores:
         """Append one embedding (D,) at a position."""
@@ -331,7 +331,7 @@ class TrtCache:
         for index, name in enumerate(self._names):
             context.shape(name, (1, spec.kv_heads, past, spec.head_dim))
             context.bind(name, caches.address + index * caches.bytes // len(self._names))
-            context.bind(name.replace(PAST, NEW), new.address + index * new.bytes // len(self._names))
+            context.bind(self._spec.caches[name], new.address + index * new.bytes // len(self._names))
 
     def _buffers(self, count: int) -> dict[str, Buffer]:
         """Return the buffers of `count` positions: of one they are kept, of a prompt until the next of another length."""

@@ -15,12 +15,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from leanvlm.runtime.bundle import write_manifest
 from leanvlm.runtime.engines.library import load_library, network_flags, quiet_logger
 from leanvlm.runtime.engines.plan import ENGINES, BuildConfig, BuildPlan, EngineJob
 from leanvlm.runtime.engines.profiles import Profile
 from leanvlm.runtime.errors import BackendError, GraphError
-from leanvlm.runtime.manifest import EngineSpec, GraphSpec, Manifest, TensorSpec, write_manifest
+from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.signals import deferred_signals
+from leanvlm.runtime.specs import EngineSpec, GraphSpec, TensorSpec
 
 TIMING_CACHE = ENGINES / "timing.cache"
 # Of the library's types, those that our graphs have at their ends.

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.console import stderr_console
 from leanvlm.runtime.engines.build import Builder, build_engines
 from leanvlm.runtime.engines.library import library
 from leanvlm.runtime.engines.plan import BuildConfig, BuildPlan, EngineJob, command_line, parse_sms, plan_build
 from leanvlm.runtime.engines.profiles import Limits
-from leanvlm.runtime.manifest import Manifest, parse_budgets, read_manifest
+from leanvlm.runtime.manifest import Manifest, parse_budgets
 
 
 def build_command(

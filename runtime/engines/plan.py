@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leanvlm.runtime.bundle import inside
 from leanvlm.runtime.engines.library import FUSED, LIBRARIES, Library, known_sms, number, this_sm, unsupported
 from leanvlm.runtime.engines.profiles import (
     Limits,
@@ -19,7 +20,8 @@ from leanvlm.runtime.engines.profiles import (
     whole_profile,
 )
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
-from leanvlm.runtime.manifest import GraphSpec, Manifest, inside
+from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.specs import GraphSpec
 
 TURING = 75
 HARDWARE = ("none", "ampere+", "same")
@@ -119,14 +121,13 @@ def plan_build(config: BuildConfig, manifest: Manifest, module: Any) -> BuildPla
     _check_target(config, manifest, module)
     sms = _sms(config, module)
     limits = usual_limits(manifest, config.limits)
-    budgets = [manifest.budget(budget) for budget in config.budgets] or list(manifest.vision)
+    budgets = [manifest.budget(budget) for budget in config.budgets] or list(manifest.budgets)
     jobs = []
     for sm in sms:
         folder = ENGINES / str(sm)
-        for budget in budgets:
-            graph = manifest.vision[budget]
+        for graph in [graph for budget in budgets for graph in manifest.vision if graph.budget == budget]:
             file = folder / f"{Path(graph.file).stem}.engine"
-            jobs.append(EngineJob(graph, budget, sm, (vision_profile(graph, limits),), file))
+            jobs.append(EngineJob(graph, graph.budget, sm, (vision_profile(graph, limits),), file))
         profiles = _decoder_profiles(config, manifest, limits)
         jobs.append(EngineJob(manifest.decoder.graph, None, sm, profiles, folder / "decoder.engine"))
     for job in jobs:
@@ -184,7 +185,7 @@ def _sms(config: BuildConfig, module: Any) -> tuple[int, ...]:
 
 def _weights(manifest: Manifest, graph: GraphSpec) -> int:
     """Return the bytes of a graph's weights, which lie beside it; all vision graphs share one file."""
-    data = "vision.data" if graph in manifest.vision.values() else f"{graph.file}.data"
+    data = "vision.data" if graph in manifest.vision else f"{graph.file}.data"
     return manifest.files[data].bytes
 
 
