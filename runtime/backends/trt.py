@@ -9,9 +9,8 @@ is replayed as a CUDA graph.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from leanvlm.runtime.backends.cuda_memory import Buffer, CudaDevice, Device
+from leanvlm.runtime.backends.device import PIXELS, DeviceGraph, DeviceScores, Slot, batch_shape
 from leanvlm.runtime.backends.ort import check_room
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.backends.trt_engine import TrtContext, TrtEngine, bind_all
@@ -27,11 +27,9 @@ from leanvlm.runtime.engines.library import LIBRARIES, load_runtime, quiet_logge
 from leanvlm.runtime.errors import BackendError
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.prompt import Prompt
-from leanvlm.runtime.sampling import check_peak
 from leanvlm.runtime.specs import DecoderSpec, EngineSpec, GraphSpec
 
 Array = npt.NDArray[Any]
-FEATURES, PIXELS = "image_features", "pixel_values"
 PREFILL, DECODE = 0, 1
 
 
@@ -59,9 +57,9 @@ class TrtBackend:
         self._logger = quiet_logger(self._module, self._complaints)
         self._memory: Device | None = None
 
-    def graph(self, spec: GraphSpec) -> TrtGraph:
+    def graph(self, spec: GraphSpec) -> DeviceGraph:
         """Open the engine of a vision graph."""
-        return TrtGraph(self._open(spec.file), self._device(), self.lock)
+        return DeviceGraph(spec, self.lock, partial(_vision_slot, self._open(spec.file), self._device()))
 
     def decoder(self) -> Decoder:
         """Open the decoder's engine."""
@@ -112,114 +110,6 @@ class TrtBackend:
 
 def _runs_on(engine: EngineSpec, sm: int) -> bool:
     return engine.sm == sm or (engine.hardware == "ampere+" and min(engine.sm, sm) >= 80)
-
-
-class TrtFeatures:
-    """The embeddings (B, K, D) of a vision engine's run; an index gives one image's.
-
-    They lie where the engine wrote them until its next run, before which they are kept in the processor's memory. That may be
-    another thread's run at any time, so they are read under the device's lock.
-    """
-
-    def __init__(self, buffer: Buffer, lock: AbstractContextManager[Any]) -> None:
-        self.buffer: Buffer | None = buffer
-        self.shape = buffer.shape
-        self._lock = lock
-        self._kept: Array | None = None
-
-    def __getitem__(self, row: int) -> TrtRows:
-        return TrtRows(self, row)
-
-    def numpy(self) -> Array:
-        """Fetch them."""
-        with self._lock:
-            if self._kept is not None:
-                return self._kept
-            assert self.buffer is not None
-            return self.buffer.numpy()
-
-    def keep(self) -> None:
-        """Move them out of the engine's way."""
-        with self._lock:
-            self._kept, self.buffer = self.numpy(), None
-
-
-class TrtRows:
-    """One image's embeddings, (K, D)."""
-
-    def __init__(self, features: TrtFeatures, row: int) -> None:
-        self.features = features
-        self.row = row
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(K, D)."""
-        _, kept, width = self.features.shape
-        return kept, width
-
-    @property
-    def address(self) -> int | None:
-        """Where they lie on the device, if they still do."""
-        buffer = self.features.buffer
-        return None if buffer is None else buffer.address + self.row * buffer.bytes // buffer.shape[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        rows: Array = self.features.numpy()[self.row].astype(dtype or np.float32)
-        return rows
-
-
-class TrtGraph:
-    """One vision engine; each number of images has its own buffers, context and captured graph."""
-
-    def __init__(self, engine: TrtEngine, device: Device, lock: AbstractContextManager[Any]) -> None:
-        self._engine = engine
-        self._device = device
-        self._lock = lock
-        self._slots: dict[int, tuple[TrtContext, dict[str, Buffer]]] = {}
-        self._given: dict[int, weakref.ref[TrtFeatures]] = {}
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
-        """Run the engine; the features stay on the device."""
-        pixels = inputs[PIXELS]
-        context, buffers = self._slot(len(pixels))
-        before = self._given.get(len(pixels))
-        if before is not None and (held := before()) is not None:
-            held.keep()
-        buffers[PIXELS].fill(pixels)
-        context.run(replayed=True)
-        features = TrtFeatures(buffers[FEATURES], self._lock)
-        self._given[len(pixels)] = weakref.ref(features)
-        others = {spec.name: buffers[spec.name].numpy() for spec in self._engine.spec.outputs if spec.name != FEATURES}
-        return {FEATURES: features, **others}
-
-    def _slot(self, batch: int) -> tuple[TrtContext, dict[str, Buffer]]:
-        if batch not in self._slots:
-            spec, context = self._engine.spec, self._engine.context(0, self._device)
-            context.shape(PIXELS, (batch, *(int(size) for size in spec.inputs[0].shape[1:])))
-            buffers = {
-                tensor.name: Buffer(self._device, [batch if isinstance(s, str) else s for s in tensor.shape], tensor.dtype)
-                for tensor in (*spec.inputs, *spec.outputs)
-            }
-            bind_all(context, buffers)
-            self._slots[batch] = context, buffers
-        return self._slots[batch]
-
-
-class TrtScores:
-    """The scores of one run of the decoder, on the device until they are asked for."""
-
-    def __init__(self, buffers: Mapping[str, Buffer]) -> None:
-        self._buffers = buffers
-
-    def greedy(self) -> int:
-        """Return the token that the engine itself found best."""
-        check_peak(float(self._buffers["top_logit"].numpy().reshape(())))
-        return int(self._buffers["next_token"].numpy().reshape(()))
-
-    def logits(self) -> npt.NDArray[np.float32]:
-        """Fetch the logits (V,)."""
-        fetched: npt.NDArray[np.float32] = self._buffers["logits"].numpy().reshape(-1).astype(np.float32)
-        return fetched
 
 
 class TrtDecoder:
@@ -291,17 +181,17 @@ class TrtCache:
             source = int(addresses[image] or 0) + (row - int(starts[image])) * width
             self._device.copy(place, source, (end - begin) * width)
 
-    def prefill(self) -> TrtScores:
+    def prefill(self) -> DeviceScores:
         """Read the loaded prompt, with an empty cache."""
         assert self._prompt is not None, "load comes before prefill"
         return self._append(PREFILL, self._prompt.positions[0])
 
-    def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> TrtScores:
+    def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> DeviceScores:
         """Append one embedding (D,) at a position."""
         self._buffers(1)["inputs_embeds"].fill(embedding)
         return self._append(DECODE, np.array([position], np.int64))
 
-    def _append(self, profile: int, positions: npt.NDArray[np.int64]) -> TrtScores:
+    def _append(self, profile: int, positions: npt.NDArray[np.int64]) -> DeviceScores:
         count, context = len(positions), self._contexts[profile]
         check_room(self.length + count, self.capacity)
         buffers, past = self._buffers(count), 0 if profile == PREFILL else self.capacity
@@ -319,7 +209,7 @@ class TrtCache:
         place = self._caches.address + self.length * size
         self._device.copy_rows(place, self.capacity * size, buffers["new"].address, count * size, count * size, rows)
         self.length += count
-        return TrtScores(self._scores)
+        return DeviceScores(self._scores)
 
     def _bind(self, context: TrtContext, buffers: Mapping[str, Buffer], count: int, past: int) -> None:
         spec, caches, new = self._spec, self._caches, buffers["new"]
@@ -344,6 +234,16 @@ class TrtCache:
                 "new": Buffer(self._device, (len(self._names), spec.kv_heads, count, spec.head_dim), self._dtype),
             }
         return self._inputs[count]
+
+
+def _vision_slot(engine: TrtEngine, device: Device, batch: int) -> Slot:
+    """Return the slot of a vision engine for a batch size."""
+    spec, context = engine.spec, engine.context(0, device)
+    context.shape(PIXELS, batch_shape(spec.inputs[0], batch))
+    tensors = (*spec.inputs, *spec.outputs)
+    buffers = {tensor.name: Buffer(device, batch_shape(tensor, batch), tensor.dtype) for tensor in tensors}
+    bind_all(context, buffers)
+    return Slot(buffers, partial(context.run, replayed=True))
 
 
 def _sizes(shape: Sequence[int | str]) -> list[int]:
