@@ -26,6 +26,7 @@ from leanvlm.runtime.engines.build import TIMING_CACHE
 from leanvlm.runtime.engines.plan import ENGINES
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
 from leanvlm.runtime.manifest import MANIFEST
+from leanvlm.runtime.outputs import check_folder
 from leanvlm.runtime.signals import deferred_signals
 
 # Path in a folder to size and time of change.
@@ -36,12 +37,15 @@ def check_output(config: ExportConfig) -> None:
     """Check that the output folder can be written.
 
     Raises:
-        InputError: It exists and `force` is off, it holds something else than a bundle, its name is not UTF-8, or another
-            export writes it.
+        InputError: It exists and `force` is off, it holds something else than a bundle, its name is not UTF-8, another export
+            writes it, or nothing can be written there.
     """
-    check_utf8(config.output_folder)
+    output = config.output_folder
+    check_utf8(output)
     files_replaced(config)
-    _left_over(config.output_folder)
+    _left_over(output)
+    # What is missing of its parents is made with it.
+    check_folder(next(parent for parent in output.parents if os.path.lexists(parent)), f"-o {config.named_output}")
 
 
 def files_replaced(config: ExportConfig) -> Files:
