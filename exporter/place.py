@@ -22,7 +22,7 @@ from pathlib import Path
 from leanvlm.exporter.config import ExportConfig
 from leanvlm.runtime.backends.portable import CACHE
 from leanvlm.runtime.console import check_utf8
-from leanvlm.runtime.engines.build import TIMING_CACHE
+from leanvlm.runtime.engines.build import KERNELS, TIMING_CACHE
 from leanvlm.runtime.engines.plan import ENGINES
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
 from leanvlm.runtime.manifest import MANIFEST
@@ -80,7 +80,9 @@ def _files_of_bundle(folder: Path, output: Path) -> Files:
     try:
         # Of any schema: bundles of other versions may be replaced too.
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        known = {MANIFEST, TIMING_CACHE.as_posix(), *data["files"], *(engine["file"] for engine in data.get("engines", ()))}
+        engines = [Path(engine["file"]) for engine in data.get("engines", ())]
+        known = {MANIFEST, TIMING_CACHE.as_posix(), *data["files"], *(engine.as_posix() for engine in engines)}
+        known |= {engine.with_suffix(KERNELS).as_posix() for engine in engines}
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{output / MANIFEST} cannot be read, so --force cannot tell the bundle's files from others; move {output} away"
@@ -211,7 +213,7 @@ def put_in_place(new: Path, config: ExportConfig, before: Files, scratch: Path) 
 def _check_unchanged(output: Path, before: Files, found: Files) -> None:
     changed = sorted(dict(found.items() - before.items()))
     # Who runs the older bundle may fill its cache.
-    changed = [name for name in changed if not name.startswith(f"{CACHE.as_posix()}/")]
+    changed = [name for name in changed if not (name.startswith(f"{CACHE.as_posix()}/") or name.endswith(KERNELS))]
     if changed:
         raise InputError(
             f"{output / changed[0]} was written while the export ran, and stays; export again, or choose another -o"

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import shutil
 import signal
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -157,35 +155,16 @@ def test_what_a_command_wrote_is_replaced(here: Path, content: bytes) -> None:
     assert contents(here) == {**contents(here), "older": b"newer", "link": "older", "fresh": "new", "new": b"newer"}
 
 
-@pytest.fixture
-def read_only() -> Iterator[Path]:
-    """A folder that this process may not write to."""
-    # Not below `tmp_path`, which another user may not enter.
-    folder = Path(tempfile.gettempdir()) / f"leanvlm-read-only-{os.getpid()}"
-    folder.mkdir(mode=0o755)
+def test_a_folder_that_cannot_be_written_is_seen_before_the_work(
+    protected: tuple[Path, Callable[[], None]], leanvlm: Command
+) -> None:
+    folder, protect = protected
     (folder / "report.json").write_bytes(OURS)
-    folder.chmod(0o555)
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield folder
-    finally:
-        if root:
-            os.seteuid(0)
-        folder.chmod(0o755)
-        shutil.rmtree(folder)
-
-
-def test_a_folder_that_cannot_be_written_is_seen_before_the_work(read_only: Path, leanvlm: Command) -> None:
-    refused(
-        leanvlm, read_only, "profile nowhere --json", str(read_only / "new.json"), "cannot be written: Permission denied in"
-    )
-    refused(
-        leanvlm, read_only, "profile nowhere --json", str(read_only / "report.json"), "cannot be written: Permission denied"
-    )
-    words = f"-o {read_only}/a/b cannot be written: Permission denied in {read_only}"
-    refused(leanvlm, read_only, "export --model demo -o", f"{read_only}/a/b", words)
+    protect()
+    for name in ("new.json", "report.json"):
+        refused(leanvlm, folder, "profile nowhere --json", f"{folder}/{name}", "cannot be written: Permission denied")
+    words = f"-o {folder}/a/b cannot be written: Permission denied in {folder}"
+    refused(leanvlm, folder, "export --model demo -o", f"{folder}/a/b", words)
 
 
 # --- Writing ------------------------------------------------------------------------------------------------------------
