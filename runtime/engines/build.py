@@ -91,7 +91,7 @@ def _build(job: EngineJob, plan: BuildPlan, builder: Builder, on_progress: Calla
     data = memoryview(plan_bytes)
     spec = EngineSpec(
         file=str(job.file),
-        engine=config.engine,
+        engine=config.library.name,
         version=module.__version__,
         sm=job.sm,
         precision=plan.manifest.precision,
