@@ -62,7 +62,8 @@ def files_replaced(config: ExportConfig) -> Files:
     if not output.exists():
         return {}
     if not config.force:
-        raise InputError(f"{output} exists; choose another -o, or pass --force to replace it")
+        replaceable = ", or pass --force to replace it" if output.is_dir() else ""
+        raise InputError(f"{output} exists; choose another -o{replaceable}")
     if config.here.is_relative_to(output):
         raise InputError(f"the current folder is in {output}, which --force would replace; go elsewhere, or choose another -o")
     return _files_of_bundle(output, output)

@@ -1,7 +1,7 @@
 """Build the engines of a plan, one after the other, and put each in its place when it is whole.
 
 The builder's own progress reports go to a callback. Ctrl-C, SIGTERM or SIGHUP ends a build at its next step; what was finished
-stays. An engine and its entry in the manifest come together, under the bundle's lock, so that builds which run at once, for other
+stays. An engine and its entry in the manifest come together, under the bundle's lock: so builds that run at once, for other
 GPUs or budgets, keep one another's.
 """
 
