@@ -86,8 +86,10 @@ def _template(config: ExportConfig, checkpoint: Checkpoint, tokenizer: Any) -> s
     if config.template is not None:
         try:
             return Path(config.template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--template {config.template} cannot be read: {error}") from error
+        except OSError as error:
+            raise InputError(f"--template {config.template} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"--template {config.template} is not UTF-8 text: {error.reason}") from error
     try:
         processor, _ = ProcessorMixin.get_processor_dict(checkpoint.folder, local_files_only=True)
     except Exception as error:  # The files can be wrong in any way.
