@@ -23,12 +23,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from leanvlm.exporter.graphs import OUTPUTS, VisionGraph
+from leanvlm.exporter.graphs import VisionGraph
 from leanvlm.exporter.models.llava import ClipTower
 from leanvlm.exporter.passes import PASSES
 from leanvlm.exporter.pruners import parse
 from leanvlm.exporter.pruners.base import gather_tokens, top_indices
 from leanvlm.exporter.trace import OPSET, trace
+from leanvlm.runtime.manifest import VISION_OUTPUTS
 from leanvlm.runtime.optional import require
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,10 +84,10 @@ def vision_graphs(options: PruneOptions) -> dict[str, tuple[nn.Module, tuple[str
     for name in ("agile", "attention"):
         tower = ClipTower(getattr(clip, "vision_model", clip), 23, 22)
         graph = VisionGraph(tower, projector, parse(name, keep=options.budget), GRID).eval()
-        graphs[name] = (graph, OUTPUTS)
+        graphs[name] = (graph, VISION_OUTPUTS)
         if name == "attention":
             graph.prune = TopK(options.budget)  # type: ignore[assignment]
-            graphs[name] = (graph, OUTPUTS[:2])
+            graphs[name] = (graph, VISION_OUTPUTS[:2])
     return graphs
 
 

@@ -21,16 +21,6 @@ from torch import Tensor, nn
 
 from leanvlm.exporter.pruners.base import Kept, Pruner, VisionTokens, gather_tokens
 
-OUTPUTS = (
-    "image_features",
-    "keep_indices",
-    "effective_rank",
-    "num_selected",
-    "converged",
-    "feature_sum",
-    "attention",
-)
-
 
 class PruneStage(nn.Module):
     """Runs a pruner, applies its choice and completes the diagnostics that it left out."""
@@ -43,7 +33,7 @@ class PruneStage(nn.Module):
     def forward(
         self, features: Tensor, hidden: Tensor, keys: Tensor, attention: Tensor, unsplit: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Map the tokens of B crops to the outputs named in `OUTPUTS`, with merged tokens still to be projected at the end.
+        """Map the tokens of B crops to the `VISION_OUTPUTS`, with merged tokens still to be projected at the end.
 
         Returns:
             The outputs of the vision graph and the merged tokens (B, K, Dv); either the first or the last is None.
@@ -76,7 +66,7 @@ class VisionGraph(nn.Module):
         self.prune = PruneStage(pruner, grid)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Map pixel values (B, 3, H, W) to the outputs named in `OUTPUTS`."""
+        """Map pixel values (B, 3, H, W) to the outputs named in `VISION_OUTPUTS`."""
         hidden, keys, attention, unsplit = self.vision(pixel_values)
         chosen, *others, merged = self.prune(self.project(hidden), hidden, keys, attention, unsplit)
         return (chosen if merged is None else self.project(merged)), *others

@@ -27,7 +27,7 @@ from leanvlm.exporter.checkpoint import Checkpoint, load_model
 from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
 from leanvlm.exporter.decoder import DECODER, build_decoder, head_dim
 from leanvlm.exporter.dialect import check_dialect, target_opset
-from leanvlm.exporter.graphs import OUTPUTS, VisionGraph
+from leanvlm.exporter.graphs import VisionGraph
 from leanvlm.exporter.passes import DECODER_PASSES, PASSES
 from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import save_sharing
@@ -48,6 +48,7 @@ from leanvlm.runtime.errors import LeanVLMWarning
 from leanvlm.runtime.gpu import free_memory
 from leanvlm.runtime.manifest import (
     MANIFEST,
+    VISION_OUTPUTS,
     DecoderSpec,
     FileSpec,
     GraphSpec,
@@ -159,7 +160,7 @@ def _write_vision(
         on_step(f"trace vision {budget}")
         tower = family.tower(model, pruner.scored_block, image if image.layout == "uint8" else None)
         graph = VisionGraph(_in_dtype(tower, dtype), projector, pruner, spec.grid).eval()
-        traced = trace(graph, {"pixel_values": example}, output_names=OUTPUTS, opset=target_opset(target))
+        traced = trace(graph, {"pixel_values": example}, output_names=VISION_OUTPUTS, opset=target_opset(target))
         for rewrite in PASSES[target].values():
             rewrite(traced)
         name = f"vision_{budget}.onnx"
@@ -259,7 +260,7 @@ def _decoder_spec(checkpoint: Checkpoint, folder: Path) -> DecoderSpec:
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
         context_length=text.max_position_embeddings,
-        kv_dtype=kv_dtype.numpy().name,
+        kv_dtype="float16" if kv_dtype == ir.DataType.FLOAT16 else "float32",
         cache="shared" if any(str(value.name).startswith("present.") for value in graph.outputs) else "appended",
     )
 

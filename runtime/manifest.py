@@ -11,23 +11,27 @@ bundle but what its author already had.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, get_args
 
 from leanvlm.runtime.console import check_utf8
 from leanvlm.runtime.errors import BundleError, InputError, ManifestError
 from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.records import Between, Count, Size, load_json, plain, read, shorten
 
 SCHEMA = 1
 MANIFEST = "leanvlm.json"
-TARGETS = ("cpu", "cuda", "tensorrt-rtx", "tensorrt")
-POSITIONS = ("compact", "original")
+Target = Literal["cpu", "cuda", "tensorrt-rtx", "tensorrt"]
+Positions = Literal["compact", "original"]
+Engine = Literal["tensorrt-rtx", "tensorrt"]
+FloatType = Literal["float16", "float32"]
+TARGETS: tuple[str, ...] = get_args(Target)
+POSITIONS: tuple[str, ...] = get_args(Positions)
 # The model builder gives other pairs an attention op without the shared cache, so they are not offered.
 PRECISIONS = {
     "cpu": ("fp32", "int8", "int4"),
@@ -37,8 +41,7 @@ PRECISIONS = {
 }
 # Outputs of a vision graph with a row for each kept token: (B, K, …).
 PER_TOKEN = ("image_features", "keep_indices")
-KV_DTYPES = ("float16", "float32")
-CACHES = ("shared", "appended")
+VISION_OUTPUTS = (*PER_TOKEN, "effective_rank", "num_selected", "converged", "feature_sum", "attention")
 # Read from a bundle by their names, whether the manifest lists them or not.
 READ_BY_NAME = (
     "tokenizer.json",
@@ -51,8 +54,6 @@ READ_BY_NAME = (
     "generation_config.json",
 )
 
-Record = TypeVar("Record")
-
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -60,7 +61,7 @@ class TensorSpec:
 
     name: str
     dtype: str
-    shape: tuple[int | str, ...]
+    shape: tuple[Size | str, ...]
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,37 @@ class DecoderSpec:
     """
 
     graph: GraphSpec
-    layers: int
-    kv_heads: int
-    head_dim: int
-    hidden_size: int
-    vocab_size: int
-    context_length: int
-    kv_dtype: str
-    cache: str = "shared"
+    layers: Annotated[int, Between(1, 1024)]
+    kv_heads: Annotated[int, Between(1, 1024)]
+    head_dim: Annotated[int, Between(1, 1024)]
+    hidden_size: Size
+    vocab_size: Size
+    context_length: Size
+    kv_dtype: FloatType
+    cache: Literal["shared", "appended"] = "shared"
+
+    def __post_init__(self) -> None:
+        """Check the numbers against the graph's inputs and outputs; raises ManifestError."""
+        _check_names(self.graph, ("inputs_embeds",), ("logits",))
+        layer = re.compile(r"past_key_values\.(0|[1-9][0-9]{0,3})\.(key|value)")
+        caches = {tensor.name: tensor for tensor in self.graph.inputs if layer.fullmatch(tensor.name)}
+        wanted = {f"past_key_values.{at}.{part}" for at in range(self.layers) for part in ("key", "value")}
+        if set(caches) != wanted:
+            raise ManifestError(
+                f"{self.layers} layers do not fit the {len(caches)} caches among the inputs of {self.graph.file}"
+            )
+        for cache in caches.values():
+            if cache.dtype != self.kv_dtype or not _fits(cache.shape, (None, self.kv_heads, None, self.head_dim)):
+                raise ManifestError(
+                    f"{cache.name} is {cache.dtype} {list(cache.shape)}, which does not fit {self.kv_dtype}, "
+                    f"{self.kv_heads} heads and {self.head_dim} numbers a head"
+                )
+        prefix = "present" if self.cache == "shared" else "new_key_values"
+        _check_names(self.graph, (), tuple(name.replace("past_key_values", prefix) for name in sorted(wanted)))
+        sizes = {"inputs_embeds": self.hidden_size, "logits": self.vocab_size}
+        for tensor in (*self.graph.inputs, *self.graph.outputs):
+            if tensor.name in sizes and not _fits(tensor.shape, (None, None, sizes[tensor.name])):
+                raise ManifestError(f"{tensor.name} is {list(tensor.shape)}, which does not end in {sizes[tensor.name]}")
 
 
 @dataclass(frozen=True)
@@ -117,18 +141,18 @@ class EngineSpec:
     """
 
     file: str
-    engine: str
+    engine: Engine
     version: str
-    sm: int
+    sm: Annotated[int, Between(10, 999)]
     precision: str
     graph: str
-    budget: int | None
+    budget: Size | None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]
+    profiles: tuple[Mapping[str, tuple[tuple[Count, ...], ...]], ...]
     hardware: str
     version_compatible: bool
-    bytes: int
+    bytes: Count
     sha256: str
     seconds: float
 
@@ -137,7 +161,7 @@ class EngineSpec:
 class FileSpec:
     """Size in bytes and sha256 of one file of the bundle."""
 
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -183,17 +207,17 @@ class Manifest:
     source: SourceSpec
     family: str
     pruner: PrunerSpec
-    budgets: tuple[int, ...]
-    tokens_per_crop: int
-    grid: tuple[int, int]
-    target: str
+    budgets: tuple[Size, ...]
+    tokens_per_crop: Size
+    grid: tuple[Size, Size]
+    target: Target
     precision: str
     vision: Mapping[int, GraphSpec]
     decoder: DecoderSpec
     embed_tokens: str
     image: ImageSpec
-    image_token_id: int
-    positions: str
+    image_token_id: Count
+    positions: Positions
     min_onnxruntime: str
     versions: Mapping[str, str]
     files: Mapping[str, FileSpec]
@@ -222,125 +246,75 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, which `from_dict` reads back to an equal manifest."""
-        data = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        data["image"] = self.image.to_dict()
+        data: dict[str, Any] = plain(self)
         return {"schema": data.pop("schema"), **data}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+    def from_dict(cls, data: Any) -> Manifest:
         """Read the JSON form.
 
         Raises:
-            ManifestError: An unknown schema, or a key that is missing or not of its type.
+            ManifestError: An unknown schema, or a key that is missing, unknown, not of its type or out of its range.
         """
-        schema = data.get("schema") if isinstance(data, Mapping) else None
-        if schema != SCHEMA:
-            raise ManifestError(f"{MANIFEST} has schema {schema!r}; this version of leanvlm reads schema {SCHEMA}")
-        try:
-            manifest = cls(
-                source=_record(SourceSpec, data["source"]),
-                family=str(data["family"]),
-                pruner=_pruner(data["pruner"]),
-                budgets=tuple(int(b) for b in data["budgets"]),
-                tokens_per_crop=int(data["tokens_per_crop"]),
-                grid=(int(data["grid"][0]), int(data["grid"][1])),
-                target=str(data["target"]),
-                precision=str(data["precision"]),
-                vision={int(budget): _graph(graph) for budget, graph in data["vision"].items()},
-                decoder=_record(DecoderSpec, {**data["decoder"], "graph": _graph(data["decoder"]["graph"])}),
-                embed_tokens=str(data["embed_tokens"]),
-                image=ImageSpec.from_dict(data["image"]),
-                image_token_id=int(data["image_token_id"]),
-                positions=str(data["positions"]),
-                min_onnxruntime=str(data["min_onnxruntime"]),
-                versions=dict(data["versions"]),
-                files={str(name): _record(FileSpec, spec) for name, spec in data["files"].items()},
-                stages={str(stage): _graph(graph) for stage, graph in data.get("stages", {}).items()},
-                splice=None if data.get("splice") is None else _graph(data["splice"]),
-                verification=dict(data.get("verification", {})),
-                engines=tuple(_engine(engine) for engine in data.get("engines", ())),
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if type(schema) is not int or schema != SCHEMA:
+            raise ManifestError(
+                f"{MANIFEST} has schema {shorten(schema)}; this version of leanvlm reads schema {SCHEMA}: export it again"
             )
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ManifestError(f"{MANIFEST} is not a valid manifest: {type(error).__name__}: {error}") from error
+        manifest = read(cls, data, MANIFEST, ManifestError)
         manifest._check_consistency()
         return manifest
 
     def _check_consistency(self) -> None:
-        if self.target not in TARGETS or self.decoder.kv_dtype not in KV_DTYPES:
-            raise ManifestError(f"{MANIFEST}: target {self.target!r} or kv_dtype {self.decoder.kv_dtype!r} is not known")
-        if self.decoder.cache not in CACHES:
-            raise ManifestError(f"{MANIFEST}: a decoder with a cache {self.decoder.cache!r} is not known")
+        if self.precision not in PRECISIONS[self.target]:
+            raise ManifestError(f"{MANIFEST}: precision {shorten(self.precision)} is not one for {self.target}")
         if self.grid[0] * self.grid[1] != self.tokens_per_crop:
             raise ManifestError(f"{MANIFEST}: a grid of {list(self.grid)} has not {self.tokens_per_crop} tokens")
         if set(self.budgets) != set(self.vision) or self.tokens_per_crop not in self.vision:
             raise ManifestError(f"{MANIFEST}: budgets {list(self.budgets)} and vision graphs do not match")
+        if len(self.budgets) != len(self.vision) or max(self.budgets) > self.tokens_per_crop:
+            raise ManifestError(f"{MANIFEST}: budgets {list(self.budgets)} must differ, and be {self.tokens_per_crop} at most")
+        if self.image_token_id >= self.decoder.vocab_size:
+            raise ManifestError(f"{MANIFEST}: image_token_id {self.image_token_id} is beyond {self.decoder.vocab_size} tokens")
         self._check_kept()
         used = [*self.vision.values(), *self.stages.values(), self.decoder.graph, *([self.splice] if self.splice else [])]
         graphs = [*(graph.file for graph in used), self.embed_tokens]
         unlisted = [file for file in graphs if file not in self.files]
         if unlisted:
-            raise ManifestError(f"{MANIFEST}: {unlisted[0]} is used but not listed under files")
+            raise ManifestError(f"{MANIFEST}: {shorten(unlisted[0])} is used but not listed under files")
 
     def _check_kept(self) -> None:
-        """Check that every vision graph is declared to return as many tokens as its budget says."""
+        """Check that every vision graph takes the images that are made and returns as many tokens as its budget says."""
         for budget, graph in self.vision.items():
-            for output in graph.outputs:
-                if output.name in PER_TOKEN and output.shape[1:2] != (budget,):
+            _check_names(graph, ("pixel_values",), VISION_OUTPUTS)
+            for tensor in (*graph.inputs, *graph.outputs):
+                wanted: tuple[int | None, ...] = (None, *[None] * (len(tensor.shape) - 1))
+                if tensor.name == "pixel_values":
+                    wanted = (None, 3, *self.image.size)
+                elif tensor.name in PER_TOKEN:
+                    wanted = (None, budget, self.decoder.hidden_size)[: 3 if tensor.name == PER_TOKEN[0] else 2]
+                if not _fits(tensor.shape, wanted, free=tensor.name == "pixel_values"):
                     raise ManifestError(
-                        f"{MANIFEST}: {graph.file} is listed at budget {budget}, but its {output.name} has the shape "
-                        f"{list(output.shape)}"
+                        f"{MANIFEST}: {graph.file} is listed at budget {budget}, but its {tensor.name} has the shape "
+                        f"{list(tensor.shape)}"
                     )
 
 
-def _plain(value: Any) -> Any:
-    """Turn dataclasses, tuples and mappings into what JSON holds."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+def _check_names(graph: GraphSpec, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+    """Check that a graph has the inputs and outputs that whoever runs it uses; raises ManifestError."""
+    for kind, wanted, tensors in (("input", inputs, graph.inputs), ("output", outputs, graph.outputs)):
+        found = [tensor.name for tensor in tensors]
+        absent = next((name for name in wanted if name not in found), None)
+        if absent is not None or len(set(found)) < len(found):
+            raise ManifestError(f"{shorten(graph.file)} has no {kind} {absent}" if absent else f"two {kind}s of one name")
 
 
-def _record(cls: type[Record], data: Mapping[str, Any]) -> Record:
-    """Make a dataclass whose every value is of its field's type; TypeError otherwise."""
-    record = cls(**data)
-    for name, kind in get_type_hints(cls).items():
-        if not isinstance(getattr(record, name), kind):
-            raise TypeError(f"{name} is {getattr(record, name)!r}")
-    return record
-
-
-def _graph(data: Mapping[str, Any]) -> GraphSpec:
-    return GraphSpec(str(data["file"]), _tensors(data["inputs"]), _tensors(data["outputs"]))
-
-
-def _tensors(items: list[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(str(i["name"]), str(i["dtype"]), tuple(i["shape"])) for i in items)
-
-
-def _engine(data: Mapping[str, Any]) -> EngineSpec:
-    profiles = tuple(
-        {str(name): tuple(tuple(int(size) for size in shape) for shape in shapes) for name, shapes in profile.items()}
-        for profile in data["profiles"]
+def _fits(shape: tuple[int | str, ...], wanted: tuple[int | None, ...], free: bool = True) -> bool:
+    """Return whether a declared shape can be the one wanted, where None is any size; `free`: names fit every size."""
+    pairs = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and all(
+        size is None or found == size or (free and isinstance(found, str)) for found, size in pairs
     )
-    return EngineSpec(
-        **{key: str(data[key]) for key in ("file", "engine", "version", "precision", "graph", "hardware", "sha256")},
-        sm=int(data["sm"]),
-        budget=None if data["budget"] is None else int(data["budget"]),
-        inputs=_tensors(data["inputs"]),
-        outputs=_tensors(data["outputs"]),
-        profiles=profiles,
-        version_compatible=bool(data["version_compatible"]),
-        bytes=int(data["bytes"]),
-        seconds=float(data["seconds"]),
-    )
-
-
-def _pruner(data: Mapping[str, Any]) -> PrunerSpec:
-    gate = data.get("gate")
-    return PrunerSpec(str(data["name"]), dict(data["params"]), None if gate is None else dict(gate))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -370,11 +344,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ManifestError(f"{path} cannot be read: {error}") from error
-    manifest = Manifest.from_dict(data)
+    manifest = Manifest.from_dict(load_json(path, ManifestError))
     for name, spec in manifest.files.items():
         _check_file(folder, name, spec)
     for name in READ_BY_NAME:

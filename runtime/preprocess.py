@@ -9,18 +9,24 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL import __version__ as PILLOW
 
-from leanvlm.runtime.errors import InputError, ManifestError, UnsupportedModelError
+from leanvlm.runtime.errors import InputError, UnsupportedModelError
+from leanvlm.runtime.records import Between, read, shorten
 
+Edge = Annotated[int, Between(1, 4096)]
+"""Pixels of an image once resized or cropped; a vision tower of 4096 would have 85,000 tokens."""
+Scale = Annotated[float, Between(1e-6, 1e6)]
+"""A factor of levels of 0 to 255, or a divisor: fp32 then neither overflows nor divides by zero."""
+Mean = Annotated[float, Between(-1e6, 1e6)]
 ImageSource = str | Path | bytes | bytearray | memoryview | BinaryIO | Image.Image | npt.NDArray[np.uint8]
 PixelValues = npt.NDArray[np.float32] | npt.NDArray[np.uint8]
 
@@ -81,12 +87,12 @@ class ImageSpec:
         UnsupportedModelError: The output size would vary with the image, or a value is out of range.
     """
 
-    resize: int | tuple[int, int] | None
-    crop: tuple[int, int] | None
-    resample: int = 3
-    rescale_factor: float = 1 / 255
-    image_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    image_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    resize: Edge | tuple[Edge, Edge] | None
+    crop: tuple[Edge, Edge] | None
+    resample: Annotated[int, Between(0, 5)] = 3
+    rescale_factor: Scale = 1 / 255
+    image_mean: tuple[Mean, Mean, Mean] = (0.0, 0.0, 0.0)
+    image_std: tuple[Scale, Scale, Scale] = (1.0, 1.0, 1.0)
     layout: Literal["float32", "uint8"] = "float32"
 
     def __post_init__(self) -> None:
@@ -94,17 +100,6 @@ class ImageSpec:
             raise UnsupportedModelError(
                 "the image processor's output size varies with the image; it needs a centre crop or a fixed size"
             )
-        edges = (self.resize,) if isinstance(self.resize, int) else self.resize or ()
-        if any(edge < 1 for edge in (*edges, *(self.crop or ()))):
-            raise UnsupportedModelError(f"the image processor's sizes must be positive: {self.resize}, {self.crop}")
-        if self.resample not in list(Image.Resampling):
-            raise UnsupportedModelError(f"the image processor's resample is {self.resample!r}; supported: 0 to 5")
-        if not isinstance(self.rescale_factor, (int, float)):
-            raise UnsupportedModelError(f"the image processor's rescale_factor is no number: {self.rescale_factor!r}")
-        if any(value <= 0 for value in self.image_std):
-            raise UnsupportedModelError(f"the image processor's image_std must be positive: {self.image_std}")
-        if self.layout not in ("float32", "uint8"):
-            raise UnsupportedModelError(f"image layout {self.layout!r} is not supported; supported: float32, uint8")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -122,39 +117,25 @@ class ImageSpec:
             UnsupportedModelError: The processor is of another kind, or has a step or a size that is not handled.
         """
         config = config.get("image_processor") or config
+        if not isinstance(config, Mapping):
+            raise UnsupportedModelError(f"the image processor's configuration is no object: {shorten(config)}")
         kind = config.get("image_processor_type") or config.get("feature_extractor_type")
         if kind not in PROCESSORS:
             raise UnsupportedModelError(f"image processor {kind!r} is not supported; supported: {PROCESSORS[0]}")
         options = PROCESSOR_DEFAULTS | dict(config)
         for name, value in options.items():
             if value and name not in PROCESSOR_DEFAULTS and name.startswith(("do_", "use_")):
-                raise UnsupportedModelError(f"the image processor's {name} = {value!r} is not supported")
+                raise UnsupportedModelError(f"the image processor's {name} = {shorten(value)} is not supported")
         normalize = options["do_normalize"]
-        return cls(
-            resize=_edges("size", options["size"], options["default_to_square"]) if options["do_resize"] else None,
-            crop=_pair("crop_size", options["crop_size"]) if options["do_center_crop"] else None,
-            resample=options["resample"],
-            rescale_factor=options["rescale_factor"] if options["do_rescale"] else 1.0,
-            image_mean=_triple("image_mean", options["image_mean"]) if normalize else (0.0, 0.0, 0.0),
-            image_std=_triple("image_std", options["image_std"]) if normalize else (1.0, 1.0, 1.0),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; tuples become lists."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "ImageSpec":
-        """The inverse of `to_dict`.
-
-        Raises:
-            ManifestError: A field is missing, unknown or of the wrong type.
-        """
-        fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-        try:
-            return cls(**fields)
-        except (TypeError, ValueError, UnsupportedModelError) as error:
-            raise ManifestError(f"the manifest's image preprocessing cannot be read: {error}") from error
+        found = {
+            "resize": _edges("size", options["size"], options["default_to_square"]) if options["do_resize"] else None,
+            "crop": _pair("crop_size", options["crop_size"]) if options["do_center_crop"] else None,
+            "resample": options["resample"],
+            "rescale_factor": options["rescale_factor"] if options["do_rescale"] else 1.0,
+            "image_mean": _triple("image_mean", options["image_mean"]) if normalize else [0.0, 0.0, 0.0],
+            "image_std": _triple("image_std", options["image_std"]) if normalize else [1.0, 1.0, 1.0],
+        }
+        return read(cls, found, "the image processor", UnsupportedModelError)
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -395,28 +376,28 @@ def _one_line_errors(name: str) -> Iterator[None]:
             raise InputError(f"{name} cannot be decoded: {reason}") from error
 
 
-def _edges(name: str, size: Any, square: bool) -> int | tuple[int, int]:
-    """A processor's size: an int or {shortest_edge} gives the shorter edge, anything else (height, width)."""
+def _edges(name: str, size: Any, square: bool) -> Any:
+    """A processor's size: an int or {shortest_edge} gives the shorter edge, anything else [height, width]."""
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
-        return int(size["shortest_edge"])
+        return size["shortest_edge"]
     if isinstance(size, int) and not square:
         return size
     return _pair(name, size)
 
 
-def _pair(name: str, size: Any) -> tuple[int, int]:
+def _pair(name: str, size: Any) -> list[Any]:
     if isinstance(size, int):
-        return size, size
+        return [size, size]
     if isinstance(size, Mapping) and set(size) == {"height", "width"}:
-        return int(size["height"]), int(size["width"])
+        return [size["height"], size["width"]]
     if isinstance(size, (list, tuple)) and len(size) == 2:
-        return int(size[0]), int(size[1])
-    raise UnsupportedModelError(f"the image processor's {name} = {size!r} is not supported")
+        return list(size)
+    raise UnsupportedModelError(f"the image processor's {name} = {shorten(size)} is not supported")
 
 
-def _triple(name: str, values: Any) -> tuple[float, float, float]:
+def _triple(name: str, values: Any) -> list[Any]:
     if isinstance(values, (int, float)):
-        return float(values), float(values), float(values)
+        return [values, values, values]
     if isinstance(values, (list, tuple)) and len(values) == 3:
-        return float(values[0]), float(values[1]), float(values[2])
-    raise UnsupportedModelError(f"the image processor's {name} = {values!r} is not supported; it needs three numbers")
+        return list(values)
+    raise UnsupportedModelError(f"the image processor's {name} = {shorten(values)} is not supported; it needs three numbers")

@@ -19,7 +19,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from leanvlm.exporter.dialect import check_dialect
-from leanvlm.exporter.graphs import OUTPUTS, VisionGraph
+from leanvlm.exporter.graphs import VisionGraph
 from leanvlm.exporter.models.llava import LlavaFamily
 from leanvlm.exporter.passes import DECODER_PASSES, PASSES
 from leanvlm.exporter.portable_decoder import save_decoder, trace_decoder
@@ -32,6 +32,7 @@ from leanvlm.runtime.engines.plan import BuildConfig, EngineJob, command_line, p
 from leanvlm.runtime.engines.profiles import Limits, decoder_profiles, shapes_text, vision_profile
 from leanvlm.runtime.errors import BackendError, GraphError, InputError, LeanVLMError, MissingExtraError
 from leanvlm.runtime.manifest import (
+    VISION_OUTPUTS,
     DecoderSpec,
     EngineSpec,
     FileSpec,
@@ -149,7 +150,7 @@ def test_a_full_width_llava(tmp_path: Path, tensorrt_bundle: Path) -> None:
     tower = family.tower(model, "feature", image)
     graph = VisionGraph(tower, family.projector(model), parse("agile", keep=64), (24, 24)).eval()
     pixels = torch.zeros(2, 3, 336, 336, dtype=torch.uint8)
-    vision = trace(graph, {"pixel_values": pixels}, output_names=OUTPUTS, opset=opset)
+    vision = trace(graph, {"pixel_values": pixels}, output_names=VISION_OUTPUTS, opset=opset)
     for rewrite in PASSES["tensorrt"].values():
         rewrite(vision)
     check_dialect(vision, "vision_64.onnx")
@@ -443,5 +444,5 @@ def test_engines_outside_of_the_manifests_words_are_refused(tensorrt_bundle: Pat
     for key in data["engines"][0]:
         broken = copy.deepcopy(data)
         del broken["engines"][0][key]
-        with pytest.raises(LeanVLMError, match=r"leanvlm\.json is not a valid manifest"):
+        with pytest.raises(LeanVLMError, match=rf"leanvlm\.json: engines\[0\] has no {key}"):
             Manifest.from_dict(broken)

@@ -17,7 +17,7 @@ from torch import nn
 from towers import BATCHES, BLOCKS, GRID, IMAGE_SIZE, PLACES, SHARED, Array, apply, clip, levels
 
 from leanvlm.exporter import tolerances
-from leanvlm.exporter.graphs import OUTPUTS, VisionGraph
+from leanvlm.exporter.graphs import VisionGraph
 from leanvlm.exporter.models.llava import ClipTower
 from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import ALIGNMENT, save_sharing
@@ -25,6 +25,7 @@ from leanvlm.exporter.passes.stage_names import STAGES
 from leanvlm.exporter.pruners import NoPruner, Pruner, parse
 from leanvlm.exporter.reference import relative_difference
 from leanvlm.exporter.trace import OPSET, trace
+from leanvlm.runtime.manifest import VISION_OUTPUTS
 from leanvlm.runtime.preprocess import ImageSpec
 
 FEATURES = 48
@@ -58,7 +59,7 @@ def visions() -> dict[int, Vision]:
     for budget, pruner in pruners.items():
         module = VisionGraph(ClipTower(model, BLOCKS - 1, BLOCKS - 2, IMAGE), projector, pruner, GRID).eval()
         example = {"pixel_values": torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)}
-        traced = trace(module, example, output_names=OUTPUTS, opset=OPSET["cuda"])
+        traced = trace(module, example, output_names=VISION_OUTPUTS, opset=OPSET["cuda"])
         apply(traced, ["stage_names", "strip_metadata"])
         fused = traced.clone()
         found[budget] = Vision(module, traced, fused, apply(fused, list(PLACES)))
@@ -100,8 +101,8 @@ def test_fused_graphs_of_several_budgets_store_their_weights_once(visions: dict[
             path = folder / f"vision_{budget}.onnx"
             onnx.checker.check_model(path, full_check=True)
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-            outputs = session.run(list(OUTPUTS), levels(3))
-            assert_equal(dict(zip(OUTPUTS, outputs, strict=True)), run(visions[budget].fused, levels(3)))
+            outputs = session.run(list(VISION_OUTPUTS), levels(3))
+            assert_equal(dict(zip(VISION_OUTPUTS, outputs, strict=True)), run(visions[budget].fused, levels(3)))
     packed = sum(value.const_value.nbytes for name, value in visions[KEEP].fused.graph.initializers.items()
                  if value.const_value is not None and name.startswith("/vision"))  # fmt: skip
     assert packed > 8 * ALIGNMENT
@@ -135,4 +136,4 @@ def test_cuts_end_with_what_the_module_has_there(visions: dict[int, Vision], bud
     assert among(found["project"], features.numpy())
     for stage in ("vision", "project"):
         np.testing.assert_allclose(found[stage]["attention"], attention.numpy(), rtol=tolerances.ATTENTION)
-    assert_equal({name: found["prune"][name] for name in OUTPUTS}, run(model, feeds))
+    assert_equal({name: found["prune"][name] for name in VISION_OUTPUTS}, run(model, feeds))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mutations import places, replaced
 
 from leanvlm.runtime.errors import BundleError, InputError, LeanVLMError, ManifestError
 from leanvlm.runtime.inspection import describe
 from leanvlm.runtime.manifest import (
     MANIFEST,
     SCHEMA,
+    VISION_OUTPUTS,
     DecoderSpec,
     FileSpec,
     GraphSpec,
@@ -29,6 +29,7 @@ from leanvlm.runtime.manifest import (
     write_manifest,
 )
 from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.records import LIMIT
 
 CONTENTS = {"vision_4.onnx": b"four", "vision_6.onnx": b"six tokens", "decoder.onnx": b"", "embed.safetensors": b"table"}
 # sha256 of the four contents above, from coreutils' sha256sum.
@@ -40,7 +41,23 @@ SUMS = {
 
 def graph(file: str, kept: int) -> GraphSpec:
     pixels = TensorSpec("pixel_values", "float32", ("B", 3, 28, 42))
-    return GraphSpec(file, (pixels,), (TensorSpec("image_features", "float32", ("B", kept, 8)),))
+    sizes = {"image_features": ("B", kept, 8), "keep_indices": ("B", kept), "attention": ("B", 6)}
+    return GraphSpec(file, (pixels,), tuple(TensorSpec(name, "float32", sizes.get(name, ("B",))) for name in VISION_OUTPUTS))
+
+
+def decoder(layers: int = 2, kv_heads: int = 1, head_dim: int = 16, vocab_size: int = 100) -> DecoderSpec:
+    """A decoder whose graph has two layers of one head, rows of 8 and a vocabulary of 100."""
+    caches = [f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    inputs = TensorSpec("inputs_embeds", "float32", ("B", "S", 8))
+    made = GraphSpec(
+        "decoder.onnx",
+        (inputs, *(TensorSpec(name, "float32", ("B", 1, "P", 16)) for name in caches)),
+        (
+            TensorSpec("logits", "float32", ("B", 1, 100)),
+            *(TensorSpec(name.replace("past_key_values", "present"), "float32", ("B", 1, "T", 16)) for name in caches),
+        ),
+    )
+    return DecoderSpec(made, layers, kv_heads, head_dim, 8, vocab_size, 512, "float32")
 
 
 @pytest.fixture
@@ -63,7 +80,7 @@ def manifest(bundle: Path) -> Manifest:
         target="cpu",
         precision="int4",
         vision={4: graph("vision_4.onnx", 4), 6: graph("vision_6.onnx", 6)},
-        decoder=DecoderSpec(graph("decoder.onnx", 6), 2, 1, 16, 8, 100, 512, "float32"),
+        decoder=decoder(),
         embed_tokens="embed.safetensors",
         image=ImageSpec(resize=28, crop=(28, 42), image_mean=(0.5, 0.4, 0.3)),
         image_token_id=3,
@@ -81,7 +98,8 @@ def test_a_vision_graph_keeps_as_many_tokens_as_its_budget_says(
     manifest: Manifest, output: str, shape: tuple[int | str, ...]
 ) -> None:
     right = manifest.vision[4]
-    wrong = dataclasses.replace(right, outputs=(TensorSpec(output, "float32", shape),))
+    others = tuple(tensor for tensor in right.outputs if tensor.name != output)
+    wrong = dataclasses.replace(right, outputs=(*others, TensorSpec(output, "float32", shape)))
     data = dataclasses.replace(manifest, vision={**manifest.vision, 4: wrong}).to_dict()
     with pytest.raises(ManifestError, match=f"vision_4.onnx is listed at budget 4, but its {output} has the shape"):
         Manifest.from_dict(data)
@@ -136,7 +154,18 @@ def test_another_schema_is_refused(manifest: Manifest, schema: object) -> None:
         ({"budgets": [4, 5, 6]}, "do not match"),
         ({"tokens_per_crop": 7}, r"grid of \[2, 3\] has not 7 tokens"),
         ({"tokens_per_crop": 8, "grid": [2, 4]}, "do not match"),
-        ({"target": "abacus"}, "'abacus'"),
+        ({"target": "abacus"}, 'target is "abacus"; it must be one of'),
+        ({"positions": "random"}, 'positions is "random"; it must be one of'),
+        ({"precision": "fp64"}, "precision fp64 is not one for cpu"),
+        ({"colour": 1}, 'has the key "colour", which this version'),
+        ({"budgets": [4, 6, 4]}, "must differ"),
+        ({"budgets": [4, 6.0]}, r"budgets\[1\] is 6.0; it must be a whole number"),
+        ({"budgets": [True, 6]}, r"budgets\[0\] is true; it must be a whole number"),
+        ({"grid": [2, 3, 1]}, "grid is a list of 3; it must be a list of 2"),
+        ({"grid": [-2, -3]}, r"grid\[0\] is -2; it must be from 1"),
+        ({"image_token_id": 100}, "image_token_id 100 is beyond 100 tokens"),
+        ({"image_token_id": 10**4000}, "image_token_id is a number of 13288 bits; it must be from 0"),
+        ({"vision": {"4.0": {}}}, 'vision has the key "4.0"; its keys must be whole numbers'),
         ({"embed_tokens": "elsewhere"}, "elsewhere is used but not listed"),
         ({"files": {}}, "is used but not listed"),
     ],
@@ -146,22 +175,26 @@ def test_parts_that_do_not_fit_each_other_are_refused(manifest: Manifest, change
         Manifest.from_dict({**manifest.to_dict(), **changes})
 
 
-def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of every value in nested JSON."""
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    for key, value in items:
-        yield (*path, key)
-        yield from places(value, (*path, key))
-
-
-def replaced(data: dict[str, Any], path: tuple[Any, ...], value: object) -> dict[str, Any]:
-    """Return a copy of nested JSON with another value in one place."""
-    data = copy.deepcopy(data)
-    place: Any = data
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return data
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": 3}, "decoder: 3 layers do not fit the 4 caches"),
+        ({"layers": 10**12}, "layers is 1000000000000; it must be from 1 to 1024"),
+        ({"kv_heads": 2}, "does not fit float32, 2 heads and 16 numbers a head"),
+        ({"head_dim": 32}, "1 heads and 32 numbers a head"),
+        ({"kv_dtype": "float16"}, "which does not fit float16"),
+        ({"kv_dtype": "load"}, 'decoder.kv_dtype is "load"; it must be one of'),
+        ({"vocab_size": 101}, "does not end in 101"),
+        ({"hidden_size": 9}, "does not end in 9"),
+        ({"cache": "appended"}, "has no output new_key_values"),
+        ({"cache": "infinite"}, 'decoder.cache is "infinite"'),
+    ],
+)
+def test_a_decoder_is_as_its_graph_says(manifest: Manifest, changes: dict[str, Any], words: str) -> None:
+    """Nothing is allocated of sizes that nobody checked."""
+    data = manifest.to_dict()
+    with pytest.raises(ManifestError, match=words):
+        Manifest.from_dict({**data, "decoder": {**data["decoder"], **changes}})
 
 
 @pytest.mark.parametrize("value", [None, [], {}, "text", -1, 0.5, [[]]], ids=repr)
@@ -188,7 +221,11 @@ def test_a_missing_key_is_refused(manifest: Manifest) -> None:
     assert Manifest.from_dict({k: v for k, v in data.items() if k not in optional}).verification == {}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"', "\xff", "[" * 100_000], ids=lambda text: text[:8])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '"text"', "\xff", "[" * 100_000, '{"schema": Infinity}', "9" * 5000, " " * (LIMIT + 1)],
+    ids=lambda text: text[:8],
+)
 def test_text_that_is_no_manifest_is_refused(bundle: Path, text: str) -> None:
     (bundle / MANIFEST).write_bytes(text.encode("latin-1"))
     with pytest.raises(ManifestError, match=r"leanvlm\.json"):

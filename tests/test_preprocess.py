@@ -22,6 +22,7 @@ from transformers.image_utils import load_image as transformers_load_image
 from leanvlm.demo import MODEL_DIR
 from leanvlm.runtime.errors import InputError, ManifestError, UnsupportedModelError
 from leanvlm.runtime.preprocess import MAX_PIXELS, ImageSpec, _resize, load_image, preprocess
+from leanvlm.runtime.records import plain, read
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 CONFIG: dict[str, Any] = json.loads((MODEL_DIR / "preprocessor_config.json").read_text())
@@ -216,8 +217,7 @@ def test_rows_of_a_batch_are_independent() -> None:
 
 
 def test_levels_are_what_is_normalised() -> None:
-    data = SPEC.to_dict() | {"layout": "uint8"}
-    levels = preprocess([photograph()], ImageSpec.from_dict(data))
+    levels = preprocess([photograph()], replace(SPEC, layout="uint8"))
     assert levels.dtype == np.uint8
     mean, std = (np.reshape(values, (3, 1, 1)) for values in (SPEC.image_mean, SPEC.image_std))
     normalised = (levels * SPEC.rescale_factor - mean) / std
@@ -404,13 +404,26 @@ def test_no_image_is_an_error() -> None:
 
 def test_a_spec_survives_json() -> None:
     for spec in (SPEC, ImageSpec(resize=(20, 30), crop=None, layout="uint8"), ImageSpec(resize=None, crop=(4, 5))):
-        assert ImageSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+        assert read(ImageSpec, json.loads(json.dumps(plain(spec))), "spec", ManifestError) == spec
 
 
-@pytest.mark.parametrize("change", [{"colour": 1}, {"crop": 3}, {"resample": 9}, {"layout": "float16"}, {"image_std": None}])
-def test_a_damaged_record_is_a_manifest_error(change: dict[str, Any]) -> None:
-    with pytest.raises(ManifestError, match="image preprocessing cannot be read"):
-        ImageSpec.from_dict(SPEC.to_dict() | change)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"colour": 1}, 'has the key "colour"'),
+        ({"crop": 3}, "crop is 3; it must be a list"),
+        ({"crop": [3.5, 4]}, r"crop\[0\] is 3.5; it must be a whole number"),
+        ({"crop": [336, 10**9]}, r"crop\[1\] is 1000000000; it must be from 1 to 4096"),
+        ({"resample": 9}, "resample is 9; it must be from 0 to 5"),
+        ({"layout": "float16"}, 'layout is "float16"; it must be one of'),
+        ({"image_std": None}, "image_std is null; it must be a list"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean is a list of 2; it must be a list of 3"),
+        ({"image_std": [1, 1, 0]}, r"image_std\[2\] is 0.0; it must be from 1e-06"),
+    ],
+)
+def test_a_damaged_record_names_what_is_wrong(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ManifestError, match=f"^spec: .*{words}"):
+        read(ImageSpec, plain(SPEC) | change, "spec", ManifestError)
 
 
 @pytest.mark.parametrize("name", ["CLIPImageProcessorFast", "CLIPImageProcessorPil", "LlavaImageProcessor"])
@@ -429,12 +442,12 @@ def test_names_of_the_same_processor(name: str) -> None:
         ({"size": {"shortest_edge": 336, "longest_edge": 672}}, "size = .*longest_edge"),
         ({"crop_size": {"shortest_edge": 336}}, "crop_size = "),
         ({"do_center_crop": False}, "output size varies"),
-        ({"resample": "bicubic"}, "resample is 'bicubic'"),
+        ({"resample": "bicubic"}, 'resample is "bicubic"; it must be a whole number'),
         ({"image_mean": [0.5]}, r"image_mean = \[0.5\]"),
-        ({"image_std": 0.0}, "image_std must be positive"),
-        ({"size": 0}, "sizes must be positive"),
+        ({"image_std": 0.0}, r"image_std\[0\] is 0.0; it must be from 1e-06"),
+        ({"size": 0}, "resize is 0; it must be from 1"),
         ({"size": None}, "size = None"),
-        ({"rescale_factor": None}, "rescale_factor is no number: None"),
+        ({"rescale_factor": None}, "rescale_factor is null; it must be a number"),
     ],
 )
 def test_processors_that_are_not_handled_are_named(change: dict[str, Any], reason: str) -> None:

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from leanvlm.exporter import ExportConfig, tolerances
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.dialect import foreign_nodes
-from leanvlm.exporter.graphs import OUTPUTS, VisionGraph
+from leanvlm.exporter.graphs import VisionGraph
 from leanvlm.exporter.passes.topk_count import fix_topk_counts
 from leanvlm.exporter.pruners import PRUNERS, VisionTokens, parse
 from leanvlm.exporter.pruners.agile import select_tokens
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.exporter.reference import Reference, relative_difference
 from leanvlm.exporter.trace import trace
+from leanvlm.runtime.manifest import VISION_OUTPUTS
 
 Array = npt.NDArray[Any]
 SPECS = [*sorted(PRUNERS), "agile:gate=entropy", "hybrid:gate=erank", "prumerge:sample=release", "vispruner:gate=erank"]
@@ -127,8 +128,8 @@ def test_merged_tokens_are_projected_in_the_vision_graph(tiny_llava: Path, name:
     model, family, grid = load_model(checkpoint), checkpoint.family, checkpoint.spec.grid
     graph = VisionGraph(family.tower(model, scored), family.projector(model), parse(name, keep=20), grid).eval()
     pixels = torch.randn(2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
-    traced = trace(graph, {"pixel_values": pixels}, output_names=OUTPUTS, opset=18)
-    found = dict(zip(OUTPUTS, session_of(ir.to_proto(traced)).run(None, {"pixel_values": pixels.numpy()}), strict=True))
+    traced = trace(graph, {"pixel_values": pixels}, output_names=VISION_OUTPUTS, opset=18)
+    found = dict(zip(VISION_OUTPUTS, session_of(ir.to_proto(traced)).run(None, {"pixel_values": pixels.numpy()}), strict=True))
     original = Reference(checkpoint, model)
     for b, crop in enumerate(crops(original.vision(pixels.numpy(), scored))):
         chosen, merged = REFERENCE[name](crop, 20)

@@ -127,10 +127,7 @@ class OrtBackend:
         except Exception as error:  # ONNX Runtime's errors share no base of their own.
             raise GraphError(f"{spec.file} cannot be opened: {first_line(error)}") from error
         del linked
-        found = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
-        absent = [tensor.name for tensor in (*spec.inputs, *spec.outputs) if tensor.name not in found]
-        if absent:
-            raise GraphError(f"{spec.file} has no {absent[0]}, which the manifest declares: export the bundle again")
+        check_graph(spec, session)
         return session
 
     def providers(self, spec: GraphSpec, replayed: bool, options: Any) -> list[Any] | None:
@@ -173,6 +170,10 @@ class OrtBackend:
     def _warn_of_device(self) -> None:
         message = f"a bundle for {self.manifest.target} runs on {self.device}: expect it to be slow"
         warnings.warn(message, LeanVLMWarning, stacklevel=6)
+
+
+ORT_TYPES = {"float32": "float", "float64": "double"}
+"""NumPy's names of types that ONNX Runtime calls otherwise."""
 
 
 class OrtGraph:
@@ -259,6 +260,30 @@ class OrtCache:
             raise BackendError(f"the decoder failed: {first_line(error)}") from error
         self.length = total
         return OrtScores(self._binding.get_outputs()[-1].numpy()[0, -1].astype(np.float32, copy=False))
+
+
+def check_graph(spec: GraphSpec, session: Any) -> None:
+    """Compare a session's inputs and outputs with the manifest's: names, types, and sizes that both know.
+
+    Raises:
+        GraphError: They differ.
+    """
+    found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
+    for tensor in (*spec.inputs, *spec.outputs):
+        value = found.get(tensor.name)
+        if value is None:
+            raise GraphError(f"{spec.file} has no {tensor.name}, which the manifest declares: export the bundle again")
+        pairs = zip(value.shape, tensor.shape, strict=False)
+        differ = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
+        if (
+            differ
+            or len(value.shape) != len(tensor.shape)
+            or value.type != f"tensor({ORT_TYPES.get(tensor.dtype, tensor.dtype)})"
+        ):
+            raise GraphError(
+                f"{tensor.name} of {spec.file} is {value.type} {value.shape}, where the manifest declares {tensor.dtype} "
+                f"{list(tensor.shape)}: export the bundle again"
+            )
 
 
 def check_room(positions: int, capacity: int) -> None:

@@ -90,7 +90,7 @@ def _build(job: EngineJob, plan: BuildPlan, builder: Builder, on_progress: Calla
         write_whole(_cache_path(config), memoryview(settings.get_timing_cache().serialize()))
     return EngineSpec(
         file=str(job.file),
-        engine=config.engine,
+        engine=config.library.name,
         version=module.__version__,
         sm=job.sm,
         precision=plan.manifest.precision,

@@ -10,6 +10,7 @@ from typing import Any
 
 from leanvlm.runtime import gpu
 from leanvlm.runtime.errors import BackendError, InputError, MissingExtraError
+from leanvlm.runtime.manifest import Engine
 from leanvlm.runtime.optional import require
 
 # The first whose Python API has strongly typed networks, int64 tensors and progress monitors together: JetPack 6.2's.
@@ -50,7 +51,7 @@ class Library:
         tool: Its own program that builds engines.
     """
 
-    name: str
+    name: Engine
     title: str
     module: str
     extra: str
