@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -243,9 +244,10 @@ def _image_spec(folder: Path, spec: FamilySpec) -> ImageSpec:
     _json(path)
     try:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        image = ImageSpec.from_processor_config(processor.to_dict())
-    except LeanVLMError:
-        raise
+        # As JSON, where the libraries' enumerations are numbers.
+        image = ImageSpec.from_processor_config(json.loads(processor.to_json_string()))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
     except Exception as error:  # An image processor's own checks raise nearly anything.
         raise CheckpointError(f"{path} is not a valid image processor: {_one_line(error)}") from error
     if image.size != spec.image_size:
