@@ -134,6 +134,7 @@ def outline(family: Family, config: Any) -> nn.Module:
     try:
         model = family.empty(config)
         family.materialise_buffers(model)
+        family.decoder(model)  # Which has a shell of its own.
     except Exception as error:  # A configuration can be wrong in any way.
         why = shorten(error) or type(error).__name__
         raise CheckpointError(f"transformers cannot build the model that config.json describes: {why}") from error

@@ -14,13 +14,16 @@ from leanvlm.runtime.errors import LeanVLMError
 SECONDS, MEMORY = 10, 2 * 2**30
 
 
+class TooLateError(BaseException):
+    """Not an Exception: nobody on the way may take it for a mistake in a file."""
+
+
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
     """Stop what takes longer than `SECONDS`, and let nothing have more than `MEMORY` bytes beyond those that are in use."""
 
     def late(number: int, frame: object) -> None:
-        # Not an Exception: nobody on the way may take it for a mistake in a file.
-        raise KeyboardInterrupt(f"more than {SECONDS} s")
+        raise TooLateError(f"more than {SECONDS} s")
 
     used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -126,6 +126,7 @@ def test_sizes_of_another_model(folder: Path, size: str) -> None:
         ("model_type", {"a": 1}, "is not supported; supported: llava"),
         ("configuration_files", ["config.4.0.0.json"], "configuration_files of other versions"),
         ("quantization_config", {"quant_method": "awq"}, "holds quantised weights"),
+        ("text_config.text_config", "load", "transformers cannot build the model that config.json describes"),
         ("text_config", [], "config.json is not a valid configuration"),
         ("vision_config", "x", "config.json is not a valid configuration"),
         ("text_config", {}, "stands for an image, which its tokenizer does not know|shape"),
