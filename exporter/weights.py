@@ -30,7 +30,7 @@ ADAPTER = "adapter_config.json"
 # Buffers that older savers wrote and that are computed instead: `_adjust_missing_and_unexpected_keys` of transformers.
 OLD_BUFFERS = re.compile(r"rotary_emb\.inv_freq|(^|\.)position_ids$")
 # Bytes of a file's header. 700 weights have 0.1 MB, and one byte takes some of memory when it is parsed.
-MAX_HEADER = 16 << 20
+MAX_HEADER = 4 << 20
 # Not float8 and less, which are rounded with scales of their own; as safetensors spells them.
 DTYPES = ("F64", "F32", "F16", "BF16")
 LORA = re.compile(r"\blora_|\.base_layer\.|^base_model\.")
