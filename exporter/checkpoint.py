@@ -190,7 +190,7 @@ def _refuse_other_kinds(folder: Path, raw: dict[str, Any]) -> None:
             raise CheckpointError(f"{folder / 'config.json'}: num_labels is {shorten(labels)}, over {MAX_LABELS}; remove it")
         found = {key: part[key] for key in QUANTISED if part.get(key)}
         for key, value in found.items():
-            method = f": {value['quant_method']}" if isinstance(value, dict) and "quant_method" in value else ""
+            method = f": {shorten(value['quant_method'])}" if isinstance(value, dict) and "quant_method" in value else ""
             raise UnsupportedModelError(
                 f"{folder} holds quantised weights ({key}{method}), which are not read: take the unquantised checkpoint, "
                 "or dequantise it first; --precision int4 or int8 rounds at export"

@@ -67,11 +67,12 @@ def check_decoder(config: Any) -> None:
         raise UnsupportedModelError(f"hidden_act {config.hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     rope = str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
     if rope not in ROPE_TYPES:
-        raise UnsupportedModelError(f"rope type {rope!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        raise UnsupportedModelError(f"rope type {shorten(repr(rope))} is not supported; supported: {', '.join(ROPE_TYPES)}")
     partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor")
     if partial not in (None, 1):
         raise UnsupportedModelError(
-            f"partial_rotary_factor {partial} is not supported: a Llama's heads are rotated whole; remove it from text_config"
+            f"partial_rotary_factor {shorten(partial)} is not supported: a Llama's heads are rotated whole; "
+            "remove it from text_config"
         )
     for name in WINDOWS:
         window = getattr(config, name, None)

@@ -87,7 +87,7 @@ def generation_config(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
     try:
         GenerationSettings.from_dict(data)
     except InputError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {shorten(error)}") from error
     return data
 
 

@@ -132,7 +132,7 @@ def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: Gener
     token, highest = max(vocab.items(), key=lambda item: item[1])
     if highest >= rows:
         raise CheckpointError(
-            f"{name}'s tokenizer has tokens up to {highest} ({token!r}), its model embeds {rows}; "
+            f"{name}'s tokenizer has tokens up to {highest} ({shorten(repr(token))}), its model embeds {rows}; "
             "save it after model.resize_token_embeddings(len(tokenizer)), or with the tokenizer that it was trained with"
         )
     image = checkpoint.spec.image_token_id
@@ -147,7 +147,7 @@ def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: Gener
     try:
         settings.logits.check_ids(rows)
     except InputError as error:
-        raise CheckpointError(f"{name}'s {GENERATION_CONFIG}: {error}") from error
+        raise CheckpointError(f"{name}'s {GENERATION_CONFIG}: {shorten(error)}") from error
 
 
 def _check_template(folder: Path, checkpoint: Checkpoint, origin: str) -> None:
@@ -155,12 +155,12 @@ def _check_template(folder: Path, checkpoint: Checkpoint, origin: str) -> None:
     try:
         template, tokenizer = Template.from_folder(folder), TextTokenizer.from_folder(folder)
     except BundleError as error:
-        raise CheckpointError(f"{origin}: {error}") from error
+        raise CheckpointError(f"{origin}: {shorten(error)}") from error
     for images in (1, 0):
         try:
             text = template.render([user_message(QUESTION, images)])
         except InputError as error:
-            raise UnsupportedModelError(f"{origin}: {error}, so it may be for text only; {WAY_OUT}") from error
+            raise UnsupportedModelError(f"{origin}: {shorten(error)}, so it may be for text only; {WAY_OUT}") from error
         ids = tokenizer.encode(text)
         found = ids.count(checkpoint.spec.image_token_id)
         if found != images:

@@ -229,7 +229,7 @@ def _opened(file: Path) -> Iterator[Any]:
 def _check(file: Path, key: str, shape: tuple[int, ...], dtype: str, expected: tuple[int, ...]) -> None:
     """Check that a stored weight is of the shape that the configuration gives it, and of numbers that are not rounded."""
     if shape != expected:
-        raise CheckpointError(f"{file.name}: {key} has shape {list(shape)}, expected {list(expected)}; {NOT_ONE_SAVE}")
+        raise CheckpointError(f"{file.name}: {key} has shape {shorten(list(shape))}, expected {list(expected)}; {NOT_ONE_SAVE}")
     if dtype not in DTYPES:
         raise CheckpointError(
             f"{file.name}: {key} is {dtype}; quantised weights are not read, take the checkpoint in 16 or 32 bits"

@@ -123,6 +123,8 @@ def test_sizes_of_another_model(folder: Path, size: str) -> None:
         ("text_config.torch_dtype", 3, "dtype is 3"),
         ("text_config.model_type", "gemma3_text", "'gemma3_text' decoder is not supported"),
         ("vision_config.model_type", [1], "LLaVA with a [1] tower is not supported"),
+        ("model_type", "x" * 10**5, "model_type 'xxx"),
+        ("text_config.model_type", "x" * 10**5, "LLaVA with a 'xxx"),
         ("model_type", {"a": 1}, "is not supported; supported: llava"),
         ("configuration_files", ["config.4.0.0.json"], "configuration_files of other versions"),
         ("quantization_config", {"quant_method": "awq"}, "holds quantised weights"),
@@ -294,6 +296,7 @@ def test_processors_of_no_model(folder: Path, key: str, value: Any) -> None:
     ("key", "value", "words"),
     [
         ("eos_token_id", 2.5, "eos_token_id must be a token id or a list of them"),
+        ("eos_token_id", "x" * 10**5, "eos_token_id must be"),
         ("eos_token_id", [2, "x"], "eos_token_id must be"),
         ("eos_token_id", 10**30, "is beyond its model's 260 tokens"),
         ("repetition_penalty", "x", "repetition_penalty"),

@@ -19,6 +19,7 @@ from leanvlm.exporter.models.ranges import ClipRanges, LlamaRanges, LlavaRanges,
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.records import shorten
 
 # Part of the configuration to what it is called, and to the model types that are handled with what their numbers may be.
 PARTS: dict[str, tuple[str, dict[str, type]]] = {
@@ -95,7 +96,7 @@ class LlavaFamily:
         """Return what the numbers of a part of the configuration may be."""
         called, known = PARTS[name]
         if not isinstance(model_type, str) or model_type not in known:
-            shown = repr(model_type)[:60]
+            shown = shorten(repr(model_type))
             raise UnsupportedModelError(f"LLaVA with a {shown} {called} is not supported; supported: {', '.join(known)}")
         return known[model_type]
 
@@ -111,7 +112,7 @@ class LlavaFamily:
         depth = vision.num_hidden_layers
         feature_layer = layer if layer >= 0 else depth + 1 + layer
         if not 1 <= feature_layer <= depth:
-            raise UnsupportedModelError(f"vision_feature_layer {layer} is outside a tower of {depth} blocks")
+            raise UnsupportedModelError(f"vision_feature_layer {shorten(layer)} is outside a tower of {depth} blocks")
         side = vision.image_size // vision.patch_size
         return FamilySpec(
             tokens_per_crop=side * side,
