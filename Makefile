@@ -31,6 +31,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## export the built-in model, ask it about a sample image, profile it
 	$(BIN)/leanvlm export --model demo --budget 64 -o $(BUNDLE) --force
+	@rm -f $(OVERLAY)
 	$(BIN)/leanvlm run $(BUNDLE) --image $(IMAGE) --prompt '$(QUESTION)' --overlay $(OVERLAY)
 	$(BIN)/leanvlm profile $(BUNDLE) --image $(IMAGE)
 	@echo

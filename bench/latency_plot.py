@@ -55,7 +55,7 @@ def save_bars(path: Path, chart: Bars) -> None:
         level = axis.place(chart.level[1])
         canvas.line(((level, TOP), (level, bottom)), INK, 1.2, dash=3)
     _draw_legend(canvas, chart, list(parts))
-    canvas.save(path)
+    path.write_bytes(canvas.png())
 
 
 @dataclass(frozen=True)

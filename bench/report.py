@@ -82,7 +82,7 @@ def study_section(path: Path, data: dict[str, Any]) -> str:
 
 def study_picture(path: Path, data: dict[str, Any]) -> None:
     """Draw accuracy over budget."""
-    plot_results(path, [Result.from_dict(row) for row in data["results"]])
+    path.write_bytes(plot_results([Result.from_dict(row) for row in data["results"]]))
 
 
 def prune_section(path: Path, data: dict[str, Any]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from leanvlm.demo import BUILT_IN
 from leanvlm.exporter.config import ExportConfig, parse_budgets
-from leanvlm.runtime.console import check_outputs, help_without_command, stderr_console
+from leanvlm.runtime.console import help_without_command, stderr_console
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.optional import require
+from leanvlm.runtime.outputs import check_outputs, check_picture, json_bytes, write_outputs
 
 DEMO_SCENES = 200
 
@@ -47,18 +48,17 @@ def gate_command(
     """Fit the pruning gate's references to a model's images; `export --gate-file` uses them."""
     config = ExportConfig(model=model, budgets=parse_budgets(budget), revision=revision, token=token, offline=offline)
     picture = output.with_suffix(".png")
-    check_outputs({"--output": output, "its picture": picture})
+    check_outputs({"--output": output, "its picture": picture}, (*_read_of(model), *_files_in(images)))
     if images is None and model not in BUILT_IN:
         raise InputError("--images is missing; give a folder with at least 8 images such as the model will see")
     if images is not None and scenes is not None:
         raise InputError("--scenes and --images exclude each other")
     require("torch", "export", "calibrating")
     require("transformers", "export", "calibrating")
-    from leanvlm.calibration.gate import Folder, TrainingScenes, fit_gate, measure, save_histogram
+    from leanvlm.calibration.gate import Folder, TrainingScenes, draw_histogram, fit_gate, measure
     from leanvlm.calibration.vision import VisionSide
     from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 
-    _check_replaced(output, picture)
     source = TrainingScenes(scenes or DEMO_SCENES) if images is None else Folder(images)
     checkpoint = open_checkpoint(config)
     with _progress(len(source)) as advance:
@@ -67,25 +67,18 @@ def gate_command(
         gate = fit_gate(side, source, found, config.budgets)
     if source.unreadable:
         stderr_console().print(f"not usable as images, {len(source.unreadable)} left out: {source.left_out}", markup=False)
-    gate.write(output)
-    save_histogram(picture, gate, found)
+    write_outputs({output: gate.to_bytes(), picture: draw_histogram(gate, found)})
     print(describe_gate(gate.figures, gate.erank_ref, gate.entropy_ref))
     print(output)
 
 
-def _check_replaced(output: Path, picture: Path) -> None:
-    """Check that nothing but what an earlier calibration wrote would be replaced: the picture's name was not asked for."""
-    from leanvlm.exporter.gate_file import read_gate_file
+def _read_of(model: str | None) -> tuple[Path, ...]:
+    """Return the folder that a model's files are read from, if it is one on this machine that the user may write to."""
+    return () if model is None or model in BUILT_IN or not Path(model).is_dir() else (Path(model),)
 
-    there = [path for path in (output, picture) if path.exists()]
-    try:
-        if there:
-            read_gate_file(output)
-    except InputError as error:
-        raise InputError(
-            f"--output {output} writes {output.name} and {picture.name}; {there[0]} is there and is of no earlier calibration: "
-            "give another name, or move it"
-        ) from error
+
+def _files_in(images: Path | None) -> tuple[Path, ...]:
+    return () if images is None or not images.is_dir() else tuple(path for path in images.iterdir() if not path.is_dir())
 
 
 def describe_gate(figures: Any, erank_ref: float, entropy_ref: float) -> str:
@@ -115,7 +108,8 @@ def eval_command(
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads, for bundles.")] = None,
 ) -> None:
     """Ask held-out questions about built-in scenes; count right answers and hallucinated objects."""
-    check_outputs({"--json": json_file, "--plot": plot})
+    check_picture("--plot", plot)
+    check_outputs({"--json": json_file, "--plot": plot}, (*(bundle or ()), *_read_of(model)))
     if bool(bundle) == (model is not None):
         raise InputError("give bundles, or --model with --pruner")
     if bool(pruner) != (model is not None):
@@ -131,11 +125,10 @@ def eval_command(
     else:
         results = _run_model(model, pruner or [], budgets, exam)
     print_results(results)
-    if json_file is not None:
-        data = {"schema": 1, "scenes": scenes, "results": [result.to_dict() for result in results]}
-        json_file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    if plot is not None:
-        plot_results(plot, results)
+    versions = {"leanvlm": version("leanvlm")}
+    counts = {"schema": 1, "versions": versions, "scenes": scenes, "results": [result.to_dict() for result in results]}
+    reports = {json_file: json_bytes(counts), plot: plot_results(results) if plot else b""}
+    write_outputs({path: content for path, content in reports.items() if path is not None})
 
 
 def _run_bundles(bundles: list[Path], budgets: tuple[int, ...] | None, exam: Any, threads: int | None) -> list[Any]:

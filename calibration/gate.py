@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from leanvlm.calibration.plot import Histogram, save_plot
+from leanvlm.calibration.plot import Histogram, draw_plot
 from leanvlm.calibration.vision import VisionSide
 from leanvlm.demo.batches import Mixture, draw_scenes
 from leanvlm.demo.scenes import Scene
@@ -277,15 +277,14 @@ def _spread(values: Array) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in named.items()}
 
 
-def save_histogram(path: Path, gate: GateFile, found: Measured) -> None:
-    """Draw the spread of both quantities over the images, with the references that the file sets."""
+def draw_histogram(gate: GateFile, found: Measured) -> bytes:
+    """Draw the spread of both quantities over the images, with the references that the file sets; returns a PNG file."""
     ranks = {"exact": found.exact.tolist(), "estimated": found.estimated.tolist()}
     entropy = {"entropy": found.entropy.tolist()}
     title = f"{gate.images} images"
-    save_plot(
-        path,
+    return draw_plot(
         [
             Histogram(f"Effective rank, {title}", "effective rank", ranks, ("reference (mean)", gate.erank_ref)),
             Histogram(f"Attention entropy, {title}", "entropy, nats", entropy, ("reference (mean)", gate.entropy_ref)),
-        ],
+        ]
     )

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from leanvlm.runtime.outputs import png_bytes, write_outputs
+
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = ("circle", "square", "triangle", "diamond")
 INK, GRID, PAPER = "#333333", "#DDDDDD", "#FFFFFF"
@@ -67,12 +69,12 @@ class Histogram:
 
 
 def save_plot(path: Path, panels: Sequence[Lines | Histogram]) -> None:
-    """Draw panels side by side, with one legend at the right, and write a PNG.
+    """Draw panels, at least one, and write them as a PNG."""
+    write_outputs({path: draw_plot(panels)})
 
-    Args:
-        path: The file; its suffix names the format.
-        panels: At least one.
-    """
+
+def draw_plot(panels: Sequence[Lines | Histogram]) -> bytes:
+    """Draw panels, at least one, side by side, with one legend at the right, and return a PNG file."""
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
     canvas = Canvas(len(panels) * WIDTH + LEGEND_WIDTH, HEIGHT)
     for index, panel in enumerate(panels):
@@ -81,7 +83,7 @@ def save_plot(path: Path, panels: Sequence[Lines | Histogram]) -> None:
         else:
             _draw_histogram(canvas, index * WIDTH, panel, names)
     _draw_legend(canvas, len(panels) * WIDTH, panels, names)
-    canvas.save(path)
+    return canvas.png()
 
 
 class Canvas:
@@ -126,9 +128,9 @@ class Canvas:
         angles = [math.radians(start + 360 * k / count) for k in range(count)]
         self.draw.polygon([(x + 1.2 * r * math.cos(a), y + 1.2 * r * math.sin(a)) for a in angles], colour)
 
-    def save(self, path: Path) -> None:
-        """Scale down and write."""
-        self.image.resize(self.size, Image.Resampling.LANCZOS).save(path)
+    def png(self) -> bytes:
+        """Scale down and return a PNG file."""
+        return png_bytes(self.image.resize(self.size, Image.Resampling.LANCZOS))
 
 
 def _dashes(points: Sequence[Point], length: float) -> list[list[Point]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from leanvlm.calibration.plot import Lines, save_plot
+from leanvlm.calibration.plot import Lines, draw_plot
 from leanvlm.calibration.scores import Result
 from leanvlm.demo.scenes import FAMILIES
 
@@ -62,8 +61,8 @@ def _names(result: Result) -> tuple[str, str, str]:
     return result.source, result.method, str(result.budget)
 
 
-def plot_results(path: Path, results: Sequence[Result]) -> None:
-    """Draw accuracy over budget, one panel for each kind of scenes; unpruned results become a level to compare with."""
+def plot_results(results: Sequence[Result]) -> bytes:
+    """Draw accuracy over budget, one panel for each kind of scenes; unpruned results become a level. Returns a PNG file."""
     panels = []
     several = len({(result.source, result.method) for result in results}) != len({result.method for result in results})
     for kind in dict.fromkeys(result.kind for result in results):
@@ -79,4 +78,4 @@ def plot_results(path: Path, results: Sequence[Result]) -> None:
         # With nothing pruned there is no curve: the unpruned points stand for themselves.
         series = series or {"none": [(r.budget, 100 * r.scores.accuracy) for r in results if r.kind == kind]}
         panels.append(Lines(f"{kind} scenes", "image tokens kept", "right answers, %", series, level))
-    save_plot(path, panels)
+    return draw_plot(panels)

@@ -68,6 +68,8 @@ class ExportConfig:
             raise InputError("--model is empty; give demo, llava, a Hub id or a folder")
         if self.named_output.name in ("", ".."):
             raise InputError(f"--output {str(self.output)!r} does not name a folder; give one to write, such as llava-64")
+        if self.template is not None and not str(self.template).strip():
+            raise InputError(f"--template is empty; give a file with a chat template, or {NO_TEMPLATE} to export without one")
         if not self.budgets:
             raise InputError("--budget is empty; give one or more numbers of image tokens, such as 64 or 64,128")
         for budget in self.budgets:

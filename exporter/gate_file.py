@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import SourceSpec, file_sha256
+from leanvlm.runtime.outputs import json_bytes
 from leanvlm.runtime.records import Between, load_json, read
 
 # 2: without constants of the rank estimator, which holds for every model now.
@@ -66,10 +67,9 @@ class GateFile:
         """Return what the manifest says of where the gate's values come from."""
         return {"file": path.name, "sha256": file_sha256(path), "source": self.source, "images": self.images}
 
-    def write(self, path: Path) -> None:
-        """Write the file as JSON."""
-        data = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    def to_bytes(self) -> bytes:
+        """Return the file, which `read_gate_file` reads back to an equal one."""
+        return json_bytes({"schema": SCHEMA, **dataclasses.asdict(self)})
 
 
 def read_gate_file(path: Path) -> GateFile:

@@ -22,10 +22,11 @@ from pathlib import Path
 from leanvlm.exporter.config import ExportConfig
 from leanvlm.runtime.backends.portable import CACHE
 from leanvlm.runtime.console import check_utf8
-from leanvlm.runtime.engines.build import TIMING_CACHE
+from leanvlm.runtime.engines.build import KERNELS, TIMING_CACHE
 from leanvlm.runtime.engines.plan import ENGINES
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
 from leanvlm.runtime.manifest import MANIFEST
+from leanvlm.runtime.outputs import check_folder
 from leanvlm.runtime.signals import deferred_signals
 
 # Path in a folder to size and time of change.
@@ -36,12 +37,15 @@ def check_output(config: ExportConfig) -> None:
     """Check that the output folder can be written.
 
     Raises:
-        InputError: It exists and `force` is off, it holds something else than a bundle, its name is not UTF-8, or another
-            export writes it.
+        InputError: It exists and `force` is off, it holds something else than a bundle, its name is not UTF-8, another export
+            writes it, or nothing can be written there.
     """
-    check_utf8(config.output_folder)
+    output = config.output_folder
+    check_utf8(output)
     files_replaced(config)
-    _left_over(config.output_folder)
+    _left_over(output)
+    # What is missing of its parents is made with it.
+    check_folder(next(parent for parent in output.parents if os.path.lexists(parent)), f"-o {config.named_output}")
 
 
 def files_replaced(config: ExportConfig) -> Files:
@@ -58,7 +62,8 @@ def files_replaced(config: ExportConfig) -> Files:
     if not output.exists():
         return {}
     if not config.force:
-        raise InputError(f"{output} exists; choose another -o, or pass --force to replace it")
+        replaceable = ", or pass --force to replace it" if output.is_dir() else ""
+        raise InputError(f"{output} exists; choose another -o{replaceable}")
     if config.here.is_relative_to(output):
         raise InputError(f"the current folder is in {output}, which --force would replace; go elsewhere, or choose another -o")
     return _files_of_bundle(output, output)
@@ -76,7 +81,9 @@ def _files_of_bundle(folder: Path, output: Path) -> Files:
     try:
         # Of any schema: bundles of other versions may be replaced too.
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        known = {MANIFEST, TIMING_CACHE.as_posix(), *data["files"], *(engine["file"] for engine in data.get("engines", ()))}
+        engines = [Path(engine["file"]) for engine in data.get("engines", ())]
+        known = {MANIFEST, TIMING_CACHE.as_posix(), *data["files"], *(engine.as_posix() for engine in engines)}
+        known |= {engine.with_suffix(KERNELS).as_posix() for engine in engines}
     except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{output / MANIFEST} cannot be read, so --force cannot tell the bundle's files from others; move {output} away"
@@ -207,7 +214,7 @@ def put_in_place(new: Path, config: ExportConfig, before: Files, scratch: Path) 
 def _check_unchanged(output: Path, before: Files, found: Files) -> None:
     changed = sorted(dict(found.items() - before.items()))
     # Who runs the older bundle may fill its cache.
-    changed = [name for name in changed if not name.startswith(f"{CACHE.as_posix()}/")]
+    changed = [name for name in changed if not (name.startswith(f"{CACHE.as_posix()}/") or name.endswith(KERNELS))]
     if changed:
         raise InputError(
             f"{output / changed[0]} was written while the export ran, and stays; export again, or choose another -o"

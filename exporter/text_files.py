@@ -106,8 +106,10 @@ def _template(config: ExportConfig, checkpoint: Checkpoint, tokenizer: Any) -> s
         try:
             with Path(config.template).open(encoding="utf-8") as file:
                 text = file.read(MAX_TEMPLATE + 1)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--template {config.template} cannot be read: {error}") from error
+        except OSError as error:
+            raise InputError(f"--template {config.template} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"--template {config.template} is not UTF-8 text: {error.reason}") from error
         if len(text) > MAX_TEMPLATE:
             raise InputError(f"--template {config.template} has more than {MAX_TEMPLATE} characters, so it is no chat template")
         return text

@@ -12,7 +12,8 @@ from typing import Any
 from leanvlm.runtime.answer import Answer, Pruning
 from leanvlm.runtime.console import is_utf8, stderr_console
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.overlay import check_picture_path, save_overlay
+from leanvlm.runtime.outputs import check_outputs, check_picture
+from leanvlm.runtime.overlay import save_overlay
 from leanvlm.runtime.preprocess import load_image
 from leanvlm.runtime.session import Session, load
 
@@ -37,10 +38,10 @@ class Request:
 def ask(request: Request) -> None:
     """Print the answer as it comes, or one JSON object; a summary goes to standard error."""
     assert request.prompt is not None
-    if request.overlay is not None:
-        check_picture_path(request.overlay, request.images)
-        if len(request.images) != 1:
-            raise InputError("--overlay draws one image; give exactly one --image")
+    check_picture("--overlay", request.overlay)
+    check_outputs({"--overlay": request.overlay}, (request.bundle, *request.images))
+    if request.overlay is not None and len(request.images) != 1:
+        raise InputError("--overlay draws one image; give exactly one --image")
     with load(request.bundle, device=request.device, provider=request.provider, threads=request.threads) as session:
         asked = {"budget": request.budget, "raw": request.raw, **request.options}
         generation = session.stream(request.prompt, request.images, **asked)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import cache
 from importlib import import_module
@@ -14,7 +13,6 @@ import typer
 
 from leanvlm.runtime.console import (
     INTERRUPTED,
-    check_outputs,
     help_without_command,
     one_line_errors,
     parse_ids,
@@ -114,7 +112,7 @@ def run(
         },
     )  # fmt: skip
     if prompt is None:
-        for option, given in (("--json", as_json), ("--raw-prompt", raw_prompt)):
+        for option, given in (("--json", as_json), ("--raw-prompt", raw_prompt), ("--overlay", overlay is not None)):
             if given:
                 raise InputError(f"{option} needs --prompt")
         chat(request)
@@ -138,19 +136,18 @@ def profile(
     html: Annotated[Path | None, typer.Option(help="Write a page with a chart.")] = None,
 ) -> None:
     """Time every stage, beside the unpruned model in the same run."""
+    from leanvlm.runtime.outputs import check_outputs, json_bytes, write_outputs
     from leanvlm.runtime.profile import ProfileConfig, measure
-    from leanvlm.runtime.profile_report import print_table, write_html
+    from leanvlm.runtime.profile_report import page, print_table
 
-    check_outputs({"--json": json_file, "--html": html}, () if image is None else (image,))
+    check_outputs({"--json": json_file, "--html": html}, (bundle, *([image] if image else [])))
     config = ProfileConfig(bundle, image, prompt, runs, warmup, max_new_tokens, budget, device, provider, threads)
     console = stderr_console()
     with console.status("opening the bundle") as status:
         figures = measure(config, status.update)
     print_table(figures)
-    if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    if html is not None:
-        write_html(figures, html)
+    reports = {json_file: json_bytes(figures), html: page(figures).encode()}
+    write_outputs({path: content for path, content in reports.items() if path is not None})
 
 
 @app.command()
@@ -165,9 +162,12 @@ def inspect(
     """Show what a bundle holds, and what pruning does to an image."""
     from leanvlm.runtime.inspection import describe, inspect_image
     from leanvlm.runtime.manifest import read_manifest, verify_files
+    from leanvlm.runtime.outputs import check_outputs, check_picture
 
     if overlay is not None and image is None:
         raise InputError("--overlay needs --image")
+    check_picture("--overlay", overlay)
+    check_outputs({"--overlay": overlay}, (bundle, *([image] if image else [])))
     manifest = read_manifest(bundle)
     if verify:
         verify_files(bundle, manifest)

@@ -7,7 +7,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,32 +28,6 @@ def stderr_console() -> Console:
     return Console(file=sys.stderr, highlight=False, soft_wrap=True)
 
 
-def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[Path] = ()) -> None:
-    """Check, before any work, the files that a command is to write.
-
-    Args:
-        outputs: The option that names each file, and the file; None where the option is not given.
-        inputs: Files that the command reads.
-
-    Raises:
-        InputError: A file is a folder, or is in none, is one of the inputs, or is named by two options.
-    """
-    seen: dict[str, Path] = {}
-    for option, path in outputs.items():
-        if path is None:
-            continue
-        if os.path.isdir(path):
-            raise InputError(f"{option} {path} is a folder; give a file")
-        if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
-            raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
-        if any(_one_file(path, read) for read in inputs):
-            raise InputError(f"{option} {path} is an input, which would be lost; give another file")
-        for other, taken in seen.items():
-            if _one_file(path, taken):
-                raise InputError(f"{other} {taken} and {option} {path} are one file; each needs its own")
-        seen[option] = path
-
-
 def check_utf8(folder: str | Path) -> None:
     """Check that the name of a bundle's or checkpoint's folder is UTF-8: the libraries that open files in it take no other.
 
@@ -64,14 +38,6 @@ def check_utf8(folder: str | Path) -> None:
         os.fspath(folder).encode()
     except UnicodeEncodeError:
         raise InputError(f"the folder's name {folder} is not valid UTF-8, which is needed; rename it") from None
-
-
-def _one_file(first: Path, second: Path) -> bool:
-    """Whether two paths are one file, or would be: also through links, where the file is not there yet."""
-    try:
-        return os.path.samefile(first, second)
-    except OSError:
-        return os.path.realpath(first) == os.path.realpath(second)
 
 
 def help_without_command(context: Any) -> None:

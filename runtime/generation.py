@@ -25,6 +25,8 @@ MAX_NEW_TOKENS = 128
 GENERATION_CONFIG = "generation_config.json"
 SAMPLING_SETTINGS = ("top_k", "top_p", "min_p")
 """Settings of the file that sampling uses."""
+REQUEST_OPTIONS = ("max_new_tokens", "temperature", "seed", "stop", "ignore_end")
+"""What only a request says."""
 
 
 class Scores(Protocol):
@@ -133,7 +135,12 @@ class GenerationSettings:
 
         Raises:
             InputError: A value that is not possible.
+            TypeError: An option that there is not.
         """
+        unknown = [name for name in settings if name not in (*SAMPLING_SETTINGS, *LOGITS_SETTINGS)]
+        if unknown:
+            known = ", ".join((*REQUEST_OPTIONS, *SAMPLING_SETTINGS, *LOGITS_SETTINGS))
+            raise TypeError(f"there is no option {unknown[0]!r} for an answer; known: {known}")
         chosen = {name: settings.pop(name) for name in SAMPLING_SETTINGS if name in settings}
         chosen = {name: value for name, value in chosen.items() if value is not None}
         sampling = replace(self.sampling, temperature=temperature, seed=seed, **chosen)

@@ -7,7 +7,7 @@ from pathlib import Path
 from leanvlm.runtime.answer import Pruning
 from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.manifest import Manifest
-from leanvlm.runtime.overlay import check_picture_path, save_overlay
+from leanvlm.runtime.overlay import save_overlay
 from leanvlm.runtime.preprocess import load_image
 from leanvlm.runtime.session import load
 
@@ -51,8 +51,6 @@ def _engines(manifest: Manifest) -> dict[str, str]:
 
 def inspect_image(folder: Path, image: Path, budget: int | None, overlay: Path | None, device: str | None = None) -> str:
     """Encode an image and return what pruning did to it; write the picture if asked for."""
-    if overlay is not None:
-        check_picture_path(overlay, (image,))
     picture = load_image(image)
     with load(folder, device=device) as session:
         chosen = session.manifest.budget(budget)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from leanvlm.runtime.answer import Pruning
-from leanvlm.runtime.console import check_outputs
-from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.outputs import png_bytes, write_outputs
 from leanvlm.runtime.preprocess import preprocess
 
 SCALE = 2
@@ -23,21 +21,9 @@ GAP = 12
 COLOURS = ((0.0, (8, 8, 20)), (0.35, (110, 30, 110)), (0.65, (225, 95, 45)), (0.9, (250, 210, 80)), (1.0, (255, 255, 255)))
 
 
-def check_picture_path(path: Path, images: Sequence[Path] = ()) -> None:
-    """Check, before any work, that a PNG can be written there.
-
-    Raises:
-        InputError: Another ending than .png, a place where no file can be, or one of the input `images`.
-    """
-    if path.suffix.lower() != ".png":
-        raise InputError(f"--overlay {path} must end in .png")
-    check_outputs({"--overlay": path}, images)
-
-
 def save_overlay(path: Path, image: Image.Image, pruning: Pruning, manifest: Manifest) -> None:
     """Write the picture for one image; it shows what the model sees, so the crop is cut off."""
-    check_picture_path(path)
-    draw_overlay(image, pruning, manifest).save(path)
+    write_outputs({path: png_bytes(draw_overlay(image, pruning, manifest))})
 
 
 def draw_overlay(image: Image.Image, pruning: Pruning, manifest: Manifest) -> Image.Image:

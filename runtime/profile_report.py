@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from leanvlm.runtime.answer import STAGES
+from leanvlm.runtime.outputs import PAGE_MARK
 
 # One colour a stage, told apart by colour-blind eyes too (Okabe and Ito's palette).
 COLOURS = {
@@ -76,8 +76,8 @@ def _stages(figures: dict[str, Any]) -> tuple[list[str], str]:
     return [stage for stage in STAGES if stage in measured], SHARED_NOTE if "prune" in measured else WHOLE_NOTE
 
 
-def write_html(figures: dict[str, Any], path: Path) -> None:
-    """Write one self-contained page: the stages of the median run up to its first token, stacked, and the table below."""
+def page(figures: dict[str, Any]) -> str:
+    """Return one self-contained page: the stages of the median run up to its first token, stacked, and the table below."""
     budgets = figures["budgets"]
     longest = max(v["time_to_first_token_ms"] for v in budgets.values())
     bars = "\n".join(_bar(values, longest) for values in budgets.values())
@@ -88,8 +88,7 @@ def write_html(figures: dict[str, Any], path: Path) -> None:
     board = "\n".join(f"<tr><td>{title}</td>{_cells(cells)}</tr>" for title, cells in _board_rows(figures))
     if board:
         board = f"<h2>Board</h2><table><tr><th></th>{heads}</tr>{board}</table><p>{BOARD_NOTE}.</p>\n"
-    path.write_text(
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>leanvlm profile</title><style>
+    return f"""{PAGE_MARK}<style>
 body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
 .bar{{display:flex;height:2.2rem;margin:.2rem 0 1rem}} .bar div{{height:100%}}
 i{{display:inline-block;width:.8rem;height:.8rem;margin:0 .3rem 0 .8rem}}
@@ -101,9 +100,7 @@ The first token comes <b>{figures["speedup"]:.2f} times</b> sooner than unpruned
 <h2>Stages, ms: p50 (p90)</h2><table><tr><th>stage</th>{heads}</tr>{rows}</table>
 <p>{", ".join(stage for stage in stages if stage in SHARED)}: {note}.</p>
 {board}</html>
-""",
-        encoding="utf-8",
-    )
+"""
 
 
 def _bar(values: dict[str, Any], longest: float) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,26 @@ def sample_image() -> Path:
     from leanvlm.demo import SAMPLES_DIR
 
     return SAMPLES_DIR / "complex-9003.png"
+
+
+@pytest.fixture
+def protected() -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A folder, and a function after which this process may read it and not write to it, root or not."""
+    # Not below `tmp_path`, which another user may not enter.
+    folder = Path(tempfile.mkdtemp(prefix="leanvlm-protected-"))
+    user = os.geteuid()
+
+    def protect() -> None:
+        for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+            place.chmod(0o555)
+        if user == 0:
+            os.seteuid(65534)
+
+    yield folder, protect
+    os.seteuid(user)
+    for place, _, _ in os.walk(folder):
+        os.chmod(place, 0o755)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,8 @@ from leanvlm.exporter import ExportConfig
 from leanvlm.exporter.place import files_replaced, put_in_place
 from leanvlm.exporter.plan import Plan, plan
 from leanvlm.runtime.errors import VerificationError
+from leanvlm.runtime.manifest import read_manifest
+from leanvlm.runtime.signals import ENDING, Terminated, raised_when_terminated
 
 # All of the tiny model's image tokens: one graph to trace, not two.
 BUDGET = tiny.TOKENS
@@ -167,7 +169,8 @@ def test_a_disk_that_is_too_small_is_seen_before_the_work(
     assert not list(disk.iterdir())
 
 
-def test_ctrl_c_at_any_step(request_: Plan, output: Path) -> None:
+def test_a_signal_at_any_step(request_: Plan, output: Path) -> None:
+    """Ctrl-C, SIGTERM and SIGHUP by turns."""
     steps: list[str] = []
     pipeline.export_plan(request_, steps.append)
     assert len(steps) == request_.steps
@@ -179,13 +182,37 @@ def test_ctrl_c_at_any_step(request_: Plan, output: Path) -> None:
         def press(step: str, number: int = number, passed: list[str] = passed) -> None:
             passed.append(step)
             if len(passed) > number:
-                raise KeyboardInterrupt
+                signal.raise_signal(ENDING[number % len(ENDING)])
 
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises((KeyboardInterrupt, Terminated)), raised_when_terminated():
             pipeline.export_plan(request_, press)
         assert passed == steps[: number + 1]
         assert contents(output.parent) == before, steps[number]
         assert [path.name for path in output.parent.iterdir()] == ["tiny"], steps[number]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_where_something_was_written(
+    request_: Plan, output: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the last of them the new bundle is in its place, whole."""
+    before = older_bundle(output)
+    for writer in WRITERS:
+        function = getattr(pipeline, writer)
+
+        def strike(*arguments: Any, function: Callable[..., Any] = function, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            signal.raise_signal(number)
+            return result
+
+        monkeypatch.setattr(pipeline, writer, strike)
+        with pytest.raises(Terminated), raised_when_terminated():
+            pipeline.export_plan(request_)
+        monkeypatch.setattr(pipeline, writer, function)
+        assert [path.name for path in output.parent.iterdir()] == ["tiny"], writer
+        if writer != "put_in_place":
+            assert contents(output.parent) == before, writer
+    assert set(contents(output)) == {"leanvlm.json", *read_manifest(output).files}
 
 
 @pytest.mark.parametrize("moment", ["behind the first rename", "at the second rename"])

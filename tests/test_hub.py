@@ -135,7 +135,7 @@ def test_a_gate_file_of_other_weights_is_refused_once_they_are_here(
 
     sha256 = open_checkpoint(ExportConfig(str(tiny_llava))).source().sha256
     for name, sum_of_weights, message in (("wrong.json", "0" * 64, "wrong.json"), ("right.json", sha256, "as far as")):
-        GateFile(NAME, sum_of_weights, 8, "test", 60.0, 5.5).write(tmp_path / name)
+        (tmp_path / name).write_bytes(GateFile(NAME, sum_of_weights, 8, "test", 60.0, 5.5).to_bytes())
         with pytest.raises(InputError, match=message):
             export(ExportConfig(NAME, (16,), gate_file=tmp_path / name))
     assert len(exported) == 1

@@ -166,6 +166,13 @@ def test_a_request_comes_before_the_file() -> None:
     assert mine.logits == LogitsConfig(bad_words_ids=((4, 5),), suppress_tokens=(1,))
 
 
+def test_an_option_that_there_is_not_is_named() -> None:
+    with pytest.raises(
+        TypeError, match=r"^there is no option 'topp' for an answer; known: max_new_tokens, .*top_k, top_p, .*penalty"
+    ):
+        GenerationSettings().options(temperature=0.5, topp=0.9)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from leanvlm.demo import SAMPLES_DIR, SMALL_DIR
+from leanvlm.runtime.engines import library
 from leanvlm.runtime.optional import TELEMETRY
 
 CONFINED = Path(__file__).with_name("confined.py")
@@ -32,10 +33,13 @@ def confined(tmp_path_factory: pytest.TempPathFactory) -> Confined:
     unset = {*TELEMETRY, "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME"}
     variables = {name: value for name, value in os.environ.items() if name not in unset}
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, text: str = "") -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(CONFINED), *map(str, arguments)]
-        done = subprocess.run(command, cwd=place, env={**variables, **homes}, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=place, env={**variables, **homes}, input=text, capture_output=True, text=True, check=False
+        )
         assert not list(homes["HOME"].iterdir())
+        assert sorted(place.iterdir()) == sorted(homes.values())
         # PyTorch makes an empty folder for its compiler.
         assert {path.name.partition("_")[0] for path in homes["TMPDIR"].rglob("*")} <= {"torchinductor"}
         return done
@@ -54,22 +58,80 @@ def bundle(confined: Confined, tmp_path_factory: pytest.TempPathFactory) -> Path
     return output
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("export", "--model", "demo-small", "--dry-run"),
-        ("run", "BUNDLE", "--image", IMAGE, "--prompt", "What is below the green ring?"),
-        ("profile", "BUNDLE", "--runs", 1, "--warmup", 0, "--max-new-tokens", 2),
-        ("inspect", "BUNDLE", "--image", IMAGE, "--verify"),
-        ("doctor",),
-    ],
-    ids=lambda arguments: arguments[0],
-)
-def test_a_command_keeps_to_itself(arguments: tuple[object, ...], bundle: Path, confined: Confined) -> None:
-    before = sorted(bundle.iterdir())
-    done = confined("leanvlm.runtime.cli", *(bundle if part == "BUNDLE" else part for part in arguments))
+FEW = ("--runs", 1, "--warmup", 0, "--max-new-tokens", 2)
+# What each command may write beside the bundle.
+COMMANDS: dict[str, tuple[tuple[object, ...], set[str]]] = {
+    "run": (("run", "BUNDLE", "--image", IMAGE, "--prompt", "What?", "--overlay", "OUT/kept.png"), {"kept.png"}),
+    "chat": (("run", "BUNDLE", "--image", IMAGE), set()),
+    "profile": (
+        (
+            "profile",
+            "BUNDLE",
+            "--runs",
+            1,
+            "--warmup",
+            0,
+            "--max-new-tokens",
+            2,
+            "--json",
+            "OUT/a.json",
+            "--html",
+            "OUT/a.html",
+        ),
+        {"a.json", "a.html"},
+    ),
+    "inspect": (("inspect", "BUNDLE", "--image", IMAGE, "--verify"), set()),
+    "calibrate": (
+        ("calibrate", "gate", "--model", "demo-small", "--scenes", 8, "-o", "OUT/gate.json"),
+        {"gate.json", "gate.png"},
+    ),
+    "eval": (
+        ("eval", "BUNDLE", "--scenes", 1, "--kinds", "simple", "--budget", 64, "--json", "OUT/e.json", "--plot", "OUT/e.png"),
+        {"e.json", "e.png"},
+    ),
+    "doctor": (("doctor",), set()),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_keeps_to_itself(name: str, bundle: Path, confined: Confined, tmp_path: Path) -> None:
+    arguments, written = COMMANDS[name]
+    before = contents(bundle)
+    places = {"BUNDLE": str(bundle), "OUT": str(tmp_path)}
+    parts = [str(part) for part in arguments]
+    for word, place in places.items():
+        parts = [part.replace(word, place) for part in parts]
+    done = confined("leanvlm.runtime.cli", *parts, text="What is below the green ring?\n/exit\n")
     assert done.returncode == 0, done.stderr
-    assert sorted(bundle.iterdir()) == before
+    assert contents(bundle) == before
+    assert {path.name for path in tmp_path.iterdir()} == written
+
+
+@pytest.mark.skipif(not library.find_spec("tensorrt_rtx"), reason="TensorRT-RTX is not installed")
+def test_a_build_keeps_to_itself(tensorrt_bundle: Path, confined: Confined, tmp_path: Path) -> None:
+    bundle = shutil.copytree(tensorrt_bundle, tmp_path / "bundle")
+    before = contents(bundle)
+    done = confined("leanvlm.runtime.cli", "build", bundle, "--engine", "tensorrt-rtx", "--sm", 86, "--budget", 64)
+    assert done.returncode == 0, done.stderr
+    engines = {f"engines/86/{name}.engine" for name in ("vision_64", "decoder")}
+    assert set(contents(bundle)) - set(before) == {"engines", "engines/86", *engines}
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_optimum_keeps_to_itself(confined: Confined, tmp_path: Path) -> None:
+    """Its command line imports far more than ours."""
+    command = ("export", "leanvlm", "--model", "demo-small", "--dry-run")
+    done = confined("optimum.commands.optimum_cli", *command)
+    assert done.returncode == 0, done.stderr
+    assert "decoder.onnx" in done.stdout
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return all below a folder, with sizes and times of change."""
+    return {
+        path.relative_to(folder).as_posix(): ((status := path.stat()).st_size, 0 if path.is_dir() else status.st_mtime_ns)
+        for path in folder.rglob("*")
+    }
 
 
 def test_the_probe_sees_a_socket(confined: Confined) -> None:

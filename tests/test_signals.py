@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import pkgutil
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
+from conftest import Command
 
 from leanvlm.runtime.console import one_line_errors
 from leanvlm.runtime.signals import Terminated, deferred_signals, raised_when_terminated
@@ -86,7 +91,6 @@ EXPORT = {
     "start": ("torch", (signal.SIGTERM,)),
     "tracing": ("torch.export:export", (signal.SIGHUP,)),
     "building": ("leanvlm.exporter.pipeline:build_decoder", (signal.SIGTERM, signal.SIGHUP)),
-    "verifying": ("leanvlm.exporter.pipeline:verify", (signal.SIGTERM,)),
 }
 
 
@@ -141,14 +145,77 @@ def test_removing_is_not_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list(tmp_path.iterdir())
 
 
-def test_profile_and_calibrate_leave_nothing(tiny_bundle: Path, tiny_llava: Path, sample_image: Path, tmp_path: Path) -> None:
-    options = ("--image", sample_image, "--json", "figures.json", "--html", "page.html")
-    ended = strike("leanvlm.runtime.session:load", (signal.SIGTERM,), "profile", tiny_bundle, *options, cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == ENDS[signal.SIGTERM]
-    options = ("gate", "--model", "demo-small", "--scenes", 8)
-    ended = strike("leanvlm.calibration.gate:fit_gate", (signal.SIGTERM,), "calibrate", *options, cwd=tmp_path)
-    assert (ended.returncode, ended.stderr) == ENDS[signal.SIGTERM]
-    assert not list(tmp_path.iterdir())
+# What a profile and a calibration call, in their order. Behind the last one of each, what they write is there.
+PROFILE = (
+    "leanvlm.runtime.profile:read_image",
+    "leanvlm.runtime.profile:load",
+    "leanvlm.runtime.profile:answer_once",
+    "leanvlm.runtime.profile:preprocess",
+    "onnxruntime:InferenceSession.end_profiling",
+    "leanvlm.runtime.backends.ort:check_graph",
+    "leanvlm.runtime.profile:peak_memory",
+    "subprocess:Popen.communicate",
+    "leanvlm.runtime.profile_report:page",
+    "pathlib:Path.write_bytes",
+    "pathlib:Path.replace",
+)
+CALIBRATE = (
+    "leanvlm.calibration.cli:check_outputs",
+    "leanvlm.exporter.checkpoint:open_checkpoint",
+    "leanvlm.exporter.checkpoint:load_model",
+    "leanvlm.calibration.gate:exact_effective_rank",
+    "leanvlm.calibration.gate:measure",
+    "leanvlm.calibration.gate:fit_gate",
+    "leanvlm.calibration.gate:draw_histogram",
+    "pathlib:Path.write_bytes",
+    "pathlib:Path.replace",
+)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, which is the one for temporary files too: what is left in either shows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def strike_behind(moment: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process a signal when a function has done its work."""
+    # What imports functions by their names gets them as they are.
+    for module in ("leanvlm.exporter.pipeline", "leanvlm.calibration.cli", "leanvlm.calibration.study"):
+        importlib.import_module(module)
+    owner, _, name = moment.rpartition("." if "." in moment.partition(":")[2] else ":")
+    place = pkgutil.resolve_name(owner)
+    function = getattr(place, name)
+
+    def struck(*arguments: object, **options: object) -> object:
+        result = function(*arguments, **options)
+        signal.raise_signal(number)
+        return result
+
+    monkeypatch.setattr(place, name, struck)
+
+
+@pytest.mark.parametrize(
+    ("command", "moment"), [("profile", moment) for moment in PROFILE] + [("calibrate", moment) for moment in CALIBRATE]
+)
+def test_profile_and_calibrate_leave_nothing(
+    command: str, moment: str, tiny_bundle: Path, leanvlm: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {
+        "profile": ("profile", tiny_bundle, "--runs", 1, "--warmup", 0, "--json", "a.json", "--html", "a.html"),
+        "calibrate": ("calibrate", "gate", "--model", "demo-small", "--scenes", 8, "--budget", 64, "-o", "a.json"),
+    }
+    number = list(ENDS)[1 + len(moment) % 2]
+    strike_behind(moment, number, monkeypatch)
+    ended = leanvlm(*arguments[command])
+    assert (ended.returncode, ended.stderr) == ENDS[number]
+    written = {"profile": ["a.html", "a.json"], "calibrate": ["a.json", "a.png"]}[command]
+    assert sorted(path.name for path in workplace.iterdir()) == (written if moment == "pathlib:Path.replace" else [])
+    # No process that was started lives on.
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

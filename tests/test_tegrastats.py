@@ -21,7 +21,7 @@ import pytest
 
 from leanvlm.runtime import profile, tegrastats
 from leanvlm.runtime.profile import ProfileConfig, measure
-from leanvlm.runtime.profile_report import print_table, write_html
+from leanvlm.runtime.profile_report import page, print_table
 from leanvlm.runtime.tegrastats import Board, Load, Rail, Reading, parse, power_mode, recording, summarise, watch
 
 JETPACK_4 = (
@@ -349,12 +349,11 @@ def test_a_profile_on_a_jetson(
     """The board's figures are in the JSON, the table and the page; without `tegrastats` there is no trace of them."""
     monkeypatch.setattr(profile, "peak_memory", lambda config, budget: {"resident": 1, "device": None})
     monkeypatch.setattr(tegrastats, "watch", partial(watch, seconds=0.2))
-    config, page = ProfileConfig(demo_bundle, runs=1, warmup=0, max_new_tokens=2), tmp_path / "page.html"
+    config = ProfileConfig(demo_bundle, runs=1, warmup=0, max_new_tokens=2)
 
     plain = measure(config)
     print_table(plain)
-    write_html(plain, page)
-    assert "board" not in json.dumps(plain) + capsys.readouterr().out + page.read_text(encoding="utf-8").casefold()
+    assert "board" not in json.dumps(plain) + capsys.readouterr().out + page(plain).casefold()
 
     program(lasting(ORIN_NANO_JETPACK_6))
     (tmp_path / "nvpmodel").write_text("#!/bin/sh\necho 'NV Power Mode: MAXN_SUPER'\n", encoding="utf-8")
@@ -370,8 +369,7 @@ def test_a_profile_on_a_jetson(
         values["board"] = board
 
     print_table(figures)
-    write_html(figures, page)
-    printed, written = capsys.readouterr().out, page.read_text(encoding="utf-8")
+    printed, written = capsys.readouterr().out, page(figures)
     assert "board: energy per answer, J" in printed
     assert "power mode MAXN_SUPER" in printed
     assert all(text in printed and text in written for text in ("3310 of 7620", "15.2 (15.2)", "98 (98)", "53.8 (tj)"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, first_by, keep_all, precedes, require
+from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, diagonal, first_by, keep_all, precedes, require
 from leanvlm.exporter.pruners.gates import attention_entropy, rank_and_gram
 
 
@@ -76,7 +76,7 @@ class AgilePruner:
             max_distance=self.max_distance,
             sweeps=self.sweeps,
         )
-        energy = gram.flatten(1)[:, :: gram.shape[1] + 1].sum(1)
+        energy = diagonal(gram).sum(1)
         return Kept(indices, None, {**diagnostics, "energy": energy, "num_selected": num_selected, "converged": converged})
 
     def _gate(self, tokens: VisionTokens) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -134,7 +134,7 @@ def select_by_gram(
     rank = before.float().sum(dim=2)  # (B, N), 0 for the most attended
     threshold = ((rank + 1.0) * (ratio.float()[:, None] * step)).clamp(max=max_distance)  # (B, N)
     # The norms are the roots of the diagonal: no normalised copy of the tokens is made.
-    norms = gram.flatten(1)[:, :: count + 1].clamp(min=1e-16).sqrt()
+    norms = diagonal(gram).clamp(min=1e-16).sqrt()
     # 1 - cosine < threshold, with the norms moved to the other side.
     near = gram > norms[:, :, None] * (norms * (1.0 - threshold))[:, None, :]
     # One row a token: -1 for each token that, if alive, silences it, and 1 for a last one that always lives; so one product

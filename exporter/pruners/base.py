@@ -136,6 +136,11 @@ def chosen_indices(chosen: Tensor, keep: int) -> Tensor:
     return first_by(place - count * chosen.float(), keep)
 
 
+def diagonal(matrix: Tensor) -> Tensor:
+    """Diagonal (B, M) of (B, M, M) as one strided slice."""
+    return matrix.flatten(1)[:, :: matrix.shape[1] + 1]
+
+
 def cosine(tokens: Tensor) -> Tensor:
     """Return the cosine of every pair of `tokens` (B, N, D), un-centred, in fp32: (B, N, N).
 
@@ -143,7 +148,7 @@ def cosine(tokens: Tensor) -> Tensor:
     """
     tokens = tokens.float()
     gram = tokens @ tokens.transpose(1, 2)
-    norms = gram.flatten(1)[:, :: tokens.shape[1] + 1].sqrt() + 1e-8
+    norms = diagonal(gram).sqrt() + 1e-8
     return gram / (norms[:, :, None] * norms[:, None, :])
 
 

@@ -19,6 +19,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from leanvlm.exporter.pruners.base import diagonal
 from leanvlm.exporter.pruners.rank_coefficients import RANK_COEFFICIENTS
 
 # Energy of the centred tokens, relative to all energy, below which they count as equal: above float32 rounding squared.
@@ -42,11 +43,6 @@ def centred_gram(features: Tensor) -> Tensor:
     return centred @ centred.mT if features.shape[1] <= features.shape[2] else centred.mT @ centred
 
 
-def _diagonal(matrix: Tensor) -> Tensor:
-    """Diagonal (B, M) of (B, M, M) as one strided slice."""
-    return matrix.flatten(1)[:, :: matrix.shape[1] + 1]
-
-
 def _traces(gram: Tensor, lifts: tuple[float, ...], shift: float) -> Tensor:
     """Return tr R_0 ... tr R_n and ||R_n||_F^2 (B, n + 2) for a Gram matrix of trace 1, where R_k = P_k / _scales(lifts)[k].
 
@@ -57,10 +53,10 @@ def _traces(gram: Tensor, lifts: tuple[float, ...], shift: float) -> Tensor:
     # ||G^2||_F^(1/2) = (sum of eigenvalues^4)^(1/4) lies at most N^(1/4) above the largest eigenvalue.
     step = lifts[0] * square.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12).rsqrt()
     lifted = step * (gram - (step / lifts[1]) * square) + shift / lifts[1] * _identity(gram)
-    diagonals = [_diagonal(lifted)]
+    diagonals = [diagonal(lifted)]
     for lift, scale in zip(lifts[2:], scales[1:], strict=False):
         lifted = lifted - (lifted @ lifted.mT) * (scale / lift)
-        diagonals.append(_diagonal(lifted))
+        diagonals.append(diagonal(lifted))
     energy = lifted.norm(dim=(1, 2)).square()
     # tr R_0 is the step itself, as the Gram matrix has trace 1.
     return torch.cat([step[:, :, 0], torch.stack(diagonals, 1).sum(2), energy.unsqueeze(1)], 1)
@@ -89,7 +85,7 @@ def gram_effective_rank(gram: Tensor, limit: int, floor: Tensor | float = 0.0) -
         (B,), in [1, limit]; 1 where the trace is not above `floor`.
     """
     fit = RANK_COEFFICIENTS
-    total = _diagonal(gram).sum(1)
+    total = diagonal(gram).sum(1)
     traces = _traces(gram / total.clamp(min=1e-30)[:, None, None], fit.lifts, fit.shift)
     scales = _scales(fit.lifts)
     # One row a trace: its weight in S and in T. A sum of products, since a GPU would round a matrix product to fewer bits.
@@ -141,7 +137,7 @@ def rank_and_gram(features: Tensor) -> tuple[Tensor, Tensor]:
         gram = inner + (shift + offset[:, None, None]) + shift.mT
     else:
         inner, gram = centred_gram(features.float()), (pieces @ pieces.mT).sum(1)
-    energy = _diagonal(inner).sum(1) + count * offset
+    energy = diagonal(inner).sum(1) + count * offset
     return gram_effective_rank(inner, min(count - 1, width), EQUAL_TOKENS * energy), gram
 
 
@@ -163,7 +159,7 @@ def exact_effective_rank(features: Tensor) -> Tensor:
     values = features.double()
     gram = centred_gram(values)
     energy = values.square().sum((1, 2))
-    spread = _diagonal(gram).sum(1) > EQUAL_TOKENS * energy
+    spread = diagonal(gram).sum(1) > EQUAL_TOKENS * energy
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = singular / singular.sum(1, keepdim=True).clamp(min=1e-300)
     rank = (-torch.special.xlogy(share, share).sum(1)).exp()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from leanvlm.runtime.backends.cuda_memory import Buffer, Device
-from leanvlm.runtime.engines.build import write_whole
+from leanvlm.runtime.engines.build import KERNELS, write_whole
 from leanvlm.runtime.engines.library import LIBRARIES, number
 from leanvlm.runtime.errors import BackendError
 from leanvlm.runtime.manifest import EngineSpec, check_link, inside
@@ -62,7 +62,7 @@ class TrtEngine:
             return None, None
         config = self.engine.create_runtime_config()
         cache = config.create_runtime_cache()
-        path = self._path.with_suffix(".kernels")
+        path = self._path.with_suffix(KERNELS)
         if path.is_file():
             cache.deserialize(path.read_bytes())
         config.set_runtime_cache(cache)
@@ -72,7 +72,7 @@ class TrtEngine:
         """Write the compiled kernels beside the engine, for the next start; a folder that cannot be written is no error."""
         if self._kernels is not None:
             with contextlib.suppress(OSError):
-                write_whole(self._path.with_suffix(".kernels"), memoryview(self._kernels.serialize()))
+                write_whole(self._path.with_suffix(KERNELS), memoryview(self._kernels.serialize()))
 
 
 def _checked(folder: Path, spec: EngineSpec, module: Any) -> Path:

@@ -1,13 +1,17 @@
 """Build the engines of a plan, one after the other, and put each in its place when it is whole.
 
 The builder's own progress reports go to a callback. Ctrl-C, SIGTERM or SIGHUP ends a build at its next step; what was finished
-stays, and the manifest names only what is there.
+stays. An engine and its entry in the manifest come together, under the bundle's lock: so builds that run at once, for other
+GPUs or budgets, keep one another's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -18,11 +22,13 @@ from typing import Any
 from leanvlm.runtime.engines.library import load_library, network_flags, quiet_logger
 from leanvlm.runtime.engines.plan import ENGINES, BuildConfig, BuildPlan, EngineJob
 from leanvlm.runtime.engines.profiles import Profile
-from leanvlm.runtime.errors import BackendError, GraphError
-from leanvlm.runtime.manifest import EngineSpec, GraphSpec, Manifest, TensorSpec, write_manifest
+from leanvlm.runtime.errors import BackendError, BundleError, GraphError, InputError, LeanVLMWarning
+from leanvlm.runtime.manifest import EngineSpec, GraphSpec, Manifest, TensorSpec, read_manifest, write_manifest
 from leanvlm.runtime.signals import deferred_signals
 
 TIMING_CACHE = ENGINES / "timing.cache"
+# Beside an engine of TensorRT-RTX: its kernels, compiled where it first ran.
+KERNELS = ".kernels"
 # Of the library's types, those that our graphs have at their ends.
 DTYPES = {"HALF": "float16", "FLOAT": "float32", "INT64": "int64", "INT32": "int32", "BOOL": "bool", "UINT8": "uint8"}
 
@@ -53,16 +59,14 @@ def build_engines(plan: BuildPlan, builder: Builder, on_progress: OnProgress = l
         GraphError: The parser refuses a node, or the network's ends are not the manifest's.
         BackendError: The builder failed.
     """
-    manifest, bundle = plan.manifest, plan.config.bundle
+    manifest = plan.manifest
+    _remove_left_over(plan.config.bundle)
     for job in plan.jobs:
-        spec = _build(job, plan, builder, lambda phase, share, job=job: on_progress(job, phase, share))  # type: ignore[misc]
-        kept = tuple(engine for engine in manifest.engines if engine.file != spec.file)
-        manifest = replace(manifest, engines=(*kept, spec))
-        write_manifest(bundle, manifest)
+        manifest = _build(job, plan, builder, lambda phase, share, job=job: on_progress(job, phase, share))  # type: ignore[misc]
     return manifest
 
 
-def _build(job: EngineJob, plan: BuildPlan, builder: Builder, on_progress: Callable[[str, float], None]) -> EngineSpec:
+def _build(job: EngineJob, plan: BuildPlan, builder: Builder, on_progress: Callable[[str, float], None]) -> Manifest:
     module, config, begin = builder.module, plan.config, perf_counter()
     maker = module.Builder(builder.logger)
     network = maker.create_network(network_flags(module))
@@ -84,11 +88,8 @@ def _build(job: EngineJob, plan: BuildPlan, builder: Builder, on_progress: Calla
     if plan_bytes is None:
         reason = builder.complaints[-1] if builder.complaints else "it does not say why"
         raise BackendError(f"{config.library.title} cannot build {job.graph.file} for sm {job.sm}: {reason[:300]}")
-    path = config.bundle / job.file
-    write_whole(path, memoryview(plan_bytes))
-    if cache is not None:
-        write_whole(_cache_path(config), memoryview(settings.get_timing_cache().serialize()))
-    return EngineSpec(
+    data = memoryview(plan_bytes)
+    spec = EngineSpec(
         file=str(job.file),
         engine=config.library.name,
         version=module.__version__,
@@ -101,10 +102,61 @@ def _build(job: EngineJob, plan: BuildPlan, builder: Builder, on_progress: Calla
         profiles=profiles,
         hardware=config.hardware,
         version_compatible=config.version_compatible,
-        bytes=path.stat().st_size,
-        sha256=sha256(plan_bytes).hexdigest(),
+        bytes=data.nbytes,
+        sha256=sha256(data).hexdigest(),
         seconds=round(perf_counter() - begin, 2),
     )
+    manifest = _add(plan, spec, data)
+    if cache is not None:
+        write_whole(_cache_path(config), memoryview(settings.get_timing_cache().serialize()))
+    return manifest
+
+
+def _add(plan: BuildPlan, spec: EngineSpec, data: memoryview) -> Manifest:
+    """Put an engine into the bundle, instead of one of its name, and return the bundle's manifest as it is then.
+
+    Raises:
+        BundleError: The bundle is another one by now.
+    """
+    bundle = plan.config.bundle
+    path = bundle / spec.file
+    with _locked(bundle), _unfinished(bundle / path.name) as new:
+        new.write_bytes(data)
+        found = read_manifest(bundle)
+        if replace(found, engines=()) != replace(plan.manifest, engines=()):
+            raise BundleError(f"{bundle} was exported again while {spec.file} was built from the older graphs; build it again")
+        manifest = replace(found, engines=(*(engine for engine in found.engines if engine.file != spec.file), spec))
+        with deferred_signals():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # First what may find the disk full.
+            write_manifest(bundle, manifest)
+            new.replace(path)
+            path.with_suffix(KERNELS).unlink(missing_ok=True)
+    return manifest
+
+
+def _remove_left_over(bundle: Path) -> None:
+    """Remove what builds that were killed left, and say so; none is writing while the lock is ours."""
+    with _locked(bundle) as held:
+        for path in bundle.glob(".*.engine.new") if held else ():
+            size = path.stat().st_size / 1e6
+            path.unlink()
+            warnings.warn(f"removed {path} ({size:.1f} MB), left of a build that was killed", LeanVLMWarning, stacklevel=3)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Wait for a folder's lock and hold it, at most as long as the process lives; yields False where there are no locks."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        held = True
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX)
+        except OSError:
+            held = False
+        yield held
+    finally:
+        os.close(number)
 
 
 def _parse(parser: Any, path: Path, job: EngineJob) -> None:
@@ -218,6 +270,12 @@ def _timing_cache(settings: Any, config: BuildConfig) -> Any:
         return None
     path = _cache_path(config)
     cache = settings.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is not None and settings.set_timing_cache(cache, ignore_mismatch=False):
+        return cache
+    if config.timing_cache is not None:
+        raise InputError(f"--timing-cache {path} is of another version or GPU, or is none; give another file, or move it")
+    # The bundle's own begins anew.
+    cache = settings.create_timing_cache(b"")
     settings.set_timing_cache(cache, ignore_mismatch=False)
     return cache
 

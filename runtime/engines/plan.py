@@ -19,7 +19,8 @@ from leanvlm.runtime.engines.profiles import (
     whole_profile,
 )
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
-from leanvlm.runtime.manifest import GraphSpec, Manifest, inside
+from leanvlm.runtime.manifest import MANIFEST, GraphSpec, Manifest, inside
+from leanvlm.runtime.outputs import check_folder
 
 TURING = 75
 HARDWARE = ("none", "ampere+", "same")
@@ -135,6 +136,7 @@ def plan_build(config: BuildConfig, manifest: Manifest, module: Any) -> BuildPla
     memory = max(int((COPIES + COPIES_A_PROFILE * count) * size) for count, size in sizes) + BESIDE
     disk = sum(count * size + ENGINE_BESIDE for count, size in sizes)
     plan = BuildPlan(config, manifest, tuple(jobs), memory, disk)
+    _check_places(plan)
     _check_room(plan)
     return plan
 
@@ -186,6 +188,21 @@ def _weights(manifest: Manifest, graph: GraphSpec) -> int:
     """Return the bytes of a graph's weights, which lie beside it; all vision graphs share one file."""
     data = "vision.data" if graph in manifest.vision.values() else f"{graph.file}.data"
     return manifest.files[data].bytes
+
+
+def _check_places(plan: BuildPlan) -> None:
+    """Check that engines and timings can be written."""
+    bundle, cache = plan.config.bundle, plan.config.timing_cache
+    check_folder(bundle, "engines")
+    for folder in {bundle / job.file.parent for job in plan.jobs}:
+        check_folder(next(place for place in (folder, *folder.parents) if place.exists()), "engines")
+    if cache is None:
+        return
+    if cache.is_dir() or not cache.absolute().parent.is_dir():
+        raise InputError(f"--timing-cache {cache} is a folder, or in none; give a file")
+    if any(cache.resolve() == (bundle / name).resolve() for name in (MANIFEST, *plan.manifest.files)):
+        raise InputError(f"--timing-cache {cache} is a file of the bundle, which would be lost; give another")
+    check_folder(cache.absolute().parent, f"--timing-cache {cache}")
 
 
 def _check_room(plan: BuildPlan) -> None:
