@@ -7,7 +7,6 @@ the entropy of its tower's attention, mean nothing for another model. So the fil
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -360,7 +360,7 @@ GATE = GateFile("tiny", "0" * 64, 8, "test", 60.0, 5.5)
 )  # fmt: skip
 def test_gate_files_of_no_model(folder: Path, key: str, value: Any, words: str) -> None:
     path = folder / "gate.json"
-    GATE.write(path)
+    path.write_bytes(GATE.to_bytes())
     assert read_gate_file(path) == GATE
     put("gate.json", key, value)(folder)
     assert words in refusal(folder, gate_file=path)
