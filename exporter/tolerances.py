@@ -15,7 +15,7 @@ FEATURES = {"fp32": 1e-5, "fp16": 2e-2}
 # reference's features are from its own in double precision, relative as above. The graph sums in another order, so it is off by
 # as much in its own way, or by twice that in the largest of many values; with the reference's own error that is three times.
 # Measured on 20 random tiny models, graph against reference: 4.0e-6 to 1.23e-5, four over FEATURES; that is 0.80 to 1.69 of the
-# reference's own 3.8e-6 to 1.0e-5, the same to the last bit for 1 to 4 threads, idle or loaded, and within a quarter for other
+# reference's own 3.8e-6 to 1.0e-5, the same to the last bit for 1 to 4 threads, idle or loaded, and within a third for other
 # instruction sets. A single number of a weight wrong by 1 % is 3e-5 to 1e-3 there.
 ROUNDING = 3.0
 
