@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from leanvlm.runtime.errors import CheckpointError, InputError, UnsupportedModelError
 from leanvlm.runtime.generation import GENERATION_CONFIG, SAMPLING_SETTINGS, GenerationSettings
 from leanvlm.runtime.logits import LOGITS_SETTINGS
+from leanvlm.runtime.records import load_json, shorten
 
 HONOURED = ("eos_token_id", *SAMPLING_SETTINGS, *LOGITS_SETTINGS)
 
@@ -76,12 +77,9 @@ def generation_config(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
     path = folder / GENERATION_CONFIG
     data: dict[str, Any]
     if path.is_file():
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(data, dict):
-                raise ValueError("it does not hold a JSON object")
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        data = load_json(path, CheckpointError)
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path} cannot be read: it does not hold a JSON object")
     else:
         path = folder / "config.json"
         data = GenerationConfig.from_model_config(config).to_diff_dict()
@@ -89,7 +87,7 @@ def generation_config(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
     try:
         GenerationSettings.from_dict(data)
     except InputError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {shorten(error)}") from error
     return data
 
 
@@ -102,6 +100,7 @@ def _refuse_unknown(path: Path, data: Mapping[str, Any]) -> None:
         if name in REFUSED and value in REFUSED[name]:
             continue
         if name in REFUSED or name in known:
+            shown = shorten(json.dumps(value))
             raise UnsupportedModelError(
-                f"{path} sets {name} = {json.dumps(value)}, which the runtime does not do; remove it there to export without"
+                f"{path} sets {name} = {shown}, which the runtime does not do; remove it there to export without"
             )
