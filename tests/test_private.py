@@ -49,7 +49,7 @@ def bundle(confined: Confined, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("user")
     checkpoint = shutil.copytree(SMALL_DIR, folder / "checkpoint")
     output = folder / "bundle"
-    done = confined("leanvlm.runtime.cli", "export", "--model", checkpoint, "--budget", 64, "-o", output)
+    done = confined("leanvlm", "export", "--model", checkpoint, "--budget", 64, "-o", output)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -67,7 +67,7 @@ def bundle(confined: Confined, tmp_path_factory: pytest.TempPathFactory) -> Path
 )
 def test_a_command_keeps_to_itself(arguments: tuple[object, ...], bundle: Path, confined: Confined) -> None:
     before = sorted(bundle.iterdir())
-    done = confined("leanvlm.runtime.cli", *(bundle if part == "BUNDLE" else part for part in arguments))
+    done = confined("leanvlm", *(bundle if part == "BUNDLE" else part for part in arguments))
     assert done.returncode == 0, done.stderr
     assert sorted(bundle.iterdir()) == before
 
