@@ -21,7 +21,7 @@ from torch import Tensor
 
 from leanvlm.calibration.plot import Histogram, draw_plot
 from leanvlm.calibration.vision import VisionSide
-from leanvlm.demo.batches import Mixture, draw_scenes
+from leanvlm.demo.mixture import Mixture, draw_scenes
 from leanvlm.demo.scenes import Scene
 from leanvlm.exporter.gate_file import GateFile
 from leanvlm.exporter.pruners.agile import select_tokens

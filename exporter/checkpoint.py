@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoImageProcessor
 
-from leanvlm.demo import BUILT_IN
 from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, ExportConfig
 from leanvlm.exporter.models import ARCHITECTURES, Family, FamilySpec, family_for
 from leanvlm.exporter.weights import ADAPTER, adapter_alone, find_weights, load_weights
@@ -83,9 +82,9 @@ class Checkpoint:
 
 
 def hub_id(config: ExportConfig) -> str | None:
-    """Return the Hub's name of the model that an export names, or None for a built-in one and for a folder."""
+    """Return the Hub's name of the model that an export names, or None for one that is known and for a folder."""
     model = config.model
-    if model in BUILT_IN or model.startswith((".", "/", "~")) or Path(model).exists():
+    if config.known is not None or model.startswith((".", "/", "~")) or Path(model).exists():
         return None
     return ALIASES.get(model, model)
 
@@ -101,9 +100,8 @@ def open_checkpoint(config: ExportConfig, *, weights: bool = True) -> Checkpoint
         CheckpointError: It is not there, or has no safetensors weights or no readable configuration.
         UnsupportedModelError: No family handles it.
     """
-    if config.model in BUILT_IN:
-        folder, erank_ref = BUILT_IN[config.model]
-        return _read(folder, f"leanvlm-{config.model}", None, erank_ref)
+    if config.known is not None:
+        return _read(config.known.folder, config.known.name, None, config.known.erank_ref)
     name = hub_id(config)
     if name is None:
         folder = Path(config.model).expanduser()

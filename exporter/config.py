@@ -23,11 +23,26 @@ NO_TEMPLATE = "none"
 
 
 @dataclass(frozen=True)
+class KnownCheckpoint:
+    """A checkpoint on this machine that a short name stands for, such as a built-in one.
+
+    Attributes:
+        name: How manifests name the source.
+        folder: Where its files are.
+        erank_ref: Mean effective rank over the images that it was trained on.
+    """
+
+    name: str
+    folder: Path
+    erank_ref: float
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """One export, as the command line's options spell it.
 
     Attributes:
-        model: `demo`, `demo-small`, an alias, a Hub id or a folder with a Hugging Face checkpoint.
+        model: An alias, a Hub id or a folder with a Hugging Face checkpoint; or the name of the checkpoint in `known`.
         budgets: Image tokens kept per crop, at least 1; the first is the bundle's default. N is always added.
         output: Folder to write; None means `<model's name>-<budgets>` in the current folder.
         pruner: Spec string, such as `agile:gate=entropy`.
@@ -42,6 +57,7 @@ class ExportConfig:
         gate_file: What `leanvlm calibrate gate` wrote for this model; sets the gate's references where `pruner` does not.
         template: File with a chat template (jinja) to use instead of the checkpoint's; `none` exports without one, for prompts
             that are written whole.
+        known: The checkpoint that `model` is the name of; `leanvlm.export` and the commands set it for `demo` and `demo-small`.
         here: The folder that a relative `output` is in, whatever the current folder becomes.
 
     Raises:
@@ -61,6 +77,7 @@ class ExportConfig:
     offline: bool = False
     gate_file: Path | None = None
     template: str | Path | None = None
+    known: KnownCheckpoint | None = None
     here: Path = field(default_factory=Path.cwd, repr=False, compare=False)
 
     def __post_init__(self) -> None:

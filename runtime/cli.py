@@ -1,42 +1,14 @@
-"""The command `leanvlm`: flags to one library call, and its result to the terminal."""
+"""The commands `run`, `profile`, `inspect` and `doctor`: flags to one library call, and its result to the terminal."""
 
 from __future__ import annotations
 
-import sys
-from functools import cache
-from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from leanvlm.runtime.console import (
-    INTERRUPTED,
-    help_without_command,
-    one_line_errors,
-    parse_ids,
-    stderr_console,
-)
+from leanvlm.runtime.console import parse_ids, stderr_console
 from leanvlm.runtime.errors import InputError
-
-app = typer.Typer(
-    name="leanvlm",
-    help="Export a vision-language model with its visual-token pruning inside the graph, and run it without PyTorch.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
-# As the help lists them: in the order in which they are used.
-COMMANDS = ("export", "run", "profile", "inspect", "build", "calibrate", "eval", "doctor")
-# Those with modules of their own, which import what is heavy only when they run.
-ELSEWHERE = {
-    "build": "leanvlm.runtime.engines.cli:build_command",
-    "export": "leanvlm.exporter.cli:export_command",
-    "calibrate": "leanvlm.calibration.cli:calibrate",
-    "eval": "leanvlm.calibration.cli:eval_command",
-}
 
 Bundle = Annotated[Path, typer.Argument(help="Folder that `leanvlm export` wrote.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's own by default.")]
@@ -47,24 +19,6 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.")]
 Budget = Annotated[int | None, typer.Option(help="Image tokens kept; one of the bundle's.")]
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        print(version("leanvlm"))
-        raise typer.Exit
-
-
-@app.callback(invoke_without_command=True)
-def _options(
-    context: typer.Context,
-    wanted: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
-    ] = False,
-) -> None:
-    """Take the options that stand before a command."""
-    help_without_command(context)
-
-
-@app.command()
 def run(
     bundle: Bundle,
     image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given several times.")] = None,
@@ -120,7 +74,6 @@ def run(
         ask(request)
 
 
-@app.command()
 def profile(
     bundle: Bundle,
     image: Annotated[Path | None, typer.Option(help="Image to measure with; a built-in pattern by default.")] = None,
@@ -150,7 +103,6 @@ def profile(
     write_outputs({path: content for path, content in reports.items() if path is not None})
 
 
-@app.command()
 def inspect(
     bundle: Bundle,
     image: Annotated[Path | None, typer.Option(help="Show what pruning does to this image.")] = None,
@@ -176,51 +128,8 @@ def inspect(
         print(inspect_image(bundle, image, budget, overlay, device))
 
 
-@app.command()
 def doctor() -> None:
     """Say what this machine can do, what is missing, and how to mend it."""
     from leanvlm.runtime.doctor import report
 
     print(report())
-
-
-@cache
-def _command() -> Any:
-    """Return the whole command, with those of other modules, in their order."""
-    for name, target in ELSEWHERE.items():
-        module, attribute = target.split(":")
-        found = getattr(import_module(module), attribute)
-        if isinstance(found, typer.Typer):
-            app.add_typer(found, name=name)
-        else:
-            app.command(name)(found)
-    command: Any = typer.main.get_command(app)
-    command.commands = {name: command.commands[name] for name in sorted(command.commands, key=COMMANDS.index)}
-    return command
-
-
-def main() -> None:
-    """Run the command line; a user's mistake ends with one line and status 2."""
-    with one_line_errors():
-        try:
-            status = _command().main(prog_name="leanvlm", standalone_mode=False)
-        except Exception as error:
-            _raise_usage_error(error)
-            raise
-        if status == INTERRUPTED:  # So newer versions of typer report Ctrl-C; older ones abort.
-            raise KeyboardInterrupt
-        # Here, a reader that is gone is still an error that is caught.
-        sys.stdout.flush()
-    sys.exit(status if isinstance(status, int) else 0)
-
-
-def _raise_usage_error(error: Any) -> None:
-    """Turn the parser's own errors, whichever click raised them, into ours."""
-    if type(error).__name__ == "Abort":
-        raise KeyboardInterrupt from error
-    if hasattr(error, "format_message"):
-        raise InputError(error.format_message() or "no command given; see leanvlm --help") from error
-
-
-if __name__ == "__main__":
-    main()

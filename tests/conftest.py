@@ -43,7 +43,7 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint, exported at 16 of 121 image tokens; no test may change it."""
-    from leanvlm.exporter import ExportConfig, export
+    from leanvlm import ExportConfig, export
 
     output = tmp_path_factory.mktemp("tiny") / "tiny-16"
     export(ExportConfig(str(tiny_llava), (16,), output))
@@ -53,7 +53,7 @@ def tiny_bundle(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model, exported at 64 of 576 image tokens; no test may change it."""
-    from leanvlm.exporter import ExportConfig, export
+    from leanvlm import ExportConfig, export
 
     output = tmp_path_factory.mktemp("demo") / "demo-64"
     export(ExportConfig("demo", (BUDGET,), output))
@@ -63,7 +63,7 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cuda_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model for cuda in fp16, at 64 of 576 image tokens; no test may change it."""
-    from leanvlm.exporter import ExportConfig, export
+    from leanvlm import ExportConfig, export
 
     output = tmp_path_factory.mktemp("cuda") / "demo-cuda"
     export(ExportConfig("demo", (BUDGET,), output, target="cuda"))
@@ -73,7 +73,7 @@ def cuda_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tensorrt_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model for TensorRT in fp16, at 64 of 576 image tokens, without engines; no test may change it."""
-    from leanvlm.exporter import ExportConfig, export
+    from leanvlm import ExportConfig, export
 
     output = tmp_path_factory.mktemp("demo") / "demo-trt"
     export(ExportConfig("demo", (BUDGET,), output, target="tensorrt"))
@@ -113,7 +113,7 @@ def leanvlm_process() -> Command:
     """A function that runs `leanvlm …` in a process of its own."""
 
     def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "leanvlm.runtime.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "leanvlm", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
     return run
@@ -126,7 +126,7 @@ def leanvlm(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     What libraries write past Python's streams is captured too, and warnings are treated as Python does by default: what a
     user would see on the terminal is in the result.
     """
-    from leanvlm.runtime.cli import main
+    from leanvlm.__main__ import main
 
     def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", ["leanvlm", *map(str, arguments)])

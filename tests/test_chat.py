@@ -168,7 +168,7 @@ class Terminal:
         self._master, slave = pty.openpty()
         environment = {**os.environ, "HOME": str(home), "TERM": "xterm", "INPUTRC": os.devnull}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "leanvlm.runtime.cli", *map(str, command)],
+            [sys.executable, "-m", "leanvlm", *map(str, command)],
             stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
         )  # fmt: skip
         os.close(slave)

@@ -54,7 +54,7 @@ def test_commands_run_without_utf8(leanvlm_process: Command, demo_bundle: Path, 
 
 def closed(redirection: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run `leanvlm …` as a shell does with streams closed."""
-    command = ["sh", "-c", f'"$@" {redirection}', "sh", sys.executable, "-m", "leanvlm.runtime.cli", *map(str, arguments)]
+    command = ["sh", "-c", f'"$@" {redirection}', "sh", sys.executable, "-m", "leanvlm", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -256,7 +256,7 @@ def _listen_to_ctrl_c() -> None:
 
 
 def test_a_real_ctrl_c_while_tracing(tiny_llava: Path, output: Path) -> None:
-    command = [sys.executable, "-m", "leanvlm.runtime.cli", "export", "--model", str(tiny_llava), "-o", str(output)]
+    command = [sys.executable, "-m", "leanvlm", "export", "--model", str(tiny_llava), "-o", str(output)]
     scratch = output.parent
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([*command, "--budget", str(BUDGET)], stdout=log, stderr=log, preexec_fn=_listen_to_ctrl_c)

@@ -53,7 +53,7 @@ def bundle(confined: Confined, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("user")
     checkpoint = shutil.copytree(SMALL_DIR, folder / "checkpoint")
     output = folder / "bundle"
-    done = confined("leanvlm.runtime.cli", "export", "--model", checkpoint, "--budget", 64, "-o", output)
+    done = confined("leanvlm", "export", "--model", checkpoint, "--budget", 64, "-o", output)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -61,6 +61,7 @@ def bundle(confined: Confined, tmp_path_factory: pytest.TempPathFactory) -> Path
 FEW = ("--runs", 1, "--warmup", 0, "--max-new-tokens", 2)
 # What each command may write beside the bundle.
 COMMANDS: dict[str, tuple[tuple[object, ...], set[str]]] = {
+    "dry run": (("export", "--model", "demo-small", "--dry-run"), set()),
     "run": (("run", "BUNDLE", "--image", IMAGE, "--prompt", "What?", "--overlay", "OUT/kept.png"), {"kept.png"}),
     "chat": (("run", "BUNDLE", "--image", IMAGE), set()),
     "profile": (
@@ -101,7 +102,7 @@ def test_a_command_keeps_to_itself(name: str, bundle: Path, confined: Confined, 
     parts = [str(part) for part in arguments]
     for word, place in places.items():
         parts = [part.replace(word, place) for part in parts]
-    done = confined("leanvlm.runtime.cli", *parts, text="What is below the green ring?\n/exit\n")
+    done = confined("leanvlm", *parts, text="What is below the green ring?\n/exit\n")
     assert done.returncode == 0, done.stderr
     assert contents(bundle) == before
     assert {path.name for path in tmp_path.iterdir()} == written
@@ -111,7 +112,7 @@ def test_a_command_keeps_to_itself(name: str, bundle: Path, confined: Confined, 
 def test_a_build_keeps_to_itself(tensorrt_bundle: Path, confined: Confined, tmp_path: Path) -> None:
     bundle = shutil.copytree(tensorrt_bundle, tmp_path / "bundle")
     before = contents(bundle)
-    done = confined("leanvlm.runtime.cli", "build", bundle, "--engine", "tensorrt-rtx", "--sm", 86, "--budget", 64)
+    done = confined("leanvlm", "build", bundle, "--engine", "tensorrt-rtx", "--sm", 86, "--budget", 64)
     assert done.returncode == 0, done.stderr
     engines = {f"engines/86/{name}.engine" for name in ("vision_64", "decoder")}
     assert set(contents(bundle)) - set(before) == {"engines", "engines/86", *engines}

@@ -50,7 +50,7 @@ def wrap(module, name):
         return function(*arguments, **options)
     setattr(module, name, call)
 
-from leanvlm.runtime.__main__ import main
+from leanvlm.__main__ import main
 if ":" in moment:
     module, name = moment.split(":")
     wrap(importlib.import_module(module), name)
@@ -82,7 +82,7 @@ def test_from_the_first_import_on(tmp_path: Path, number: signal.Signals) -> Non
 
 
 def test_nothing_heavy_is_imported_before_signals_are_heard() -> None:
-    code = "import sys, leanvlm.runtime.__main__; assert not {'numpy', 'typer', 'rich', 'PIL'} & set(sys.modules)"
+    code = "import sys, leanvlm.__main__; assert not {'numpy', 'typer', 'rich', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

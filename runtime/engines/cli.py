@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.console import stderr_console
-from leanvlm.runtime.engines.build import Builder, build_engines
-from leanvlm.runtime.engines.library import library
-from leanvlm.runtime.engines.plan import BuildConfig, BuildPlan, EngineJob, command_line, parse_sms, plan_build
-from leanvlm.runtime.engines.profiles import Limits
-from leanvlm.runtime.manifest import Manifest, parse_budgets
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from leanvlm.runtime.engines.build import Builder
+    from leanvlm.runtime.engines.plan import BuildPlan, EngineJob
+    from leanvlm.runtime.manifest import Manifest
 
 
 def build_command(
@@ -43,6 +41,13 @@ def build_command(
     force: Annotated[bool, typer.Option("--force", help="Build with less memory free than estimated.")] = False,
 ) -> None:
     """Build a bundle's TensorRT engines."""
+    from leanvlm.runtime.bundle import read_manifest
+    from leanvlm.runtime.engines.build import Builder
+    from leanvlm.runtime.engines.library import library
+    from leanvlm.runtime.engines.plan import BuildConfig, command_line, parse_sms, plan_build
+    from leanvlm.runtime.engines.profiles import Limits
+    from leanvlm.runtime.manifest import parse_budgets
+
     library(engine)
     config = BuildConfig(
         bundle,
@@ -82,6 +87,10 @@ def _needs(plan: BuildPlan) -> str:
 
 
 def _build(plan: BuildPlan, builder: Builder, console: Console) -> Manifest:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    from leanvlm.runtime.engines.build import build_engines
+
     columns = (TextColumn("{task.description:<44}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("parse", total=1.0)
@@ -93,6 +102,9 @@ def _build(plan: BuildPlan, builder: Builder, console: Console) -> Manifest:
 
 
 def _print_table(plan: BuildPlan, manifest: Manifest) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     built = {str(job.file) for job in plan.jobs}
     table = Table(title=f"{plan.config.bundle}: engines built")
     for heading in ("engine", "budget", "MB", "s"):

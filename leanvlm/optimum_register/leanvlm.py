@@ -39,7 +39,7 @@ class LeanVLMExportCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Export as the options say; a wrong one ends with one line and exit status 2."""
-        from leanvlm.exporter.cli import export_command
+        from leanvlm.export_command import export_command
         from leanvlm.runtime.console import one_line_errors
 
         options = {name: getattr(self.args, name) for name in inspect.signature(export_command).parameters}

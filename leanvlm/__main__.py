@@ -6,7 +6,7 @@ from leanvlm.runtime.console import one_line_errors
 def main() -> None:
     """Import the command line and run it."""
     with one_line_errors():
-        from leanvlm.runtime.cli import main as command_line
+        from leanvlm.cli import main as command_line
 
         command_line()
 

@@ -2,7 +2,8 @@
 
 It computes what a `LlavaForConditionalGeneration` of the same weights computes, for several prompts that share their image.
 What stands before the image and the image itself are read once; each question stands in a slot of its own behind them, sees
-them and itself, and has the positions that it would have alone. `leanvlm.demo.checkpoint` writes the weights as that model.
+them and itself, and has the positions that it would have alone. `leanvlm.demo.training.checkpoint` writes the weights as
+that model.
 
 Shapes: B images; N = 576 image tokens, of which the first K given are read; P tokens before and of the image; S tokens of all
 slots; D the width of the part at hand.
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from leanvlm.demo.batches import CAPTION_TOKENS, CONTENTS, NO_DIGIT, QUESTION_TOKENS, QUESTIONS
-from leanvlm.demo.canvas import COLOR_CLASSES, DIGIT_CLASSES, PATCH, PATCHES, SHAPE_CLASSES
 from leanvlm.demo.scenes import SIZE
+from leanvlm.demo.training.batches import CAPTION_TOKENS, CONTENTS, NO_DIGIT, QUESTION_TOKENS, QUESTIONS
+from leanvlm.demo.training.canvas import COLOR_CLASSES, DIGIT_CLASSES, PATCH, PATCHES, SHAPE_CLASSES
 
 __all__ = ["SIZES", "AuxiliaryHeads", "Size", "Twin", "normalised", "slots"]
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from leanvlm.demo.batches import CAPTION_TOKENS, CONTENTS, IGNORED, NO_DIGIT, QUESTION_TOKENS, QUESTIONS
-from leanvlm.demo.canvas import COLOR_CLASSES, NOTHING, PATCHES, SHAPE_CLASSES, PatchLabels
 from leanvlm.demo.layout import MOST_OBJECTS
-from leanvlm.demo.network import AuxiliaryHeads, Twin, normalised, slots
-from leanvlm.demo.recipe import Recipe
+from leanvlm.demo.training.batches import CAPTION_TOKENS, CONTENTS, IGNORED, NO_DIGIT, QUESTION_TOKENS, QUESTIONS
+from leanvlm.demo.training.canvas import COLOR_CLASSES, NOTHING, PATCHES, SHAPE_CLASSES, PatchLabels
+from leanvlm.demo.training.network import AuxiliaryHeads, Twin, normalised, slots
+from leanvlm.demo.training.recipe import Recipe
 
 __all__ = ["LOSSES", "Objective", "Tokens", "choose"]
 

@@ -1,4 +1,4 @@
-"""`python -m leanvlm.demo.evaluate`: what the built-in model's card says of its answers, measured again.
+"""`python -m leanvlm.calibration.model_card`: what the built-in model's card says of its answers, measured again.
 
 The questions about held-out scenes of each kind are asked in torch: with all image tokens, and with those that a
 pruner keeps. The last line on standard output is one JSON object.
@@ -31,9 +31,10 @@ def evaluate(model: str, exam: Exam, pruners: list[str], budgets: tuple[int, ...
         LeanVLMError: The checkpoint cannot be read, or a pruner or a budget is not possible.
     """
     from leanvlm.calibration.study import Examinee, run_study
+    from leanvlm.demo.built_in import resolved
     from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 
-    checkpoint = open_checkpoint(ExportConfig(model=model))
+    checkpoint = open_checkpoint(resolved(ExportConfig(model=model)))
     return run_study(Examinee(checkpoint, load_model(checkpoint)), exam, pruners, budgets).results
 
 
@@ -55,7 +56,7 @@ def _percent(share: float) -> float:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m leanvlm.demo.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m leanvlm.calibration.model_card", description=__doc__)
     parser.add_argument("--model", default="demo", help="demo, or a folder that training wrote (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=200, help="scenes of each kind (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="seed of the first scene (default: %(default)s)")

@@ -1,17 +1,17 @@
-"""`leanvlm export`: options to ExportConfig, progress on the terminal. Imports torch only when it runs."""
+"""`leanvlm export`: options to ExportConfig, progress on the terminal. Imports what is heavy only when it runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from leanvlm.exporter.config import ExportConfig, parse_budgets
-from leanvlm.exporter.place import check_output
 from leanvlm.runtime.console import stderr_console
 from leanvlm.runtime.optional import require
+
+if TYPE_CHECKING:
+    from leanvlm.exporter.config import ExportConfig
 
 
 def export_command(
@@ -31,6 +31,9 @@ def export_command(
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
 ) -> None:
     """Export a model with its pruning inside the graph."""
+    from leanvlm.demo.built_in import resolved
+    from leanvlm.exporter.config import ExportConfig, parse_budgets
+
     config = ExportConfig(
         model=model,
         budgets=parse_budgets(budget),
@@ -46,11 +49,15 @@ def export_command(
         gate_file=gate_file,
         template=template,
     )
-    run_export(config, dry_run=dry_run)
+    run_export(resolved(config), dry_run=dry_run)
 
 
 def run_export(config: ExportConfig, *, dry_run: bool) -> None:
     """Export with a progress bar on standard error; the last line on standard output is the bundle's folder."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from leanvlm.exporter.place import check_output
+
     check_output(config)
     require("torch", "export")
     require("transformers", "export")

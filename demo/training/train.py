@@ -1,4 +1,4 @@
-"""`python -m leanvlm.demo.train`: train the built-in model from nothing, on a GPU in minutes.
+"""`python -m leanvlm.demo.training.train`: train the built-in model from nothing, on a GPU in minutes.
 
 The output folder becomes a Hugging Face checkpoint, with the run's record in `training.json`; `state.pt` is there while a run
 is not finished, for `--resume`. A line of JSON on standard output tells of every 100 steps.
@@ -22,15 +22,15 @@ import tokenizers
 import torch
 from torch import Tensor, nn
 
-from leanvlm.demo.batches import Batch, Script, drawn
-from leanvlm.demo.canvas import PATCHES, Canvas, to_device
-from leanvlm.demo.checkpoint import read_folder, write_folder, write_json
-from leanvlm.demo.examine import examine
-from leanvlm.demo.muon import Muon
-from leanvlm.demo.network import SIZES, Twin
-from leanvlm.demo.objective import LOSSES, Objective, Tokens, choose
-from leanvlm.demo.recipe import Recipe, smoke
 from leanvlm.demo.scenes import FAMILIES
+from leanvlm.demo.training.batches import Batch, Script, drawn
+from leanvlm.demo.training.canvas import PATCHES, Canvas, to_device
+from leanvlm.demo.training.checkpoint import read_folder, write_folder, write_json
+from leanvlm.demo.training.examine import examine
+from leanvlm.demo.training.muon import Muon
+from leanvlm.demo.training.network import SIZES, Twin
+from leanvlm.demo.training.objective import LOSSES, Objective, Tokens, choose
+from leanvlm.demo.training.recipe import Recipe, smoke
 from leanvlm.runtime.console import one_line_errors, stderr_console
 from leanvlm.runtime.errors import InputError
 
@@ -338,7 +338,7 @@ def _machine(options: Options) -> dict[str, str]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m leanvlm.demo.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m leanvlm.demo.training.train", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--size", choices=("base", "small"), default="base", help="base: 14 MiB of weights; small: 3 MiB")
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimizer steps (default: %(default)s)")

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from leanvlm.demo import MODEL_DIR
-from leanvlm.demo.canvas import PATCH
-from leanvlm.demo.network import DecoderBlock, Size, Twin, VisionBlock
+from leanvlm.demo.training.canvas import PATCH
+from leanvlm.demo.training.network import DecoderBlock, Size, Twin, VisionBlock
 
 __all__ = ["named_weights", "read_folder", "write_folder", "write_json"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import queue
-import random
 import signal
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from leanvlm.demo import MODEL_DIR
-from leanvlm.demo.layout import COLORS, SHAPES, TRAINING_SEED, Kind, Scene, make_scene
+from leanvlm.demo.layout import COLORS, SHAPES, Scene
+from leanvlm.demo.mixture import Mixture, draw_scenes
 from leanvlm.demo.packing import Packed, pack
 from leanvlm.demo.scenes import FAMILIES, held_out_questions
 
@@ -35,10 +35,8 @@ __all__ = [
     "QUESTIONS",
     "QUESTION_TOKENS",
     "Batch",
-    "Mixture",
     "Script",
     "draw_batch",
-    "draw_scenes",
     "drawn",
     "make_batch",
 ]
@@ -56,22 +54,6 @@ NO_DIGIT = 10
 # Batches that a process may be ahead.
 _AHEAD = 3
 _TOKENIZER = MODEL_DIR / "tokenizer.json"
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Which scenes a batch holds.
-
-    Attributes:
-        images: How many.
-        kinds: Kinds to choose from, as often as they are listed.
-        photo_share: Share of the images, of every kind alike, that get photographed ground; the number is the same in
-            every batch, so that shapes are.
-    """
-
-    images: int = 256
-    kinds: tuple[Kind, ...] = ("simple",) * 6 + ("medium",) * 3 + ("complex",) * 11
-    photo_share: float = 0.35
 
 
 @dataclass(frozen=True)
@@ -158,17 +140,6 @@ def _ask(batch: Batch, row: int, scene: Scene, script: Script) -> None:
         batch.ids[row, start : start + length] = [*prompt, *answer]
         batch.targets[row, start + len(prompt) - 1 : start + length - 1] = answer
         batch.families[row, slot] = FAMILIES.index(question.kind)
-
-
-def draw_scenes(mixture: Mixture, seed: int, step: int) -> list[Scene]:
-    """Draw the scenes of one step of training; those with photographed ground come first."""
-    rng = random.Random(f"batch-{seed}-{step}")
-    photos = round(mixture.photo_share * mixture.images)
-    scenes = []
-    for index in range(mixture.images):
-        kind: Any = rng.choice(mixture.kinds) + ("-photo" if index < photos else "")
-        scenes.append(make_scene(TRAINING_SEED + rng.getrandbits(48), kind))
-    return scenes
 
 
 def draw_batch(mixture: Mixture, seed: int, step: int, script: Script) -> Batch:

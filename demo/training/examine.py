@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from leanvlm.demo.batches import Script, make_batch
-from leanvlm.demo.canvas import PATCHES, to_device
-from leanvlm.demo.network import Twin, normalised
-from leanvlm.demo.objective import Tokens, answered
 from leanvlm.demo.render import Renderer
 from leanvlm.demo.scenes import FAMILIES, KINDS, PHOTO_KINDS, make_scene
+from leanvlm.demo.training.batches import Script, make_batch
+from leanvlm.demo.training.canvas import PATCHES, to_device
+from leanvlm.demo.training.network import Twin, normalised
+from leanvlm.demo.training.objective import Tokens, answered
 
 __all__ = ["examine"]
 

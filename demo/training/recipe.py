@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Literal
 
-from leanvlm.demo.batches import Mixture
+from leanvlm.demo.mixture import Mixture
 from leanvlm.runtime.errors import InputError
 
 __all__ = ["SMOKE", "Recipe", "smoke"]
@@ -21,10 +21,10 @@ class Recipe:
     """One training run.
 
     From `drop_from` on, some steps show the decoder only some of the image tokens, so that it learns to do without the
-    others. No pruner takes part: the drawn labels and chance say which are kept; see `leanvlm.demo.objective.choose`.
+    others. No pruner takes part: the drawn labels and chance say which are kept; see `leanvlm.demo.training.objective.choose`.
 
     Attributes:
-        size: Which of `leanvlm.demo.network.SIZES`.
+        size: Which of `leanvlm.demo.training.network.SIZES`.
         steps: Optimizer steps, at least 1.
         seed: Of the weights, the scenes and the dropping.
         mixture: The scenes of a batch.
