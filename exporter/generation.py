@@ -6,16 +6,17 @@ refused if it is set: it might change the answer.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
 from leanvlm.runtime.errors import CheckpointError, InputError, UnsupportedModelError
-from leanvlm.runtime.generation import GENERATION_CONFIG, SAMPLING_SETTINGS, GenerationSettings
+from leanvlm.runtime.generation import GENERATION_CONFIG, MAX_CONFIG, SAMPLING_SETTINGS, GenerationSettings
 from leanvlm.runtime.logits import LOGITS_SETTINGS
+from leanvlm.runtime.records import load_json
 
 HONOURED = ("eos_token_id", *SAMPLING_SETTINGS, *LOGITS_SETTINGS)
 
@@ -76,12 +77,9 @@ def generation_config(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
     path = folder / GENERATION_CONFIG
     data: dict[str, Any]
     if path.is_file():
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(data, dict):
-                raise ValueError("it does not hold a JSON object")
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        data = load_json(path, CheckpointError, MAX_CONFIG)
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path} cannot be read: it does not hold a JSON object")
     else:
         path = folder / "config.json"
         data = GenerationConfig.from_model_config(config).to_diff_dict()
@@ -103,5 +101,5 @@ def _refuse_unknown(path: Path, data: Mapping[str, Any]) -> None:
             continue
         if name in REFUSED or name in known:
             raise UnsupportedModelError(
-                f"{path} sets {name} = {json.dumps(value)}, which the runtime does not do; remove it there to export without"
+                f"{path} sets {name} = {short(value)}, which the runtime does not do; remove it there to export without"
             )

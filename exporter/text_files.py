@@ -18,12 +18,12 @@ from transformers import ProcessorMixin
 from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
 from leanvlm.exporter.generation import generation_config
-from leanvlm.exporter.tokenizer import load_tokenizer, write_tokenizer
+from leanvlm.exporter.tokenizer import PROBES, load_tokenizer, write_tokenizer
 from leanvlm.exporter.verify import NEW_TOKENS
 from leanvlm.runtime.errors import BundleError, CheckpointError, InputError, UnsupportedModelError
 from leanvlm.runtime.generation import GENERATION_CONFIG, GenerationSettings
 from leanvlm.runtime.session import user_message
-from leanvlm.runtime.text import TEMPLATE, Template, TextTokenizer
+from leanvlm.runtime.text import MAX_TEXT, TEMPLATE, Template, TextTokenizer
 
 WITHOUT = "{{ raise_exception('the bundle was exported without one; write the whole prompt and pass --raw-prompt') }}"
 QUESTION = "What is on the table?"
@@ -45,7 +45,9 @@ def write_text_files(config: ExportConfig, checkpoint: Checkpoint, folder: Path)
     """
     settings = generation_config(checkpoint.folder, checkpoint.config)
     (folder / GENERATION_CONFIG).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    TextTokenizer.from_folder(checkpoint.folder)  # Says which file is damaged.
+    ours = TextTokenizer.from_folder(checkpoint.folder)  # Says which file is damaged.
+    for text in PROBES:
+        ours.encode(text)  # And here, not in transformers, a regular expression that would not end.
     tokenizer = load_tokenizer(checkpoint.folder)
     shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
     write_tokenizer(tokenizer, folder)
@@ -85,11 +87,15 @@ def _template(config: ExportConfig, checkpoint: Checkpoint, tokenizer: Any) -> s
         return WITHOUT
     if config.template is not None:
         try:
-            return Path(config.template).read_text(encoding="utf-8")
+            with Path(config.template).open(encoding="utf-8") as file:
+                given = file.read(MAX_TEXT + 1)
         except OSError as error:
             raise InputError(f"--template {config.template} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise InputError(f"--template {config.template} is not UTF-8 text: {error.reason}") from error
+        if len(given) > MAX_TEXT:
+            raise InputError(f"--template {config.template} has more than {MAX_TEXT} characters: it is no template")
+        return given
     try:
         processor, _ = ProcessorMixin.get_processor_dict(checkpoint.folder, local_files_only=True)
     except Exception as error:  # The files can be wrong in any way.
@@ -108,7 +114,7 @@ def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: Gener
     rows = int(checkpoint.config.text_config.vocab_size)
     name = checkpoint.name
     vocab = tokenizer.tokenizer.get_vocab()
-    token, highest = max(vocab.items(), key=lambda item: item[1])
+    token, highest = max(vocab.items(), key=lambda item: item[1], default=("", -1))
     if highest >= rows:
         raise CheckpointError(
             f"{name}'s tokenizer has tokens up to {highest} ({token!r}), its model embeds {rows}; "
@@ -140,6 +146,8 @@ def _check_template(folder: Path, checkpoint: Checkpoint, origin: str) -> None:
             text = template.render([user_message(QUESTION, images)])
         except InputError as error:
             raise UnsupportedModelError(f"{origin}: {error}, so it may be for text only; {WAY_OUT}") from error
+        except BundleError as error:
+            raise CheckpointError(f"{origin}: {error}; {WAY_OUT}") from error
         ids = tokenizer.encode(text)
         found = ids.count(checkpoint.spec.image_token_id)
         if found != images:
