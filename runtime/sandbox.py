@@ -41,6 +41,11 @@ class Sandbox:
         with self._lock:
             self._running()
 
+    def stop(self) -> None:
+        """End it now and not with this process; the next request starts another."""
+        with self._lock:
+            self._stop()
+
     def ask(self, kind: str, *arguments: Any) -> Reply:
         """Send a request and return the reply, as `sandbox_worker` describes them.
 

@@ -325,7 +325,7 @@ def main(folder: Path, examples: int) -> None:
         worst = max(worst, spent)
 
     run()
-    sandbox()._stop()  # The kernel counts a child's memory when it has ended.
+    sandbox().stop()  # The kernel counts a child's memory when it has ended.
     peaks = [resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(json.dumps({"examples": count, "refused": refused, "seconds": worst, "megabytes": peaks}))
 
