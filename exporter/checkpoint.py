@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoImageProcessor
 
@@ -22,11 +23,17 @@ from leanvlm.runtime.console import check_utf8
 from leanvlm.runtime.errors import CheckpointError, LeanVLMError, LeanVLMWarning, UnsupportedModelError
 from leanvlm.runtime.manifest import SourceSpec, file_sha256
 from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.records import load_json, shorten
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
 PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
 # What marks weights that are stored rounded; the last is MLX's.
 QUANTISED = ("quantization_config", "compression_config", "quantization")
+PARTS = ("text_config", "vision_config")
+# transformers makes a table of names from this number, whatever the model.
+MAX_LABELS = 2**15
+# Bytes of a model card that are looked through for its licence, which stands at the top.
+CARD_BYTES = 2**16
 # What is fetched from the Hub: first what says whether the export can be done, then what takes the time.
 SMALL_FILES = ("*.json", "*.jinja", "LICENSE*", "LICENCE*", "USE_POLICY.md", "README.md")
 WEIGHT_FILES = ("*.safetensors",)
@@ -144,6 +151,7 @@ def _read(folder: Path, name: str, revision: str | None, erank_ref: float, *, we
     raw = _json(folder / "config.json")
     _refuse_other_kinds(folder, raw)
     family = family_for(_model_type(raw))
+    family.check_parts(raw)
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder} has no tokenizer.json; save the checkpoint's tokenizer there")
     files = find_weights(folder, raw.get("transformers_weights")) if weights else ()
@@ -155,20 +163,34 @@ def _read(folder: Path, name: str, revision: str | None, erank_ref: float, *, we
 
 
 def _refuse_other_kinds(folder: Path, raw: dict[str, Any]) -> None:
-    """Refuse checkpoints whose configuration says that their weights are of another layout or kind.
+    """Refuse configurations of another layout or kind, and what transformers would not come to an end with.
 
     Raises:
-        UnsupportedModelError: The original LLaVA's own layout, or quantised weights.
+        UnsupportedModelError: The original LLaVA's own layout, quantised weights, or a configuration in another file.
+        CheckpointError: More labels than a model has, or a dtype that is none.
     """
     if "mm_vision_tower" in raw or any(re.fullmatch("Llava.*ForCausalLM", name) for name in _architectures(raw)):
         raise UnsupportedModelError(
             f"{folder} is in the original LLaVA's layout, not in transformers': take its conversion on the Hub, such as "
             "llava-hf/llava-1.5-7b-hf, or convert it with convert_llava_weights_to_hf.py of transformers' repository"
         )
-    for part in (raw, raw.get("text_config"), raw.get("vision_config")):
-        found = {key: part[key] for key in QUANTISED if part.get(key)} if isinstance(part, dict) else {}
+    if raw.get("configuration_files"):
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'} names configuration_files of other versions of transformers, which are not read; "
+            "keep the one that counts as config.json"
+        )
+    for part in (raw, *(raw.get(name) for name in PARTS)):
+        if not isinstance(part, dict):
+            continue
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key) is not None:
+                _check_dtype(folder / "config.json", part[key])
+        labels = part.get("num_labels")
+        if isinstance(labels, int) and labels > MAX_LABELS:
+            raise CheckpointError(f"{folder / 'config.json'}: num_labels is {shorten(labels)}, over {MAX_LABELS}; remove it")
+        found = {key: part[key] for key in QUANTISED if part.get(key)}
         for key, value in found.items():
-            method = f": {value['quant_method']}" if isinstance(value, dict) and "quant_method" in value else ""
+            method = f": {shorten(value['quant_method'])}" if isinstance(value, dict) and "quant_method" in value else ""
             raise UnsupportedModelError(
                 f"{folder} holds quantised weights ({key}{method}), which are not read: take the unquantised checkpoint, "
                 "or dequantise it first; --precision int4 or int8 rounds at export"
@@ -199,6 +221,17 @@ def _configuration(folder: Path, family: Family) -> tuple[Any, FamilySpec]:
         raise CheckpointError(f"{folder / 'config.json'} is not a valid configuration: {_one_line(error)}") from error
 
 
+def _check_dtype(path: Path, value: object) -> None:
+    """Check that what a configuration calls its dtype is one: transformers takes any attribute of torch by its name.
+
+    Raises:
+        CheckpointError: It is none, or none that weights of a model that is not quantised have.
+    """
+    dtype = getattr(torch, value, None) if isinstance(value, str) else None
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise CheckpointError(f"{path}: dtype is {shorten(repr(value))}; it must be float32, float16 or bfloat16")
+
+
 def _image_spec(folder: Path, spec: FamilySpec) -> ImageSpec:
     """Read the image processor as transformers does and compare its size with the tower's.
 
@@ -211,9 +244,10 @@ def _image_spec(folder: Path, spec: FamilySpec) -> ImageSpec:
     _json(path)
     try:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        image = ImageSpec.from_processor_config(processor.to_dict())
-    except LeanVLMError:
-        raise
+        # As JSON, where the libraries' enumerations are numbers.
+        image = ImageSpec.from_processor_config(json.loads(processor.to_json_string()))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
     except Exception as error:  # An image processor's own checks raise nearly anything.
         raise CheckpointError(f"{path} is not a valid image processor: {_one_line(error)}") from error
     if image.size != spec.image_size:
@@ -223,17 +257,14 @@ def _image_spec(folder: Path, spec: FamilySpec) -> ImageSpec:
 
 def _json(path: Path) -> dict[str, Any]:
     """Read a JSON object."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    data = load_json(path, CheckpointError)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
     return data
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return shorten(error) or type(error).__name__
 
 
 def load_model(checkpoint: Checkpoint, on_file: Callable[[Path], None] = lambda file: None) -> nn.Module:
@@ -254,7 +285,9 @@ def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    for line in card.read_text(encoding="utf-8", errors="replace").splitlines()[:60]:
+    with card.open(encoding="utf-8", errors="replace") as file:
+        top = file.read(CARD_BYTES)
+    for line in top.splitlines()[:60]:
         key, colon, value = line.partition(":")
         if colon and key.strip() in ("license", "license_name"):
             return value.strip().strip("\"'") or None

@@ -35,6 +35,7 @@ from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.passes import DECODER_PASSES
 from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
 from leanvlm.runtime.optional import require
+from leanvlm.runtime.records import load_json, shorten
 
 DECODER = "decoder.onnx"
 # text model_type -> (architecture that the builder dispatches on, its class in the builder)
@@ -43,6 +44,8 @@ BUILDERS = {"llama": ("LlamaForCausalLM", "LlamaModel")}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 # What makes the cache of transformers forget the older tokens, of a Llama too, whose own attention knows no window.
 WINDOWS = ("sliding_window", "attention_chunk_size")
+# What the builder writes of a gated block's activation, in transformers' spelling.
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
 # ONNX Runtime's CPU kernel of GroupQueryAttention takes no other head sizes.
 HEAD_MULTIPLE = 16
 OPTIONS = {
@@ -56,23 +59,26 @@ def check_decoder(config: Any) -> None:
     """Check that the builder can make a decoder of this text configuration.
 
     Raises:
-        UnsupportedModelError: A decoder type, rotary scaling, attention window or head size that cannot be built.
+        UnsupportedModelError: A decoder type, activation, rotary scaling, attention window or head size that cannot be built.
     """
     if config.model_type not in BUILDERS:
         raise UnsupportedModelError(f"a {config.model_type!r} decoder is not supported; supported: {', '.join(BUILDERS)}")
+    if config.hidden_act not in ACTIVATIONS:
+        raise UnsupportedModelError(f"hidden_act {config.hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     rope = str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
     if rope not in ROPE_TYPES:
-        raise UnsupportedModelError(f"rope type {rope!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        raise UnsupportedModelError(f"rope type {shorten(repr(rope))} is not supported; supported: {', '.join(ROPE_TYPES)}")
     partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor")
     if partial not in (None, 1):
         raise UnsupportedModelError(
-            f"partial_rotary_factor {partial} is not supported: a Llama's heads are rotated whole; remove it from text_config"
+            f"partial_rotary_factor {shorten(partial)} is not supported: a Llama's heads are rotated whole; "
+            "remove it from text_config"
         )
     for name in WINDOWS:
         window = getattr(config, name, None)
-        if window is not None and window < config.max_position_embeddings:
+        if window is not None and not (isinstance(window, int) and window >= config.max_position_embeddings):
             raise UnsupportedModelError(
-                f"{name} {window} is not supported: the decoder's attention reads the whole context; "
+                f"{name} {shorten(window)} is not supported: the decoder's attention reads the whole context; "
                 "a model that was trained without a window does not need it in text_config"
             )
     head = head_dim(config)
@@ -184,7 +190,7 @@ def write_text_checkpoint(checkpoint: Checkpoint, architecture: str, folder: Pat
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         # The builder would ask whether to run a tokenizer class of the checkpoint's own.
-        kept = {key: value for key, value in json.loads(settings.read_text(encoding="utf-8")).items() if key != "auto_map"}
+        kept = {key: value for key, value in load_json(settings, CheckpointError).items() if key != "auto_map"}
         settings.write_text(json.dumps(kept), encoding="utf-8")
 
 

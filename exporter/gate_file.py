@@ -7,19 +7,19 @@ the entropy of its tower's attention, mean nothing for another model. So the fil
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import SourceSpec, file_sha256
 from leanvlm.runtime.outputs import json_bytes
+from leanvlm.runtime.records import Between, load_json, read
 
 # 2: without constants of the rank estimator, which holds for every model now.
 SCHEMA = 2
+Reference = Annotated[float, Between(1e-6, 1e6)]
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,12 @@ class GateFile:
 
     model: str
     sha256: str
-    images: int
+    images: Annotated[int, Between(1, 2**53)]
     source: str
-    erank_ref: float
-    entropy_ref: float
+    erank_ref: Reference
+    entropy_ref: Reference
     figures: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("erank_ref", "entropy_ref"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} is {value}")
 
     def pruner_fields(self) -> dict[str, Any]:
         """Return the pruner parameters that the file sets."""
@@ -83,24 +77,8 @@ def read_gate_file(path: Path) -> GateFile:
     Raises:
         InputError: It cannot be read, is of another schema, or a value is missing or impossible.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--gate-file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--gate-file {path} is not JSON: {error}") from error
+    data = load_json(path, InputError)
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise InputError(f"--gate-file {path} is not a gate file of schema {SCHEMA}; `leanvlm calibrate gate` writes one")
-    try:
-        return GateFile(
-            model=str(data["model"]),
-            sha256=str(data["sha256"]),
-            images=int(data["images"]),
-            source=str(data["source"]),
-            erank_ref=float(data["erank_ref"]),
-            entropy_ref=float(data["entropy_ref"]),
-            figures=dict(data["figures"]),
-            versions=dict(data["versions"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"--gate-file {path} is not a valid gate file: {type(error).__name__}: {error}") from error
+    fields = {key: value for key, value in data.items() if key != "schema"}
+    return read(GateFile, fields, f"--gate-file {path} is not a valid gate file", InputError)

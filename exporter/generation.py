@@ -6,17 +6,17 @@ refused if it is set: it might change the answer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
 from leanvlm.runtime.errors import CheckpointError, InputError, UnsupportedModelError
-from leanvlm.runtime.generation import GENERATION_CONFIG, MAX_CONFIG, SAMPLING_SETTINGS, GenerationSettings
+from leanvlm.runtime.generation import GENERATION_CONFIG, SAMPLING_SETTINGS, GenerationSettings
 from leanvlm.runtime.logits import LOGITS_SETTINGS
-from leanvlm.runtime.records import load_json
+from leanvlm.runtime.records import load_json, shorten
 
 HONOURED = ("eos_token_id", *SAMPLING_SETTINGS, *LOGITS_SETTINGS)
 
@@ -77,7 +77,7 @@ def generation_config(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
     path = folder / GENERATION_CONFIG
     data: dict[str, Any]
     if path.is_file():
-        data = load_json(path, CheckpointError, MAX_CONFIG)
+        data = load_json(path, CheckpointError)
         if not isinstance(data, dict):
             raise CheckpointError(f"{path} cannot be read: it does not hold a JSON object")
     else:
@@ -87,7 +87,7 @@ def generation_config(folder: Path, config: PreTrainedConfig) -> dict[str, Any]:
     try:
         GenerationSettings.from_dict(data)
     except InputError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {shorten(error)}") from error
     return data
 
 
@@ -100,6 +100,7 @@ def _refuse_unknown(path: Path, data: Mapping[str, Any]) -> None:
         if name in REFUSED and value in REFUSED[name]:
             continue
         if name in REFUSED or name in known:
+            shown = shorten(json.dumps(value))
             raise UnsupportedModelError(
-                f"{path} sets {name} = {short(value)}, which the runtime does not do; remove it there to export without"
+                f"{path} sets {name} = {shown}, which the runtime does not do; remove it there to export without"
             )

@@ -1,4 +1,8 @@
-"""What an export will do, checked against its checkpoint and this machine before any weight is read."""
+"""What an export will do, checked against its checkpoint and this machine before any weight is read.
+
+Sizes go through three sieves before anything of such a size is made: the ranges of the configuration, the headers of the weight
+files, the free disk.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.place import check_output
 from leanvlm.exporter.pruners import NoPruner, Pruner, parse
 from leanvlm.exporter.text_files import check_text
+from leanvlm.exporter.weights import match_weights, outline
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.preprocess import ImageSpec
 
@@ -94,7 +99,10 @@ def plan(config: ExportConfig) -> Plan:
             raise InputError(f"pruner 'none' keeps all {count} image tokens; use it with --budget {count}")
     parse(config.pruner)
     pruners[count] = NoPruner(keep=count)
-    result = Plan(config, checkpoint, pruners, _estimate(config, checkpoint, list(pruners)), gate)
+    model = outline(checkpoint.family, checkpoint.config)
+    if checkpoint.weight_files:
+        match_weights(checkpoint.family, model, checkpoint.weight_files)
+    result = Plan(config, checkpoint, pruners, _estimate(config, checkpoint, model, list(pruners)), gate)
     _check_disk(result)
     return result
 
@@ -134,9 +142,8 @@ def vision_dtype(config: ExportConfig) -> torch.dtype:
     return VISION_DTYPE.get(config.target) or DTYPES[config.resolved_precision]
 
 
-def _estimate(config: ExportConfig, checkpoint: Checkpoint, budgets: list[int]) -> dict[str, int]:
+def _estimate(config: ExportConfig, checkpoint: Checkpoint, model: nn.Module, budgets: list[int]) -> dict[str, int]:
     """Estimate each file's size from the parameter counts."""
-    model = checkpoint.family.empty(checkpoint.config)
     family = checkpoint.family
 
     def count(module: nn.Module) -> int:

@@ -44,7 +44,7 @@ class Reference:
         # The blocks behind the cut are still in the checkpoint's dtype.
         with (
             _eager_attention(core.vision_tower),
-            computed_in_float32(core.vision_tower),
+            computed_in(core.vision_tower, torch.float32),
             _output(attn.q_proj) as query,
             _output(attn.k_proj) as keys,
         ):
@@ -64,6 +64,19 @@ class Reference:
         return features.cpu()
 
     @torch.no_grad()
+    def rounding(self, pixel_values: Array, features: Array) -> float:
+        """Return how far fp32 takes features (B, N, D) of pixel values (B, 3, H, W) from double precision, relative.
+
+        Another graph of the same model is as far off in its own way: see `tolerances.ROUNDING`.
+        """
+        family = self.checkpoint.family
+        tower, projector = family.tower(self.model), family.projector(self.model)
+        with computed_in(tower, torch.float64), computed_in(projector, torch.float64):
+            hidden = tower(torch.from_numpy(pixel_values).to(self.device, torch.float64))[0]
+            exact: Array = projector(hidden).cpu().numpy()
+        return relative_difference(features, exact)
+
+    @torch.no_grad()
     def embed(self, ids: Sequence[int]) -> Array:
         """Return the token table's rows (len(ids), D) in fp32."""
         table = self.checkpoint.family.embed_tokens(self.model)
@@ -74,7 +87,7 @@ class Reference:
     def logits(self, embeddings: Array, positions: Array, last: int) -> Array:
         """Return the logits (last, V) of the last of a sequence of embeddings (S, D) at positions (S,)."""
         decoder: Any = self.checkpoint.family.decoder(self.model)
-        with computed_in_float32(decoder):
+        with computed_in(decoder, torch.float32):
             out = decoder(
                 inputs_embeds=torch.from_numpy(embeddings)[None].to(self.device),
                 position_ids=torch.from_numpy(positions)[None].to(self.device),
@@ -95,13 +108,13 @@ class Reference:
 
 
 @contextlib.contextmanager
-def computed_in_float32(module: nn.Module) -> Iterator[None]:
-    """Widen each leaf module's parameters to fp32 only while it runs."""
+def computed_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Bring each leaf module's parameters to a wider dtype only while it runs."""
     handles = []
     for leaf in module.modules():
-        narrow = {k: p.data for k, p in leaf.named_parameters(recurse=False) if p.dtype != torch.float32}
+        narrow = {k: p.data for k, p in leaf.named_parameters(recurse=False) if p.dtype != dtype}
         if narrow:
-            handles.append(leaf.register_forward_pre_hook(_widen))
+            handles.append(leaf.register_forward_pre_hook(_widen(dtype)))
             handles.append(leaf.register_forward_hook(_restore(narrow)))
     try:
         yield
@@ -110,9 +123,12 @@ def computed_in_float32(module: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _widen(leaf: nn.Module, args: Any) -> None:
-    for parameter in leaf.parameters(recurse=False):
-        parameter.data = parameter.data.float()
+def _widen(dtype: torch.dtype) -> Any:
+    def hook(leaf: nn.Module, args: Any) -> None:
+        for parameter in leaf.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+
+    return hook
 
 
 def _restore(narrow: dict[str, Tensor]) -> Any:

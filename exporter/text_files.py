@@ -22,10 +22,13 @@ from leanvlm.exporter.tokenizer import PROBES, load_tokenizer, write_tokenizer
 from leanvlm.exporter.verify import NEW_TOKENS
 from leanvlm.runtime.errors import BundleError, CheckpointError, InputError, UnsupportedModelError
 from leanvlm.runtime.generation import GENERATION_CONFIG, GenerationSettings
+from leanvlm.runtime.records import load_json, shorten
 from leanvlm.runtime.session import user_message
-from leanvlm.runtime.text import MAX_TEXT, TEMPLATE, Template, TextTokenizer
+from leanvlm.runtime.text import TEMPLATE, Template, TextTokenizer
 
 WITHOUT = "{{ raise_exception('the bundle was exported without one; write the whole prompt and pass --raw-prompt') }}"
+# Characters; templates that call tools have some ten thousand.
+MAX_TEMPLATE = 2**20
 QUESTION = "What is on the table?"
 WAY_OUT = (
     f"give one that takes images with --template FILE, or export with --template {NO_TEMPLATE} and ask with run --raw-prompt"
@@ -44,16 +47,25 @@ def write_text_files(config: ExportConfig, checkpoint: Checkpoint, folder: Path)
         LeanVLMError: A file that is missing, that cannot be read or that asks for what the runtime does not do.
     """
     settings = generation_config(checkpoint.folder, checkpoint.config)
-    (folder / GENERATION_CONFIG).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    _write(folder / GENERATION_CONFIG, json.dumps(settings, indent=1) + "\n")
+    settings_there = _tokenizer_settings(checkpoint.folder)
     ours = TextTokenizer.from_folder(checkpoint.folder)  # Says which file is damaged.
     for text in PROBES:
         ours.encode(text)  # And here, not in transformers, a regular expression that would not end.
     tokenizer = load_tokenizer(checkpoint.folder)
     shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
     write_tokenizer(tokenizer, folder)
-    special = json.dumps(_with_special_tokens(checkpoint.folder, tokenizer), indent=1, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(special + "\n", encoding="utf-8")
-    (folder / TEMPLATE).write_text(_template(config, checkpoint, tokenizer), encoding="utf-8")
+    special = json.dumps(_with_special_tokens(settings_there, tokenizer), indent=1, ensure_ascii=False)
+    _write(folder / "tokenizer_config.json", special + "\n")
+    _write(folder / TEMPLATE, _template(config, checkpoint, tokenizer))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a text file; JSON can spell half a character, which no file holds."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"the checkpoint's {path.name} holds text that is no Unicode: {error.reason}") from error
 
 
 def check_text(config: ExportConfig, checkpoint: Checkpoint) -> None:
@@ -72,10 +84,17 @@ def check_text(config: ExportConfig, checkpoint: Checkpoint) -> None:
             _check_template(folder, checkpoint, origin)
 
 
-def _with_special_tokens(folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """Return the tokenizer's configuration with the special tokens that templates get, and without code to run."""
+def _tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's `tokenizer_config.json`, if it has one."""
     path = folder / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = load_json(path, CheckpointError) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return config
+
+
+def _with_special_tokens(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Return the tokenizer's configuration with the special tokens that templates get, and without code to run."""
     names = {name for name, value in config.items() if name.endswith("_token") and not isinstance(value, bool)}
     special: dict[str, str] = tokenizer.special_tokens_map
     return {k: v for k, v in config.items() if k not in names | {"auto_map"}} | special
@@ -88,18 +107,18 @@ def _template(config: ExportConfig, checkpoint: Checkpoint, tokenizer: Any) -> s
     if config.template is not None:
         try:
             with Path(config.template).open(encoding="utf-8") as file:
-                given = file.read(MAX_TEXT + 1)
+                text = file.read(MAX_TEMPLATE + 1)
         except OSError as error:
             raise InputError(f"--template {config.template} cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise InputError(f"--template {config.template} is not UTF-8 text: {error.reason}") from error
-        if len(given) > MAX_TEXT:
-            raise InputError(f"--template {config.template} has more than {MAX_TEXT} characters: it is no template")
-        return given
+        if len(text) > MAX_TEMPLATE:
+            raise InputError(f"--template {config.template} has more than {MAX_TEMPLATE} characters, so it is no chat template")
+        return text
     try:
         processor, _ = ProcessorMixin.get_processor_dict(checkpoint.folder, local_files_only=True)
     except Exception as error:  # The files can be wrong in any way.
-        why = " ".join(str(error).split())[:200] or type(error).__name__
+        why = shorten(error) or type(error).__name__
         raise CheckpointError(f"{checkpoint.folder}: transformers cannot read the chat template: {why}") from error
     # A tokenizer's own counts where the processor has none.
     for source in (processor.get("chat_template"), tokenizer.chat_template):
@@ -117,7 +136,7 @@ def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: Gener
     token, highest = max(vocab.items(), key=lambda item: item[1], default=("", -1))
     if highest >= rows:
         raise CheckpointError(
-            f"{name}'s tokenizer has tokens up to {highest} ({token!r}), its model embeds {rows}; "
+            f"{name}'s tokenizer has tokens up to {highest} ({shorten(repr(token))}), its model embeds {rows}; "
             "save it after model.resize_token_embeddings(len(tokenizer)), or with the tokenizer that it was trained with"
         )
     image = checkpoint.spec.image_token_id
@@ -132,7 +151,7 @@ def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: Gener
     try:
         settings.logits.check_ids(rows)
     except InputError as error:
-        raise CheckpointError(f"{name}'s {GENERATION_CONFIG}: {error}") from error
+        raise CheckpointError(f"{name}'s {GENERATION_CONFIG}: {shorten(error)}") from error
 
 
 def _check_template(folder: Path, checkpoint: Checkpoint, origin: str) -> None:
@@ -140,14 +159,14 @@ def _check_template(folder: Path, checkpoint: Checkpoint, origin: str) -> None:
     try:
         template, tokenizer = Template.from_folder(folder), TextTokenizer.from_folder(folder)
     except BundleError as error:
-        raise CheckpointError(f"{origin}: {error}") from error
+        raise CheckpointError(f"{origin}: {shorten(error)}") from error
     for images in (1, 0):
         try:
             text = template.render([user_message(QUESTION, images)])
         except InputError as error:
-            raise UnsupportedModelError(f"{origin}: {error}, so it may be for text only; {WAY_OUT}") from error
+            raise UnsupportedModelError(f"{origin}: {shorten(error)}, so it may be for text only; {WAY_OUT}") from error
         except BundleError as error:
-            raise CheckpointError(f"{origin}: {error}; {WAY_OUT}") from error
+            raise CheckpointError(f"{origin}: {shorten(error)}; {WAY_OUT}") from error
         ids = tokenizer.encode(text)
         found = ids.count(checkpoint.spec.image_token_id)
         if found != images:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from leanvlm.runtime.errors import CheckpointError
+from leanvlm.runtime.records import shorten
 
 # Spaces at both ends, digits, accents, other scripts, an emoji, line breaks: where rebuilt tokenizers differ.
 PROBES = (
@@ -38,7 +39,7 @@ def load_tokenizer(checkpoint: Path) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # The files can be wrong in any way; for a panic tokenizers raises what is no Exception.
-        why = " ".join(str(error).split())[:200] or type(error).__name__
+        why = shorten(error) or type(error).__name__
         raise CheckpointError(f"{checkpoint}: transformers cannot read the tokenizer: {why}") from error
 
 
@@ -57,10 +58,20 @@ def write_tokenizer(theirs: Any, folder: Path) -> bool:
     ours.no_truncation()
     ours.no_padding()
     same = _special(ours) == _special(backend)
-    if same and all(ours.encode(text).ids == theirs(text)["input_ids"] for text in _probes(ours, backend)):
+    if same and all(ours.encode(text).ids == _ids(theirs, text) for text in _probes(ours, backend)):
         return False
     backend.save(str(path))
     return True
+
+
+def _ids(theirs: Any, text: str) -> list[int]:
+    """Return transformers' token ids of a text."""
+    try:
+        ids: list[int] = theirs(text)["input_ids"]
+    except Exception as error:  # Its settings can be wrong in any way.
+        why = shorten(error) or type(error).__name__
+        raise CheckpointError(f"transformers' tokenizer fails, see tokenizer_config.json: {why}") from error
+    return ids
 
 
 def _probes(*tokenizers: Tokenizer) -> Iterator[str]:

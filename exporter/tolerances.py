@@ -10,6 +10,18 @@ from __future__ import annotations
 # fp16: the graph computes in half precision (11 bits), the reference in fp32; one rounding is 5e-4 and they add up.
 FEATURES = {"fp32": 1e-5, "fp16": 2e-2}
 
+# In fp32 a model's own conditioning decides more than its depth: where the logits of the attention reach tens, a rounding error
+# of 6e-8 in them is one of 1e-6 in every weight. So a graph over FEATURES is judged by what fp32 costs this model: how far the
+# reference's features are from its own in double precision, relative as above. The graph sums in another order, so it is off by
+# as much in its own way, or by twice that in the largest of many values; with the reference's own error that is three times.
+# Measured on 20 random tiny models, graph against reference: 4.0e-6 to 1.23e-5, four over FEATURES; that is 0.80 to 1.69 of the
+# reference's own 3.8e-6 to 1.0e-5, the same to the last bit for 1 to 4 threads, idle or loaded, and within a third for other
+# instruction sets. A single number of a weight wrong by 1 % is 3e-5 to 1e-3 there.
+ROUNDING = 3.0
+
+# What the rounding may make of FEATURES at most: beyond, fp32 is not enough for the model, or double precision ran another one.
+FEATURES_MOST = 1e-4
+
 # The same for merged tokens: sums weighted by attention carry its rounding too, exponentials of scores of order 10
 # (1.3e-5 on random weights).
 MERGED = {"fp32": 1e-4, "fp16": 5e-2}
@@ -47,3 +59,9 @@ TINY_LOGITS = 2e-4
 # The class token's attention, fused blocks against eager ones, relative: a softmax turns a rounding error of its logits into
 # a relative error of the same size, and the tiny random model's logits reach tens (24 bits of them is 1e-5).
 ATTENTION = 1e-4
+
+
+def features_limit(precision: str, rounding: float) -> float:
+    """Return what image features may differ by, from how far the reference itself is off in fp32."""
+    limit = FEATURES[precision]
+    return max(limit, min(ROUNDING * rounding, FEATURES_MOST))

@@ -7,9 +7,10 @@ weight: some transformers versions leave a tower random and only log it.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,39 @@ from torch import Tensor, nn
 
 from leanvlm.exporter.models import Family
 from leanvlm.runtime.errors import CheckpointError
+from leanvlm.runtime.records import load_json, read, shorten
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Of a file; systems allow no more.
+MAX_NAME = 255
 ADAPTER = "adapter_config.json"
 # Buffers that older savers wrote and that are computed instead: `_adjust_missing_and_unexpected_keys` of transformers.
 OLD_BUFFERS = re.compile(r"rotary_emb\.inv_freq|(^|\.)position_ids$")
+# Bytes of a file's header. 700 weights have 0.1 MB, and one byte takes some of memory when it is parsed.
+MAX_HEADER = 4 << 20
+# Not float8 and less, which are rounded with scales of their own; as safetensors spells them.
+DTYPES = ("F64", "F32", "F16", "BF16")
+LORA = re.compile(r"\blora_|\.base_layer\.|^base_model\.")
+NOT_ONE_SAVE = (
+    "its config.json and its weights, or its shards and their index, are not of one save: "
+    "download it again, or save it with save_pretrained"
+)
+
+
+@dataclass(frozen=True)
+class WeightIndex:
+    """What counts of a `model.safetensors.index.json`: weight to file."""
+
+    weight_map: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a weight is stored: the file, and its name there."""
+
+    file: Path
+    key: str
 
 
 def find_weights(folder: Path, named: object = None) -> tuple[Path, ...]:
@@ -45,11 +73,10 @@ def find_weights(folder: Path, named: object = None) -> tuple[Path, ...]:
         raise CheckpointError(_no_weights(folder, name))
     if not name.endswith(".index.json"):
         return (source,)
-    try:
-        shards = sorted(set(json.loads(source.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{source} is not a valid index of weights: {type(error).__name__}: {error}") from error
-    files = tuple(_file(folder, str(shard)) for shard in shards)
+    data = load_json(source, CheckpointError)
+    known = {"weight_map": data["weight_map"]} if isinstance(data, dict) and "weight_map" in data else {}
+    index = read(WeightIndex, known, f"{source} is not a valid index of weights", CheckpointError)
+    files = tuple(_file(folder, shard) for shard in sorted(set(index.weight_map.values())))
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         what = f"{missing[0]}, which is missing from {folder}" if missing else "no file"
@@ -59,8 +86,9 @@ def find_weights(folder: Path, named: object = None) -> tuple[Path, ...]:
 
 def _file(folder: Path, name: str) -> Path:
     """Return the path of a file of weights that a checkpoint names, which must not leave its folder."""
-    if Path(name).is_absolute() or ".." in Path(name).parts or not name.endswith((".safetensors", ".safetensors.index.json")):
-        raise CheckpointError(f"{folder} names {name!r} as weights; supported: .safetensors files inside the folder")
+    outside = Path(name).is_absolute() or ".." in Path(name).parts or len(name) > MAX_NAME
+    if outside or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise CheckpointError(f"{folder} names {name[:MAX_NAME]!r} as weights; supported: .safetensors files inside the folder")
     return folder / name
 
 
@@ -97,6 +125,59 @@ def settle_maths() -> None:
         function(torch.ones(1))
 
 
+def outline(family: Family, config: Any) -> nn.Module:
+    """Build a checkpoint's model without its weights: names, shapes and structure, and what is computed from numbers only.
+
+    Raises:
+        CheckpointError: transformers cannot build it, or computes what is no number.
+    """
+    try:
+        model = family.empty(config)
+        family.materialise_buffers(model)
+        family.decoder(model)  # Which has a shell of its own.
+    except Exception as error:  # A configuration can be wrong in any way.
+        why = shorten(error) or type(error).__name__
+        raise CheckpointError(f"transformers cannot build the model that config.json describes: {why}") from error
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta or not buffer.isfinite().all():
+            raise CheckpointError(f"config.json describes a model whose {name} cannot be computed; see what it is made from")
+    return model
+
+
+def match_weights(family: Family, model: nn.Module, files: Sequence[Path]) -> dict[str, Stored]:
+    """Find every weight of a model in the headers of its files, by name, shape and dtype; nothing else is read.
+
+    Args:
+        family: The family that handles it.
+        model: What `outline` returned.
+        files: What `find_weights` returned; of a name that stands in several, the last counts.
+
+    Returns:
+        Name in the model to where it is stored.
+
+    Raises:
+        CheckpointError: A weight that is missing, unexpected or of another shape; or a file that cannot be read.
+    """
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    places = {family.canonical_key(key): key for key in shapes}
+    found: dict[str, Stored] = {}
+    unexpected: list[str] = []
+    for file in files:
+        for key, shape, dtype in _header(file):
+            place = places.get(family.canonical_key(key))
+            if place is None:
+                unexpected.append(key)
+                continue
+            _check(file, key, shape, dtype, shapes[place])
+            if place in found and found[place].key != key:
+                raise CheckpointError(f"the checkpoint stores one weight under two names: {found[place].key} and {key}")
+            found[place] = Stored(file, key)
+    _tie(model, found)
+    _refuse("misses", [place for place in shapes if place not in found])
+    _refuse("has unexpected", [key for key in unexpected if not OLD_BUFFERS.search(key)])
+    return found
+
+
 def load_weights(
     family: Family, config: Any, files: Sequence[Path], on_file: Callable[[Path], None] = lambda file: None
 ) -> nn.Module:
@@ -105,60 +186,57 @@ def load_weights(
     Args:
         family: The family that handles it.
         config: Its transformers configuration.
-        files: What `find_weights` returned; of a name that stands in several, the last counts.
+        files: What `find_weights` returned.
         on_file: Called after each weight file, for a progress bar.
 
     Raises:
-        CheckpointError: A weight that is missing, unexpected or of another shape; or a file that cannot be read.
+        CheckpointError: What `match_weights` raises.
     """
     settle_maths()
-    model = family.empty(config)
-    places = {family.canonical_key(key): key for key in model.state_dict()}
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    loaded: dict[str, Tensor] = {}
-    names: dict[str, str] = {}
-    unexpected: list[str] = []
+    model = outline(family, config)
+    found = match_weights(family, model, files)
+    tensors: dict[Stored, Tensor] = {}
     for file in files:
-        for key, tensor in _tensors(file):
-            place = places.get(family.canonical_key(key))
-            if place is None:
-                unexpected.append(key)
-                continue
-            _check(file, key, tensor, shapes[place])
-            if names.setdefault(place, key) != key:
-                raise CheckpointError(f"the checkpoint stores one weight under two names: {names[place]} and {key}")
-            loaded[place] = tensor
+        with _opened(file) as weights:
+            tensors |= {stored: weights.get_tensor(stored.key) for stored in found.values() if stored.file == file}
         on_file(file)
-    _tie(model, loaded)
-    _refuse("misses", [place for place in shapes if place not in loaded])
-    _refuse("has unexpected", [key for key in unexpected if not OLD_BUFFERS.search(key)])
-    model.load_state_dict(loaded, strict=True, assign=True)
-    family.materialise_buffers(model)
+    model.load_state_dict({place: tensors[stored] for place, stored in found.items()}, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names and mapped tensors of one safetensors file."""
+def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Yield name, shape and dtype of the tensors of one safetensors file."""
+    with _opened(file) as weights:
+        for key in weights.keys():  # noqa: SIM118 (not a dict)
+            tensor = weights.get_slice(key)
+            yield key, tuple(tensor.get_shape()), str(tensor.get_dtype())
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Map a safetensors file, whose header the library holds to its size."""
     try:
+        with file.open("rb") as start:
+            length = int.from_bytes(start.read(8), "little")
+        if length > MAX_HEADER:
+            raise CheckpointError(f"{file} cannot be read as safetensors: a header of {length} bytes, over {MAX_HEADER}")
         with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 (not a dict)
-                yield key, weights.get_tensor(key)
+            yield weights
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
+        raise CheckpointError(f"{file} cannot be read as safetensors: {shorten(error)}; download it again") from error
 
 
-def _check(file: Path, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check(file: Path, key: str, shape: tuple[int, ...], dtype: str, expected: tuple[int, ...]) -> None:
     """Check that a stored weight is of the shape that the configuration gives it, and of numbers that are not rounded."""
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"{file.name}: {key} has shape {list(tensor.shape)}, expected {list(shape)}")
-    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-        dtype = str(tensor.dtype).removeprefix("torch.")
+    if shape != expected:
+        raise CheckpointError(f"{file.name}: {key} has shape {shorten(list(shape))}, expected {list(expected)}; {NOT_ONE_SAVE}")
+    if dtype not in DTYPES:
         raise CheckpointError(
             f"{file.name}: {key} is {dtype}; quantised weights are not read, take the checkpoint in 16 or 32 bits"
         )
 
 
-def _tie(model: nn.Module, loaded: dict[str, Tensor]) -> None:
+def _tie(model: nn.Module, found: dict[str, Stored]) -> None:
     """Give the output head the token table, or the table the head, where they are tied and the files store one.
 
     Where they store both, both count: so transformers does, which ties only what is equal.
@@ -169,11 +247,16 @@ def _tie(model: nn.Module, loaded: dict[str, Tensor]) -> None:
     head = "lm_head.weight"
     table = next(key for key in model.state_dict() if key.endswith("embed_tokens.weight"))
     for absent, stored in ((head, table), (table, head)):
-        if absent not in loaded and stored in loaded:
-            loaded[absent] = loaded[stored]
+        if absent not in found and stored in found:
+            found[absent] = found[stored]
 
 
 def _refuse(verb: str, keys: list[str]) -> None:
-    if keys:
-        shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-        raise CheckpointError(f"the checkpoint {verb} {len(keys)} weight(s): {shown}")
+    """Refuse weights that have no counterpart, and say what to do."""
+    if not keys:
+        return
+    shown = ", ".join(shorten(key) for key in keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+    way_out = NOT_ONE_SAVE
+    if any(LORA.search(key) for key in keys):
+        way_out = "these are an adapter's: merge it first (peft: model.merge_and_unload(), then save_pretrained)"
+    raise CheckpointError(f"the checkpoint {verb} {len(keys)} weight(s): {shown}; {way_out}")

@@ -119,7 +119,12 @@ def plain(value: Any) -> Any:
 def shorten(value: object) -> str:
     """Return one line of a value from elsewhere, short enough for a message."""
     text = " ".join((value if isinstance(value, str) else str(value)).split())
-    return text if len(text) <= 4 * SHOWN else f"{text[: 4 * SHOWN]}…"
+    return _printable(text if len(text) <= 4 * SHOWN else f"{text[: 4 * SHOWN]}…")
+
+
+def _printable(text: str) -> str:
+    """Return a text with halves of characters, which JSON can spell and no stream takes, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _value(kind: Any, data: Any, where: str) -> Any:
@@ -232,7 +237,7 @@ def _fail(where: str, data: Any, must: str) -> NoReturn:
 def _show(data: Any) -> str:
     """Return a value as JSON spells it, cut; never long work for a long value."""
     if isinstance(data, str):
-        text = json.dumps(data[: SHOWN + 1], ensure_ascii=False)
+        text = _printable(json.dumps(data[: SHOWN + 1], ensure_ascii=False))
     elif isinstance(data, list | dict):
         text = f"{'a list' if isinstance(data, list) else 'an object'} of {len(data)}"
     elif isinstance(data, int) and not isinstance(data, bool) and data.bit_length() > 200:

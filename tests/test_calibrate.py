@@ -145,8 +145,8 @@ def test_file_is_read_back_equal(tmp_path: Path, tiny_gate: GateFile) -> None:
         ({"schema": 1}, "schema 2"),
         ({"erank_ref": 0}, "erank_ref is 0.0"),
         ({"erank_ref": "many"}, "valid"),
-        ({"entropy_ref": float("nan")}, "entropy_ref is nan"),
-        ({"images": None}, "TypeError"),
+        ({"entropy_ref": float("nan")}, "NaN is not a number in JSON"),
+        ({"images": None}, "images is null; it must be a whole number"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, tiny_gate: GateFile, change: dict[str, object], words: str) -> None:

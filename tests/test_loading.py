@@ -408,7 +408,7 @@ def test_the_processor_that_counts_must_be_readable(folder: Path) -> None:
     (folder / IMAGE_PROCESSOR).write_text("?", encoding="utf-8")
     opened(folder)
     nested(image_mean=["a", "b", "c"])(folder)
-    with pytest.raises(CheckpointError, match=r"processor_config\.json is not a valid image processor"):
+    with pytest.raises(UnsupportedModelError, match=r"/processor_config\.json: the image processor: image_mean\[0\] is \"a\""):
         opened(folder)
     (folder / PROCESSOR).write_text("?", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"/processor_config\.json cannot be read"):

@@ -117,6 +117,14 @@ def test_a_message_is_short_and_one_line() -> None:
     assert len(shorten("word " * 1000)) < 300
 
 
+def test_a_message_can_be_printed() -> None:
+    """JSON spells halves of characters too."""
+    with pytest.raises(InputError) as caught:
+        read(Outer, GOOD | {"word": "\ud800"}, "file", InputError)
+    assert str(caught.value).encode()
+    assert shorten("é\ud800") == "é\\ud800"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

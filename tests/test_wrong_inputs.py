@@ -149,7 +149,7 @@ def edit(name: str, **values: Any) -> Change:
         (edit("config.json", model_type="mamba"), "model_type 'mamba' is not supported; supported: llava"),
         (edit("config.json", text_config__hidden_size="wide"), "config.json is not a valid configuration"),
         (edit("config.json", text_config__model_type="mamba"), "'mamba' decoder is not supported"),
-        (edit("config.json", vision_config__patch_size=0), "config.json is not a valid configuration"),
+        (edit("config.json", vision_config__patch_size=0), "patch_size is 0; it must be from 1 to 4096"),
         (edit("config.json", vision_config__image_size=336), "the tower takes (336, 336)"),
         (write("tokenizer.json", "{"), "tokenizer.json cannot be read"),
         (write("chat_template.jinja", "{% if %}"), "chat template is not valid"),

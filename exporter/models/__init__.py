@@ -6,6 +6,7 @@ from importlib import import_module
 
 from leanvlm.exporter.models.base import Family, FamilySpec
 from leanvlm.runtime.errors import UnsupportedModelError
+from leanvlm.runtime.records import shorten
 
 __all__ = ["ARCHITECTURES", "FAMILIES", "Family", "FamilySpec", "family_for"]
 
@@ -23,7 +24,9 @@ def family_for(model_type: str) -> Family:
         UnsupportedModelError: No family of that name.
     """
     if model_type not in FAMILIES:
-        raise UnsupportedModelError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise UnsupportedModelError(
+            f"model_type {shorten(repr(model_type))} is not supported; supported: {', '.join(FAMILIES)}"
+        )
     module, name = FAMILIES[model_type].split(":")
     family: Family = getattr(import_module(module), name)()
     return family

@@ -6,6 +6,7 @@ foreign is patched.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,8 +46,17 @@ class Family(Protocol):
 
     model_type: str
 
+    def check_parts(self, raw: Mapping[str, Any]) -> None:
+        """Refuse what `config.json` holds of parts that are not handled, before transformers reads them."""
+        ...
+
     def spec(self, config: Any) -> FamilySpec:
-        """Read the numbers from a transformers config; raise UnsupportedModelError for what is not handled."""
+        """Read the numbers from a transformers config.
+
+        Raises:
+            UnsupportedModelError: Something that is not handled.
+            CheckpointError: A number that is not possible.
+        """
         ...
 
     def empty(self, config: Any) -> nn.Module:

@@ -6,6 +6,7 @@ token's attention of the scored block is computed apart, one row only: every blo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,11 +15,17 @@ from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from leanvlm.exporter.models.base import FamilySpec
 from leanvlm.exporter.models.patches import LevelPatches
+from leanvlm.exporter.models.ranges import ClipRanges, LlamaRanges, LlavaRanges, check_ranges
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.records import shorten
 
-DECODERS = ("llama",)
+# Part of the configuration to what it is called, and to the model types that are handled with what their numbers may be.
+PARTS: dict[str, tuple[str, dict[str, type]]] = {
+    "vision_config": ("tower", {"clip_vision_model": ClipRanges}),
+    "text_config": ("decoder", {"llama": LlamaRanges}),
+}
 
 
 class ClipTower(nn.Module):
@@ -73,18 +80,39 @@ class LlavaFamily:
 
     model_type = "llava"
 
+    def check_parts(self, raw: Mapping[str, Any]) -> None:
+        """Refuse other towers and decoders: of some, transformers makes lists as long as a number in the file says.
+
+        Raises:
+            UnsupportedModelError: A tower or decoder that this family does not handle.
+        """
+        for name in PARTS:
+            part = raw.get(name)
+            if isinstance(part, Mapping) and part.get("model_type"):
+                self._ranges(name, part["model_type"])
+
+    @staticmethod
+    def _ranges(name: str, model_type: object) -> type:
+        """Return what the numbers of a part of the configuration may be."""
+        called, known = PARTS[name]
+        if not isinstance(model_type, str) or model_type not in known:
+            shown = shorten(repr(model_type))
+            raise UnsupportedModelError(f"LLaVA with a {shown} {called} is not supported; supported: {', '.join(known)}")
+        return known[model_type]
+
     def spec(self, config: Any) -> FamilySpec:
         """Read sizes from a `LlavaConfig`.
 
         Raises:
             UnsupportedModelError: A tower, decoder, feature selection or projector that this family does not handle.
+            CheckpointError: A number that is not possible.
         """
         self._check(config)
         vision, layer = config.vision_config, self._layers(config)[0]
         depth = vision.num_hidden_layers
         feature_layer = layer if layer >= 0 else depth + 1 + layer
         if not 1 <= feature_layer <= depth:
-            raise UnsupportedModelError(f"vision_feature_layer {layer} is outside a tower of {depth} blocks")
+            raise UnsupportedModelError(f"vision_feature_layer {shorten(layer)} is outside a tower of {depth} blocks")
         side = vision.image_size // vision.patch_size
         return FamilySpec(
             tokens_per_crop=side * side,
@@ -103,11 +131,10 @@ class LlavaFamily:
 
     @staticmethod
     def _check(config: Any) -> None:
-        vision, text = config.vision_config.model_type, config.text_config.model_type
-        if vision != "clip_vision_model":
-            raise UnsupportedModelError(f"LLaVA with a {vision!r} tower is not supported; supported: clip_vision_model")
-        if text not in DECODERS:
-            raise UnsupportedModelError(f"LLaVA with a {text!r} decoder is not supported; supported: {', '.join(DECODERS)}")
+        for name in PARTS:
+            part = getattr(config, name)
+            check_ranges(LlavaFamily._ranges(name, part.model_type), part, f"{name} in config.json")
+        check_ranges(LlavaRanges, config, "config.json")
         if len(LlavaFamily._layers(config)) != 1:
             raise UnsupportedModelError("LLaVA with several vision feature layers is not supported; supported: one layer")
         if config.vision_feature_select_strategy != "default":
