@@ -76,7 +76,9 @@ class PortableDecoder(nn.Module):
             new += rows
         wanted = self.norm(hidden.index_select(1, last_position))
         logits = self.lm_head(wanted).float()
-        return logits, logits.argmax(dim=-1), logits.amax(dim=-1), *new
+        # Engines' maxima may pass over a NaN.
+        ranked = torch.where(logits.isnan(), torch.inf, logits)
+        return logits, logits.argmax(dim=-1), ranked.amax(dim=-1), *new
 
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosine and sine of every place's angles, both (1, 1, S, head_dim)."""

@@ -18,7 +18,7 @@ from transformers import ProcessorMixin
 from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
 from leanvlm.exporter.generation import generation_config
-from leanvlm.exporter.tokenizer import load_tokenizer, write_tokenizer
+from leanvlm.exporter.tokenizer import PROBES, load_tokenizer, write_tokenizer
 from leanvlm.exporter.verify import NEW_TOKENS
 from leanvlm.runtime.errors import BundleError, CheckpointError, InputError, UnsupportedModelError
 from leanvlm.runtime.generation import GENERATION_CONFIG, GenerationSettings
@@ -49,7 +49,9 @@ def write_text_files(config: ExportConfig, checkpoint: Checkpoint, folder: Path)
     settings = generation_config(checkpoint.folder, checkpoint.config)
     _write(folder / GENERATION_CONFIG, json.dumps(settings, indent=1) + "\n")
     settings_there = _tokenizer_settings(checkpoint.folder)
-    TextTokenizer.from_folder(checkpoint.folder)  # Says which file is damaged.
+    ours = TextTokenizer.from_folder(checkpoint.folder)  # Says which file is damaged.
+    for text in PROBES:
+        ours.encode(text)  # And here, not in transformers, a regular expression that would not end.
     tokenizer = load_tokenizer(checkpoint.folder)
     shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
     write_tokenizer(tokenizer, folder)
@@ -131,7 +133,7 @@ def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: Gener
     rows = int(checkpoint.config.text_config.vocab_size)
     name = checkpoint.name
     vocab = tokenizer.tokenizer.get_vocab()
-    token, highest = max(vocab.items(), key=lambda item: item[1])
+    token, highest = max(vocab.items(), key=lambda item: item[1], default=("", -1))
     if highest >= rows:
         raise CheckpointError(
             f"{name}'s tokenizer has tokens up to {highest} ({shorten(repr(token))}), its model embeds {rows}; "
@@ -163,6 +165,8 @@ def _check_template(folder: Path, checkpoint: Checkpoint, origin: str) -> None:
             text = template.render([user_message(QUESTION, images)])
         except InputError as error:
             raise UnsupportedModelError(f"{origin}: {shorten(error)}, so it may be for text only; {WAY_OUT}") from error
+        except BundleError as error:
+            raise CheckpointError(f"{origin}: {shorten(error)}; {WAY_OUT}") from error
         ids = tokenizer.encode(text)
         found = ids.count(checkpoint.spec.image_token_id)
         if found != images:

@@ -36,7 +36,9 @@ def load_tokenizer(checkpoint: Path) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # The files can be wrong in any way.
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # The files can be wrong in any way; for a panic tokenizers raises what is no Exception.
         why = shorten(error) or type(error).__name__
         raise CheckpointError(f"{checkpoint}: transformers cannot read the tokenizer: {why}") from error
 

@@ -7,11 +7,11 @@ what neither the request nor the file sets does nothing (transformers samples wi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,10 +19,13 @@ import numpy.typing as npt
 
 from leanvlm.runtime.errors import BundleError, InputError
 from leanvlm.runtime.logits import LOGITS_SETTINGS, NEUTRAL, LogitsConfig, process
+from leanvlm.runtime.records import load_json
 from leanvlm.runtime.sampling import SamplingConfig, sample
 
 MAX_NEW_TOKENS = 128
 GENERATION_CONFIG = "generation_config.json"
+# Bytes of such a file; lists of forbidden words are what is long in one.
+MAX_CONFIG = 16 << 20
 SAMPLING_SETTINGS = ("top_k", "top_p", "min_p")
 """Settings of the file that sampling uses."""
 REQUEST_OPTIONS = ("max_new_tokens", "temperature", "seed", "stop", "ignore_end")
@@ -91,8 +94,8 @@ class GenerationSettings:
         """
         end = data.get("eos_token_id")
         ends = [] if end is None else end if isinstance(end, list) else [end]
-        if not all(isinstance(token, int) for token in ends):
-            raise InputError(f"eos_token_id must be a token id or a list of them, not {end!r}")
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in ends):
+            raise InputError(f"eos_token_id must be a token id or a list of them, not {short(end)}")
         given = {name: value for name in SAMPLING_SETTINGS if (value := data.get(name)) is not None}
         logits = NEUTRAL.changed({name: data.get(name) for name in LOGITS_SETTINGS})
         return cls(frozenset(ends), SamplingConfig(**given), logits)
@@ -105,12 +108,27 @@ class GenerationSettings:
             BundleError: It cannot be read, or holds a value that is not possible.
         """
         path = folder / GENERATION_CONFIG
+        data = load_json(path, BundleError, MAX_CONFIG)
+        if not isinstance(data, dict):
+            raise BundleError(f"{path} is not a JSON object")
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, AttributeError) as error:
-            raise BundleError(f"{path} cannot be read: {error}") from error
+            return cls.from_dict(data)
         except InputError as error:
             raise BundleError(f"{path}: {error}") from error
+
+    def check(self, vocab_size: int) -> None:
+        """Refuse settings of another model.
+
+        Raises:
+            BundleError: They name tokens that a model of `vocab_size` tokens does not have.
+        """
+        beyond = max(self.end_ids, default=0)
+        if beyond >= vocab_size:
+            raise BundleError(f"{GENERATION_CONFIG}: eos_token_id {beyond} is beyond the model's {vocab_size} tokens")
+        try:
+            self.logits.check_ids(vocab_size)
+        except InputError as error:
+            raise BundleError(f"{GENERATION_CONFIG}: {error}") from error
 
     def options(
         self,

@@ -6,9 +6,9 @@ answers too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _are_ids(values: Any) -> bool:
@@ -63,18 +63,18 @@ class LogitsConfig:
     min_length: int = 0
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.repetition_penalty) and self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
-            raise InputError(f"repetition_penalty must be a number above 0, not {self.repetition_penalty!r}")
+        if not (_is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= float(np.finfo(np.float32).max)):
+            raise InputError(f"repetition_penalty must be a number above 0, not {short(self.repetition_penalty)}")
         for name in ("no_repeat_ngram_size", "min_new_tokens", "min_length"):
             value = getattr(self, name)
             if not (_is_id(value) or (value is None and name == "min_new_tokens")):
-                raise InputError(f"{name} must be a whole number of at least 0, not {value!r}")
+                raise InputError(f"{name} must be a whole number of at least 0, not {short(value)}")
         for name in ("suppress_tokens", "begin_suppress_tokens"):
             if not _are_ids(getattr(self, name)):
-                raise InputError(f"{name} must be a list of token ids, not {getattr(self, name)!r}")
+                raise InputError(f"{name} must be a list of token ids, not {short(getattr(self, name))}")
         words = self.bad_words_ids
         if not (isinstance(words, tuple) and all(_are_ids(word) and word for word in words)):
-            raise InputError(f"bad_words_ids must be a list of lists of token ids, not {words!r}")
+            raise InputError(f"bad_words_ids must be a list of lists of token ids, not {short(words)}")
 
     @property
     def active(self) -> bool:
@@ -83,7 +83,10 @@ class LogitsConfig:
 
     def changed(self, values: Mapping[str, Any]) -> LogitsConfig:
         """Return these settings with some replaced; a value that is None stays as it is, and lists become tuples."""
-        return replace(self, **{name: _as_tuple(value) for name, value in values.items() if value is not None})
+        try:
+            return replace(self, **{name: _as_tuple(value) for name, value in values.items() if value is not None})
+        except RecursionError as error:
+            raise InputError(f"a setting among {', '.join(values)} is nested without end") from error
 
     def check_ids(self, vocab_size: int) -> None:
         """Refuse sequences with tokens that the model does not have, as transformers does; single ones are no harm.

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class SamplingConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise InputError(f"{name} must be {wanted}, not {value!r}")
+                raise InputError(f"{name} must be {wanted}, not {short(value)}")
         # Written so that NaN fails too.
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise InputError(f"temperature must be a number of at least 0, not {self.temperature}")

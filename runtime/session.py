@@ -25,6 +25,7 @@ from leanvlm.runtime.generation import MAX_NEW_TOKENS, Chooser, GenerateOptions,
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.preprocess import ImageSource, PixelValues, image_list
 from leanvlm.runtime.prompt import CropFeatures, ImageFeatures, Prompt, assemble, compose
+from leanvlm.runtime.sandbox import sandbox
 from leanvlm.runtime.streaming import AnswerText
 from leanvlm.runtime.text import Message, Template, TextTokenizer, check_image_tokens
 
@@ -54,8 +55,10 @@ class Session:
         self.backend = backend
         self.template = Template.from_folder(folder)
         self.tokenizer = TextTokenizer.from_folder(folder)
-        self.table = TokenTable(folder / manifest.embed_tokens)
+        self.tokenizer.check(manifest.decoder.vocab_size, manifest.image_token_id)
+        self.table = TokenTable(folder / manifest.embed_tokens, manifest.decoder.table_rows, manifest.decoder.hidden_size)
         self.settings = GenerationSettings.from_folder(folder)
+        self.settings.check(manifest.decoder.vocab_size)
         self.end_ids = self.settings.end_ids
         self._graphs: dict[str, Graph] = {}
         self._decoder: Decoder | None = None
@@ -370,6 +373,7 @@ def load(
     """
     folder = Path(bundle)
     manifest = read_manifest(folder)
+    sandbox().start()  # It is ready by the time that the backend is.
     if verify:
         verify_files(folder, manifest)
     backend = open_backend(folder, manifest, device=device, threads=threads, prepack=prepack, provider=provider)

@@ -1,34 +1,42 @@
 """Prompts to token ids and token ids back to text, with `tokenizers` and `jinja2` only."""
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from leanvlm.runtime.errors import BundleError, InputError
+from leanvlm.runtime.records import load_json, shorten
+from leanvlm.runtime.sandbox import sandbox
 from leanvlm.runtime.streaming import BYTES, StreamDecoder
+from leanvlm.runtime.tokenizer_rules import decodes_safely, encodes_safely, loads_safely
 
 Message = Mapping[str, Any]
 """{"role": str, "content": str or a list of {"type": "image"} and {"type": "text", "text": str}}"""
 
 
+TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 TEMPLATE_CONFIGS = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
 """Where older checkpoints keep the template, under `chat_template`."""
+
+MAX_TOKENIZER = 128 << 20
+"""Bytes of a tokenizer; Gemma's with its 262,144 tokens has 33 MB."""
+
+MAX_TEXT = 16 << 20
+"""Bytes of a template or configuration; Gemma's tokenizer_config.json has 1 MB."""
+
+MAX_PROMPT = 1 << 22
+"""Characters of a prompt; the longest contexts of 2026 hold a million tokens."""
+
+ANOTHER_MODELS = "it is another model's; copy or export the bundle again"
 
 
 class Template:
     """A checkpoint's chat template: messages to the text of a prompt, as `apply_chat_template` of transformers does.
 
-    Templates are programs from the checkpoint; they run in jinja2's sandbox.
+    Templates are programs from the checkpoint; they run in jinja2's sandbox, and that in a process of bounded means.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
@@ -42,10 +50,8 @@ class Template:
             BundleError: The template is not valid.
         """
         self.special_tokens = dict(special_tokens or {})
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise BundleError(f"the chat template is not valid: line {error.lineno}: {_one_line(error)}") from error
+        self._source = source
+        self._ask(None)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Template":
@@ -77,35 +83,43 @@ class Template:
 
         Raises:
             InputError: A message is malformed, or the template refuses the conversation.
+            BundleError: The template takes more time or memory than any conversation needs.
         """
-        try:
-            return self._template.render(
-                messages=[_with_parts(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
+        return self._ask(
+            {
+                "messages": [_with_parts(message) for message in messages],
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
                 **self.special_tokens,
-            )
-        except InputError:
-            raise
-        except Exception as error:  # A template is a program: it can fail in any way.
-            raise InputError(f"the chat template refuses this conversation: {_one_line(error)}") from error
+            }
+        )
+
+    def _ask(self, variables: Mapping[str, Any] | None) -> str:
+        kind, value = sandbox().ask("render", self._source, variables)
+        if kind == "text":
+            return str(value)
+        if kind == "refused":
+            raise InputError(f"the chat template refuses this conversation: {value}")
+        raise BundleError(f"the chat template is not valid: {value}" if kind == "invalid" else f"the chat template {value}")
 
 
 class TextTokenizer:
     """The checkpoint's tokenizer, as `tokenizer.json` describes it."""
 
-    def __init__(self, tokenizer: Tokenizer, bos_token: str | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, bos_token: str | None = None, path: Path | None = None) -> None:
         """Wrap a tokenizer; its padding and truncation are switched off.
 
         Args:
             tokenizer: The tokenizer.
             bos_token: The token that begins a sequence, if a template may write it into the prompt.
+            path: Its file, if the sandbox is to tokenise with it because here that might never end.
         """
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer = tokenizer
         self.bos_token = bos_token
+        self._path = path
         added = tokenizer.get_added_tokens_decoder()
         self.special = {token_id: token.content for token_id, token in added.items() if token.special}
         self.byte_ids = frozenset(found for token in BYTES if (found := tokenizer.token_to_id(token)) is not None)
@@ -115,16 +129,41 @@ class TextTokenizer:
         """Read `tokenizer.json`, and the name of the first token from `tokenizer_config.json`.
 
         Raises:
-            BundleError: A file is missing or cannot be read.
+            BundleError: A file is missing or cannot be read, or the tokenizer's decoder might never end.
         """
-        path = folder / "tokenizer.json"
+        path = folder / TOKENIZER
         if not path.is_file():
             raise BundleError(f"{path} is missing")
+        data = _read_bytes(path, MAX_TOKENIZER)
         try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception.
+            if not loads_safely(data):
+                _encode_apart(path, "", special=False)  # What the sandbox survives does no harm here.
+            tokenizer = Tokenizer.from_buffer(data)
+        except (KeyboardInterrupt, SystemExit, BundleError):
+            raise
+        except BaseException as error:  # tokenizers raises plain Exception, and for a panic what is none.
             raise BundleError(f"{path} cannot be read: {_one_line(error)}") from error
-        return cls(tokenizer, _special_tokens(_read_json(folder / "tokenizer_config.json")).get("bos_token"))
+        if not decodes_safely(tokenizer):
+            raise BundleError(f"{path} has a decoder that LeanVLM does not know; remove its steps but for the usual ones")
+        bos_token = _special_tokens(_read_json(folder / "tokenizer_config.json")).get("bos_token")
+        return cls(tokenizer, bos_token, None if encodes_safely(tokenizer) else path)
+
+    def check(self, vocab_size: int, image_token_id: int) -> None:
+        """Refuse a tokenizer of another model.
+
+        Args:
+            vocab_size: Rows of the model's token table.
+            image_token_id: The token that stands for an image.
+
+        Raises:
+            BundleError: It has more tokens than the model, or not the image's.
+        """
+        highest = max(self.tokenizer.get_added_tokens_decoder(), default=0)
+        highest = max(highest, self.tokenizer.get_vocab_size() - 1)
+        if highest >= vocab_size:
+            raise BundleError(f"{TOKENIZER} has tokens up to {highest}, the model {vocab_size}: {ANOTHER_MODELS}")
+        if self.tokenizer.id_to_token(image_token_id) is None:
+            raise BundleError(f"{TOKENIZER} does not know the image's token {image_token_id}: {ANOTHER_MODELS}")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer adds to a sequence.
@@ -133,18 +172,33 @@ class TextTokenizer:
         `processor.apply_chat_template(tokenize=True)` of transformers (whereas `processor(text=...)` doubles it).
 
         Raises:
-            InputError: The text holds half of a surrogate pair.
+            InputError: The text holds half of a surrogate pair, or is longer than any context.
+            BundleError: The tokenizer fails, or takes more time or memory than any text needs.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the prompt is not valid Unicode: character {error.start} is a lone surrogate") from error
-        begun = self.bos_token is not None and text.startswith(self.bos_token)
-        return self.tokenizer.encode(text, add_special_tokens=not begun).ids
+        if len(text) > MAX_PROMPT:
+            raise InputError(f"the prompt has {len(text)} characters, of {MAX_PROMPT} at most")
+        special = self.bos_token is None or not text.startswith(self.bos_token)
+        if self._path is not None:
+            return _encode_apart(self._path, text, special=special)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=special).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # As above.
+            raise BundleError(f"{TOKENIZER} does not work: {_one_line(error)}") from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids."""
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        """The text of token ids; raises BundleError if the tokenizer fails."""
+        try:
+            return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # As above.
+            raise BundleError(f"{TOKENIZER} does not work: {_one_line(error)}") from error
 
     def stream(self) -> StreamDecoder:
         """A decoder for one answer's tokens, one at a time."""
@@ -207,46 +261,6 @@ def check_image_tokens(ids: Sequence[int], image_token_id: int, images: int, raw
     raise InputError(f"the prompt has {found} image tokens for {images} images: {way_out}")
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` … `{% endgeneration %}`: marks the assistant's text for training, and here shows it."""
-
-    tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """The names and whitespace rules that chat templates are written for."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own filter escapes HTML, which a prompt does not want.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
 def _with_parts(message: Message) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, str):
@@ -260,7 +274,8 @@ def _default_template(config: Mapping[str, Any]) -> str | None:
     """The `chat_template` of a configuration: a string, or a list of named ones."""
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        named = (entry for entry in reversed(template) if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(named, {}).get("template")
     return template if isinstance(template, str) else None
 
 
@@ -270,10 +285,29 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return {name: value for name, value in contents.items() if name.endswith("_token") and isinstance(value, str)}
 
 
+def _encode_apart(path: Path, text: str, *, special: bool) -> list[int]:
+    """Tokenise a text in the sandbox; raises BundleError if that fails."""
+    kind, value = sandbox().ask("encode", str(path.resolve()), path.stat().st_mtime_ns, text, special)
+    if kind != "ids":
+        raise BundleError(f"{path.name} {value if kind == 'size' else f'cannot be used: {value}'}")
+    return list(value)
+
+
+def _read_bytes(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {_one_line(error)}") from error
+    if len(data) > limit:
+        raise BundleError(f"{path} has more than {limit >> 20} MB, which is too much for what it holds")
+    return data
+
+
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return _read_bytes(path, MAX_TEXT).decode()
+    except UnicodeDecodeError as error:
         raise BundleError(f"{path} cannot be read: {_one_line(error)}") from error
 
 
@@ -281,14 +315,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object, or an empty one if there is no such file."""
     if not path.is_file():
         return {}
-    try:
-        data = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise BundleError(f"{path} is not valid JSON: {_one_line(error)}") from error
+    data = load_json(path, BundleError, MAX_TEXT)
     if not isinstance(data, dict):
         raise BundleError(f"{path} is not a JSON object")
     return data
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _one_line(error: BaseException) -> str:
+    return shorten(error) or type(error).__name__

@@ -92,24 +92,23 @@ def test_top_logit_shows_that_logits_are_not_numbers(dtype: str) -> None:
     model = head(table)
     add_greedy_token(model)
     found = run(model, {"hidden": np.array([[[np.nan]], [[1.0]]], NUMPY[dtype])})
-    assert np.isnan(found["top_logit"][0, 0, 0])
+    assert not np.isfinite(found["top_logit"][0, 0, 0])
     assert found["top_logit"][1, 0, 0] == table.max()
     assert found["next_token"][1, 0, 0] == table.argmax()
     found = run(model, {"hidden": np.array([[[np.inf]]], NUMPY[dtype])})
     assert not np.isfinite(found["top_logit"]).any()
 
 
-# The provider is to blame, so a later one may do better.
-FIRST_ONLY = pytest.mark.xfail(strict=False, reason="ReduceMax on the processor sees NaN in the first place only")
-
-
-@pytest.mark.parametrize("place", [0, pytest.param(1, marks=FIRST_ONLY), pytest.param(4, marks=FIRST_ONLY)])
-def test_top_logit_shows_a_single_logit_that_is_not_a_number(place: int) -> None:
-    table = np.array([ROWS["one maximum"]], np.float32)
+@pytest.mark.parametrize("dtype", NUMPY)
+@pytest.mark.parametrize("place", [0, 1, 4])
+def test_top_logit_shows_a_single_logit_that_is_not_a_number(place: int, dtype: str) -> None:
+    table = np.array([ROWS["one maximum"]], NUMPY[dtype])
     table[0, place] = np.nan
     model = head(table)
     add_greedy_token(model)
-    assert not np.isfinite(run(model, {"hidden": np.ones((1, 1, 1), np.float32)})["top_logit"]).any()
+    for optimise in (False, True):
+        found = run(model, {"hidden": np.ones((1, 1, 1), NUMPY[dtype])}, optimise=optimise)
+        assert not np.isfinite(found["top_logit"]).any()
 
 
 def test_last_position_chooses_the_place() -> None:

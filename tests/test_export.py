@@ -110,7 +110,7 @@ def test_half_precision_checkpoints_export(tmp_path: Path, dtype: torch.dtype) -
     manifest = export(ExportConfig(str(checkpoint), (16,), tmp_path / "out"))
     table = load_file(checkpoint / "model.safetensors")
     wanted = next(v for k, v in table.items() if k.endswith("embed_tokens.weight")).float().numpy()
-    found = TokenTable(tmp_path / "out" / "embed_tokens.safetensors").rows([5, 0, 9])
+    found = TokenTable(tmp_path / "out" / "embed_tokens.safetensors", *wanted.shape).rows([5, 0, 9])
     np.testing.assert_array_equal(found, wanted[[5, 0, 9]])
     for found in manifest.verification["vision"].values():
         assert found["features"] <= tolerances.features_limit("fp32", found.get("rounding", 0.0))

@@ -130,6 +130,17 @@ def test_prompt_and_steps_equal_the_model(llama: Any, traced: Traced, opset: int
             found = cached.read(embeddings[place + 1 : place + 2], past=CAPACITY)
 
 
+@pytest.mark.parametrize("opset", [20, 23])
+def test_top_logit_shows_a_single_logit_that_is_not_a_number(llama: Any, opset: int) -> None:
+    damaged = copy.deepcopy(llama)
+    with torch.no_grad():
+        damaged.lm_head.weight[7, 3] = torch.nan
+    embeddings = np.random.default_rng(7).normal(size=(3, WIDTH)).astype(np.float32)
+    found = Cached(session_of(trace_decoder(damaged, opset=opset, dtype=torch.float32))).read(embeddings, past=0)
+    assert np.isnan(found["logits"]).sum() == 1
+    assert not np.isfinite(found["top_logit"]).any()
+
+
 @pytest.mark.parametrize("past", [1, 64, CAPACITY], ids=lambda count: f"cache of {count}")
 def test_sizes_of_the_cache_change_nothing(llama: Any, traced: Traced, past: int) -> None:
     cached = Cached(session_of(traced(20, "float32")))

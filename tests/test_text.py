@@ -153,7 +153,7 @@ def no_config(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
-    [(no_files, "tokenizer.json is missing"), (no_tokenizer, "cannot be read"), (no_config, "is not valid JSON")],
+    [(no_files, "tokenizer.json is missing"), (no_tokenizer, "cannot be read"), (no_config, "cannot be read as JSON")],
 )
 def test_damaged_files_are_the_bundles_fault(tmp_path: Path, damage: Callable[[Path], None], reason: str) -> None:
     damage(tmp_path)

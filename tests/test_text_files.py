@@ -249,6 +249,33 @@ def test_a_template_that_is_given_is_named_and_not_the_checkpoint(checkpoint: Pa
         check_text(config, open_checkpoint(config))
 
 
+@pytest.mark.parametrize("source", ["{{ 'a' * 10**10 }}", "{% for i in messages * 99999 %}{{ i * 99999 }}{% endfor %}"])
+def test_a_template_without_end_is_refused_with_a_way_out(checkpoint: Path, source: str) -> None:
+    (checkpoint / "chat_template.jinja").write_text(source)
+    config = ExportConfig(str(checkpoint))
+    with pytest.raises(LeanVLMError, match=r"the chat template .*; give one that takes images with --template FILE"):
+        check_text(config, open_checkpoint(config))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"type": "Split", "pattern": {"Regex": r"(?:.|\n|.\n|..)+(?<=~)"}, "behavior": "Isolated", "invert": False},
+        {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
+    ],
+)
+def test_a_tokenizer_without_end_is_refused_before_transformers_reads_it(
+    checkpoint: Path, step: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    set_all("tokenizer.json", pre_tokenizer=step)(checkpoint)
+    config = ExportConfig(str(checkpoint))
+    opened = open_checkpoint(config)
+    capfd.readouterr()
+    with pytest.raises(LeanVLMError, match=r"tokenizer.json (cannot be|takes too long)"):
+        check_text(config, opened)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_context_too_short_for_an_image_is_refused(checkpoint: Path) -> None:
     edit("config.json", lambda config: config["text_config"].update(max_position_embeddings=64))(checkpoint)
     config = ExportConfig(str(checkpoint))
