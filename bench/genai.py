@@ -15,7 +15,7 @@ from typing import Any
 
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.config import ExportConfig
-from leanvlm.exporter.decoder import BUILDERS, in_memory, write_text_checkpoint
+from leanvlm.exporter.decoders.genai import BUILDERS, in_memory, write_text_checkpoint
 from leanvlm.runtime.optional import require
 
 PROMPT_TOKENS = 104

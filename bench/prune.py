@@ -23,8 +23,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from leanvlm.exporter.families.llava import ClipTower
 from leanvlm.exporter.graphs import VisionGraph
-from leanvlm.exporter.models.llava import ClipTower
 from leanvlm.exporter.passes import PASSES
 from leanvlm.exporter.pruners import parse
 from leanvlm.exporter.pruners.base import gather_tokens, top_indices

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoImageProcessor
 
 from leanvlm.demo import BUILT_IN
 from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, ExportConfig
-from leanvlm.exporter.models import ARCHITECTURES, Family, FamilySpec, family_for
+from leanvlm.exporter.families import ARCHITECTURES, Family, FamilySpec, family_for
 from leanvlm.exporter.weights import ADAPTER, adapter_alone, find_weights, load_weights
 from leanvlm.runtime.console import check_utf8
 from leanvlm.runtime.errors import CheckpointError, LeanVLMError, LeanVLMWarning, UnsupportedModelError

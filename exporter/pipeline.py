@@ -25,7 +25,8 @@ from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint, load_model
 from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
-from leanvlm.exporter.decoder import DECODER, build_decoder, head_dim
+from leanvlm.exporter.decoders.genai import DECODER, build_decoder, head_dim
+from leanvlm.exporter.decoders.portable import save_decoder, trace_decoder
 from leanvlm.exporter.dialect import check_dialect, target_opset
 from leanvlm.exporter.graphs import VisionGraph
 from leanvlm.exporter.passes import DECODER_PASSES, PASSES
@@ -34,7 +35,6 @@ from leanvlm.exporter.passes.shared_weights import save_sharing
 from leanvlm.exporter.passes.stage_names import STAGES
 from leanvlm.exporter.place import files_replaced, put_in_place, scratch_folder, warn_of_losses
 from leanvlm.exporter.plan import DTYPES, EMBED_TOKENS, VISION_DATA, Plan, vision_dtype
-from leanvlm.exporter.portable_decoder import save_decoder, trace_decoder
 from leanvlm.exporter.pruners import PRUNERS, NoPruner
 from leanvlm.exporter.reference import Reference
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph

@@ -11,7 +11,7 @@ from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint, hub_id, open_checkpoint
 from leanvlm.exporter.config import ExportConfig
-from leanvlm.exporter.decoder import check_decoder
+from leanvlm.exporter.decoders.genai import check_decoder
 from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.place import check_output
 from leanvlm.exporter.pruners import NoPruner, Pruner, parse

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from leanvlm.exporter.models import Family
+from leanvlm.exporter.families import Family
 from leanvlm.runtime.errors import CheckpointError
 
 SINGLE = "model.safetensors"

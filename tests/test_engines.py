@@ -18,11 +18,11 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from leanvlm.exporter.decoders.portable import save_decoder, trace_decoder
 from leanvlm.exporter.dialect import check_dialect
+from leanvlm.exporter.families.llava import LlavaFamily
 from leanvlm.exporter.graphs import VisionGraph
-from leanvlm.exporter.models.llava import LlavaFamily
 from leanvlm.exporter.passes import DECODER_PASSES, PASSES
-from leanvlm.exporter.portable_decoder import save_decoder, trace_decoder
 from leanvlm.exporter.pruners import parse
 from leanvlm.exporter.trace import OPSET, trace
 from leanvlm.runtime.engines import library

@@ -17,8 +17,8 @@ from torch import nn
 from towers import BATCHES, BLOCKS, GRID, IMAGE_SIZE, PLACES, SHARED, Array, apply, clip, levels
 
 from leanvlm.exporter import tolerances
+from leanvlm.exporter.families.llava import ClipTower
 from leanvlm.exporter.graphs import VisionGraph
-from leanvlm.exporter.models.llava import ClipTower
 from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import ALIGNMENT, save_sharing
 from leanvlm.exporter.passes.stage_names import STAGES

@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from leanvlm.exporter import ExportConfig, tolerances
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
-from leanvlm.exporter.models import FAMILIES
+from leanvlm.exporter.families import FAMILIES
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.exporter.reference import Reference, relative_difference
 from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError

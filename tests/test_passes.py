@@ -24,7 +24,7 @@ from towers import (
     pixels,
 )
 
-from leanvlm.exporter.models.llava import ClipTower
+from leanvlm.exporter.families.llava import ClipTower
 from leanvlm.exporter.passes import PASSES
 from leanvlm.exporter.passes.bias_column import COLUMNS
 from leanvlm.exporter.passes.pattern import CONTRIB

@@ -12,8 +12,8 @@ import torch
 
 from leanvlm.exporter import ExportConfig, tolerances
 from leanvlm.exporter.checkpoint import Checkpoint, load_model, open_checkpoint
-from leanvlm.exporter.decoder import ROPE_TYPES, build_decoder, check_decoder
-from leanvlm.exporter.portable_decoder import PortableDecoder
+from leanvlm.exporter.decoders.genai import ROPE_TYPES, build_decoder, check_decoder
+from leanvlm.exporter.decoders.portable import PortableDecoder
 from leanvlm.exporter.reference import relative_difference
 from leanvlm.runtime.errors import UnsupportedModelError
 

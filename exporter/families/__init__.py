@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from leanvlm.exporter.models.base import Family, FamilySpec
+from leanvlm.exporter.families.base import Family, FamilySpec
 from leanvlm.runtime.errors import UnsupportedModelError
 
 __all__ = ["ARCHITECTURES", "FAMILIES", "Family", "FamilySpec", "family_for"]
 
 FAMILIES: dict[str, str] = {
-    "llava": "leanvlm.exporter.models.llava:LlavaFamily",
+    "llava": "leanvlm.exporter.families.llava:LlavaFamily",
 }
 # For configurations that name their architecture only.
 ARCHITECTURES = {"LlavaForConditionalGeneration": "llava"}

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from leanvlm.exporter.decoder import head_dim, rotary_embedding
+from leanvlm.exporter.decoders.genai import head_dim, rotary_embedding
 from leanvlm.exporter.trace import trace
 
 # What is added where a place must not be seen. In half precision, together with any score, it stays a number.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-from leanvlm.exporter.models.base import FamilySpec
-from leanvlm.exporter.models.patches import LevelPatches
+from leanvlm.exporter.families.base import FamilySpec
 from leanvlm.exporter.pruners.base import ScoredBlock
+from leanvlm.exporter.towers.patches import LevelPatches
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.preprocess import ImageSpec
 
