@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from leanvlm.exporter.families.llava import ClipTower
 from leanvlm.exporter.graphs import VisionGraph
-from leanvlm.exporter.passes import PASSES
 from leanvlm.exporter.pruners import parse
 from leanvlm.exporter.pruners.base import gather_tokens, top_indices
-from leanvlm.exporter.trace import OPSET, trace
+from leanvlm.exporter.targets import TARGETS
+from leanvlm.exporter.trace import trace
 from leanvlm.runtime.manifest import VISION_OUTPUTS
 from leanvlm.runtime.optional import require
 
@@ -98,9 +98,9 @@ def measure_prune(options: PruneOptions) -> Path:
         dtype = torch.float16 if options.device == "cuda" else torch.float32
         for name, (graph, outputs) in vision_graphs(options).items():
             example = torch.zeros(2, 3, SIDE, SIDE, dtype=dtype)
-            opset = OPSET[options.device]
+            opset = TARGETS[options.device].opset
             model = trace(graph.to(dtype), {"pixel_values": example}, output_names=outputs, opset=opset)
-            for rewrite in PASSES[options.device].values():
+            for rewrite in TARGETS[options.device].passes.values():
                 rewrite(model)
             paths[name] = Path(folder) / f"{name}.onnx"
             ir.save(model, paths[name], external_data=f"{name}.data")

@@ -29,7 +29,6 @@ from leanvlm.exporter.decoders.genai import DECODER, build_decoder, head_dim
 from leanvlm.exporter.decoders.portable import save_decoder, trace_decoder
 from leanvlm.exporter.dialect import check_dialect, target_opset
 from leanvlm.exporter.graphs import VisionGraph
-from leanvlm.exporter.passes import DECODER_PASSES, PASSES
 from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import save_sharing
 from leanvlm.exporter.passes.stage_names import STAGES
@@ -38,12 +37,12 @@ from leanvlm.exporter.plan import DTYPES, EMBED_TOKENS, VISION_DATA, Plan, visio
 from leanvlm.exporter.pruners import PRUNERS, NoPruner
 from leanvlm.exporter.reference import Reference
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
+from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.text_files import write_text_files
 from leanvlm.exporter.trace import trace
 from leanvlm.exporter.verify import verify
 from leanvlm.runtime.backends.ort import PROVIDERS
 from leanvlm.runtime.embeddings import TENSOR
-from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.errors import LeanVLMWarning
 from leanvlm.runtime.gpu import free_memory
 from leanvlm.runtime.manifest import (
@@ -62,8 +61,6 @@ from leanvlm.runtime.optional import require
 from leanvlm.runtime.session import Session, load
 
 MIN_ONNXRUNTIME = "1.23"
-# Where the host's clock cannot time a stage.
-CUT_TARGETS = ("cuda",)
 COPIED = ("preprocessor_config.json", "processor_config.json")
 TOOLS = ("leanvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
 
@@ -100,7 +97,7 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     gc.collect()
     on_step("build decoder")
     decoder = checkpoint.family.decoder(model)
-    if config.target in LIBRARIES:
+    if TARGETS[config.target].decoder == "portable":
         _write_portable(decoder, config, folder)
     else:
         build_decoder(
@@ -130,7 +127,7 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
 
 def _open(folder: Path, target: str) -> Session:
     """Open a bundle for its verification, on its own device if this machine has it, else on the processor."""
-    runtime = require("onnxruntime", "gpu-export" if target == "cuda" else "export")
+    runtime = require("onnxruntime", TARGETS[target].extra)
     here = PROVIDERS.get(target) in runtime.get_available_providers()
     with warnings.catch_warnings():
         # Verifying on the processor is slow; the manifest says where it was done.
@@ -140,7 +137,7 @@ def _open(folder: Path, target: str) -> Session:
 
 def _reference_device(checkpoint: Checkpoint, target: str) -> str:
     """Return where the checkpoint itself runs: on a GPU if it has room for it beside the bundle, of about the same size."""
-    if target != "cuda" or not torch.cuda.is_available():
+    if not TARGETS[target].is_gpu or not torch.cuda.is_available():
         return "cpu"
     found = free_memory()
     return "cuda" if found is not None and found[0] > 3 * checkpoint.weight_bytes else "cpu"
@@ -151,7 +148,7 @@ def _write_vision(
 ) -> tuple[dict[int, GraphSpec], dict[str, GraphSpec]]:
     """Trace one vision graph per budget and save them over one weights file, on a GPU with cuts to time their stages by."""
     spec, family, target = request.checkpoint.spec, request.checkpoint.family, request.config.target
-    dtype, image = vision_dtype(request.config), request.image
+    dtype, image, record = vision_dtype(request.config), request.image, TARGETS[target]
     projector = _in_dtype(family.projector(model), dtype)
     example = torch.zeros(2, 3, *spec.image_size, dtype=torch.uint8 if image.layout == "uint8" else dtype)
     models: dict[str, ir.Model] = {}
@@ -161,15 +158,15 @@ def _write_vision(
         tower = family.tower(model, pruner.scored_block, image if image.layout == "uint8" else None)
         graph = VisionGraph(_in_dtype(tower, dtype), projector, pruner, spec.grid).eval()
         traced = trace(graph, {"pixel_values": example}, output_names=VISION_OUTPUTS, opset=target_opset(target))
-        for rewrite in PASSES[target].values():
+        for rewrite in record.passes.values():
             rewrite(traced)
         name = f"vision_{budget}.onnx"
-        if target in LIBRARIES:
+        if record.dialect:
             check_dialect(traced, name)
         models[name] = traced
         specs[budget] = GraphSpec(name, _tensors(traced.graph.inputs), _tensors(traced.graph.outputs))
     cuts = {}
-    if target in CUT_TARGETS:
+    if record.cut_stages:
         default = f"vision_{next(iter(request.pruners))}.onnx"
         for stage in STAGES[:-1]:
             name = f"stage_{stage}.onnx"
@@ -185,7 +182,7 @@ def _write_portable(decoder: nn.Module, config: ExportConfig, folder: Path) -> N
     dtype = DTYPES[config.resolved_precision]
     narrow = copy.deepcopy(decoder).to(dtype)
     model = trace_decoder(narrow, opset=target_opset(config.target), dtype=dtype)
-    for rewrite in DECODER_PASSES[config.target].values():
+    for rewrite in TARGETS[config.target].decoder_passes.values():
         rewrite(model)
     check_dialect(model, DECODER)
     save_decoder(model, folder / DECODER)
@@ -222,7 +219,7 @@ def _manifest(request: Plan, vision: dict[int, GraphSpec], stages: dict[str, Gra
     for leftover in ("genai_config.json",):
         (folder / leftover).unlink(missing_ok=True)
     decoder = _decoder_spec(checkpoint, folder)
-    splice = _write_splice(decoder, folder) if config.target == "cuda" else None
+    splice = _write_splice(decoder, folder) if TARGETS[config.target].splice else None
     files = {f.name: FileSpec(f.stat().st_size, file_sha256(f)) for f in sorted(folder.iterdir()) if f.name != MANIFEST}
     return Manifest(
         source=checkpoint.source(),

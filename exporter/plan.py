@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from leanvlm.exporter.decoders.genai import check_decoder
 from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.place import check_output
 from leanvlm.exporter.pruners import NoPruner, Pruner, parse
+from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.text_files import check_text
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.preprocess import ImageSpec
@@ -22,15 +23,6 @@ from leanvlm.runtime.preprocess import ImageSpec
 __all__ = ["DTYPES", "EMBED_TOKENS", "VISION_DATA", "Plan", "fetch", "plan", "vision_dtype"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-# Where the decoder's precision is not the vision graph's too.
-VISION_DTYPE = {"cpu": torch.float32, "cuda": torch.float16}
-# Levels, so that a quarter of the bytes goes up and the GPU normalises them.
-LAYOUT: dict[str, Literal["float32", "uint8"]] = {
-    "cpu": "float32",
-    "cuda": "uint8",
-    "tensorrt-rtx": "uint8",
-    "tensorrt": "uint8",
-}
 EMBED_TOKENS = "embed_tokens.safetensors"
 VISION_DATA = "vision.data"
 
@@ -56,7 +48,7 @@ class Plan:
     @property
     def image(self) -> ImageSpec:
         """The checkpoint's image processor, in the layout that the target's vision graph takes."""
-        return replace(self.checkpoint.image_spec, layout=LAYOUT[self.config.target])
+        return replace(self.checkpoint.image_spec, layout=TARGETS[self.config.target].layout)
 
     @property
     def steps(self) -> int:
@@ -131,7 +123,7 @@ def fetch(request: Plan) -> Plan:
 
 def vision_dtype(config: ExportConfig) -> torch.dtype:
     """Return the dtype that an export's vision graphs compute in, the gate and the selection aside."""
-    return VISION_DTYPE.get(config.target) or DTYPES[config.resolved_precision]
+    return TARGETS[config.target].vision_dtype or DTYPES[config.resolved_precision]
 
 
 def _estimate(config: ExportConfig, checkpoint: Checkpoint, budgets: list[int]) -> dict[str, int]:

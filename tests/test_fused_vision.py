@@ -24,7 +24,8 @@ from leanvlm.exporter.passes.shared_weights import ALIGNMENT, save_sharing
 from leanvlm.exporter.passes.stage_names import STAGES
 from leanvlm.exporter.pruners import NoPruner, Pruner, parse
 from leanvlm.exporter.reference import relative_difference
-from leanvlm.exporter.trace import OPSET, trace
+from leanvlm.exporter.targets import TARGETS
+from leanvlm.exporter.trace import trace
 from leanvlm.runtime.manifest import VISION_OUTPUTS
 from leanvlm.runtime.preprocess import ImageSpec
 
@@ -59,7 +60,7 @@ def visions() -> dict[int, Vision]:
     for budget, pruner in pruners.items():
         module = VisionGraph(ClipTower(model, BLOCKS - 1, BLOCKS - 2, IMAGE), projector, pruner, GRID).eval()
         example = {"pixel_values": torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)}
-        traced = trace(module, example, output_names=VISION_OUTPUTS, opset=OPSET["cuda"])
+        traced = trace(module, example, output_names=VISION_OUTPUTS, opset=TARGETS["cuda"].opset)
         apply(traced, ["stage_names", "strip_metadata"])
         fused = traced.clone()
         found[budget] = Vision(module, traced, fused, apply(fused, list(PLACES)))

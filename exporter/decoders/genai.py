@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from leanvlm.exporter.checkpoint import Checkpoint
-from leanvlm.exporter.passes import DECODER_PASSES
+from leanvlm.exporter.targets import TARGETS
 from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
 from leanvlm.runtime.optional import require
 
@@ -45,10 +45,7 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 WINDOWS = ("sliding_window", "attention_chunk_size")
 # ONNX Runtime's CPU kernel of GroupQueryAttention takes no other head sizes.
 HEAD_MULTIPLE = 16
-OPTIONS = {
-    "cpu": {"exclude_embeds": "true", "prune_lm_head": "true"},
-    "cuda": {"exclude_embeds": "true", "prune_lm_head": "true"},
-}
+OPTIONS = ["exclude_embeds=true", "prune_lm_head=true"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
@@ -114,18 +111,16 @@ def build_decoder(
     architecture, class_name = BUILDERS[text.model_type]
     source = scratch / "decoder"
     write_text_checkpoint(checkpoint, architecture, source)
-    options = [f"{key}={value}" for key, value in OPTIONS[target].items()]
+    record = TARGETS[target]
     log = io.StringIO()
     with _captured(log):
-        builder = require("onnxruntime_genai.models.builder", "gpu-export" if target == "cuda" else "export")
+        builder = require("onnxruntime_genai.models.builder", record.extra)
         cache = str(scratch / "cache")
-        extra = builder.parse_extra_options(str(source), str(source), str(folder), precision, target, cache, options)
+        extra = builder.parse_extra_options(str(source), str(source), str(folder), precision, target, cache, OPTIONS)
         details = extra.pop("hf_details")
         extra.pop("_effective_builder_config", None)
         extra["filename"] = DECODER
-        # Two products of one input as one: a GPU reads the wider matrix at 4.1 TB/s, the two at 3.7 (H200). Rounded weights
-        # gain nothing.
-        extra["fuse_mlp_gate_up"] = target == "cuda" and precision == "fp16"
+        extra["fuse_mlp_gate_up"] = precision in record.gate_up_in_one
         io_dtype = builder.set_io_dtype(precision, target, extra)
         onnx_dtype = builder.set_onnx_dtype(precision, extra)
         model_class = in_memory(getattr(builder, class_name), decoder, positions)
@@ -135,10 +130,10 @@ def build_decoder(
     path = folder / DECODER
     if not path.is_file():
         raise CheckpointError(f"the model builder wrote no decoder; its last words: {log.getvalue()[-200:]!r}")
-    if DECODER_PASSES[target]:
+    if record.decoder_passes:
         # Weights stay where they are, in their own file.
         graph = ir.load(path)
-        for rewrite in DECODER_PASSES[target].values():
+        for rewrite in record.decoder_passes.values():
             rewrite(graph)
         ir.save(graph, path)
     return path
