@@ -23,11 +23,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from leanvlm.exporter.families.llava import ClipTower
 from leanvlm.exporter.graphs import VisionGraph
 from leanvlm.exporter.pruners import parse
 from leanvlm.exporter.pruners.base import gather_tokens, top_indices
 from leanvlm.exporter.targets import TARGETS
+from leanvlm.exporter.towers.base import Seen
+from leanvlm.exporter.towers.clip import ClipTower
 from leanvlm.exporter.trace import trace
 from leanvlm.runtime.manifest import VISION_OUTPUTS
 from leanvlm.runtime.optional import require
@@ -62,11 +63,10 @@ class TopK(nn.Module):
         super().__init__()
         self.keep = keep
 
-    def forward(
-        self, features: Tensor, hidden: Tensor, keys: Tensor, attention: Tensor, *more: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def forward(self, features: Tensor, seen: Seen) -> tuple[Tensor | None, ...]:
         """Return the kept features, their places, and no merged tokens."""
-        indices = top_indices(attention, self.keep)
+        assert seen.saliency is not None
+        indices = top_indices(seen.saliency, self.keep)
         return gather_tokens(features, indices), indices, None
 
 
@@ -82,7 +82,7 @@ def vision_graphs(options: PruneOptions) -> dict[str, tuple[nn.Module, tuple[str
     projector = nn.Sequential(nn.Linear(1024, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)).eval()
     graphs: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
     for name in ("agile", "attention"):
-        tower = ClipTower(getattr(clip, "vision_model", clip), 23, 22)
+        tower = ClipTower(getattr(clip, "vision_model", clip), (23,), 22)
         graph = VisionGraph(tower, projector, parse(name, keep=options.budget), GRID).eval()
         graphs[name] = (graph, VISION_OUTPUTS)
         if name == "attention":

@@ -25,9 +25,11 @@ from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint, load_model
 from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
-from leanvlm.exporter.decoders.genai import DECODER, build_decoder, head_dim
+from leanvlm.exporter.decoders import context_length, head_dim, kv_heads, token_rows
+from leanvlm.exporter.decoders.genai import DECODER, build_decoder
 from leanvlm.exporter.decoders.portable import save_decoder, trace_decoder
 from leanvlm.exporter.dialect import check_dialect, target_opset
+from leanvlm.exporter.families import Parts
 from leanvlm.exporter.graphs import VisionGraph
 from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import save_sharing
@@ -93,15 +95,15 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     checkpoint, config = request.checkpoint, request.config
     on_step("read weights")
     model = load_model(checkpoint, lambda file: on_step(f"map {file.name}"))
-    vision, stages = _write_vision(request, model, folder, on_step)
+    parts = checkpoint.family.parts(model)
+    vision, stages = _write_vision(request, parts, folder, on_step)
     gc.collect()
     on_step("build decoder")
-    decoder = checkpoint.family.decoder(model)
     if TARGETS[config.target].decoder == "portable":
-        _write_portable(decoder, config, folder)
+        _write_portable(parts.decoder, config, folder)
     else:
         build_decoder(
-            decoder,
+            parts.decoder,
             checkpoint,
             target=config.target,
             precision=config.resolved_precision,
@@ -109,10 +111,9 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
             folder=folder,
             scratch=scratch,
         )
-    del decoder
     gc.collect()
     on_step("write token table")
-    _write_table(checkpoint, model, folder)
+    _write_table(parts.decoder, folder)
     _write_small_files(request, folder)
     manifest = _manifest(request, vision, stages, folder)
     write_manifest(folder, manifest)
@@ -144,19 +145,19 @@ def _reference_device(checkpoint: Checkpoint, target: str) -> str:
 
 
 def _write_vision(
-    request: Plan, model: nn.Module, folder: Path, on_step: Step
+    request: Plan, parts: Parts, folder: Path, on_step: Step
 ) -> tuple[dict[int, GraphSpec], dict[str, GraphSpec]]:
     """Trace one vision graph per budget and save them over one weights file, on a GPU with cuts to time their stages by."""
-    spec, family, target = request.checkpoint.spec, request.checkpoint.family, request.config.target
+    spec, target = request.checkpoint.spec, request.config.target
     dtype, image, record = vision_dtype(request.config), request.image, TARGETS[target]
-    projector = _in_dtype(family.projector(model), dtype)
+    projector = _in_dtype(parts.project, dtype)
     example = torch.zeros(2, 3, *spec.image_size, dtype=torch.uint8 if image.layout == "uint8" else dtype)
     models: dict[str, ir.Model] = {}
     specs: dict[int, GraphSpec] = {}
     for budget, pruner in request.pruners.items():
         on_step(f"trace vision {budget}")
-        tower = family.tower(model, pruner.scored_block, image if image.layout == "uint8" else None)
-        graph = VisionGraph(_in_dtype(tower, dtype), projector, pruner, spec.grid).eval()
+        tower = parts.tower(pruner.scored_block, image if image.layout == "uint8" else None)
+        graph = VisionGraph(_in_dtype(tower, dtype), projector, pruner, spec.grid, spec.leading).eval()
         traced = trace(graph, {"pixel_values": example}, output_names=VISION_OUTPUTS, opset=target_opset(target))
         for rewrite in record.passes.values():
             rewrite(traced)
@@ -194,8 +195,8 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
 
 
-def _write_table(checkpoint: Checkpoint, model: nn.Module, folder: Path) -> None:
-    table = checkpoint.family.embed_tokens(model)
+def _write_table(decoder: nn.Module, folder: Path) -> None:
+    table = token_rows(decoder)
     if table.dtype not in (torch.float16, torch.float32):
         table = table.float()  # NumPy has no bfloat16.
     (folder / EMBED_TOKENS).write_bytes(save({TENSOR: table.contiguous()}))
@@ -227,7 +228,8 @@ def _manifest(request: Plan, vision: dict[int, GraphSpec], stages: dict[str, Gra
         pruner=PrunerSpec(name, params, request.gate),
         budgets=(*config.budgets, *(b for b in vision if b not in config.budgets)),
         tokens_per_crop=checkpoint.spec.tokens_per_crop,
-        grid=checkpoint.spec.grid,
+        # Tokens beside the patches have no place on a grid.
+        grid=checkpoint.spec.grid if not checkpoint.spec.leading else (1, checkpoint.spec.tokens_per_crop),
         target=config.target,
         precision=config.resolved_precision,
         vision=vision,
@@ -252,11 +254,11 @@ def _decoder_spec(checkpoint: Checkpoint, folder: Path) -> DecoderSpec:
     return DecoderSpec(
         graph=GraphSpec(DECODER, _tensors(graph.inputs), _tensors(graph.outputs)),
         layers=text.num_hidden_layers,
-        kv_heads=text.num_key_value_heads,
+        kv_heads=kv_heads(text),
         head_dim=head_dim(text),
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
-        context_length=text.max_position_embeddings,
+        context_length=context_length(text),
         kv_dtype="float16" if kv_dtype == ir.DataType.FLOAT16 else "float32",
         cache="shared" if any(str(value.name).startswith("present.") for value in graph.outputs) else "appended",
     )

@@ -133,7 +133,7 @@ def load_weights(
     _refuse("misses", [place for place in shapes if place not in loaded])
     _refuse("has unexpected", [key for key in unexpected if not OLD_BUFFERS.search(key)])
     model.load_state_dict(loaded, strict=True, assign=True)
-    family.materialise_buffers(model)
+    family.finish(model)
     return model.requires_grad_(False).eval()
 
 

@@ -24,10 +24,10 @@ from towers import (
     pixels,
 )
 
-from leanvlm.exporter.families.llava import ClipTower
 from leanvlm.exporter.passes.bias_column import COLUMNS
 from leanvlm.exporter.passes.pattern import CONTRIB
 from leanvlm.exporter.targets import TARGETS
+from leanvlm.exporter.towers.clip import ClipTower
 from leanvlm.exporter.trace import trace
 
 TOWER_OUTPUTS = ("hidden", "keys", "attention", "unsplit")
@@ -49,7 +49,7 @@ class TowerAlone(nn.Module):
 @pytest.fixture(scope="module", params=[FOLDED, SHARED], ids=["keys computed twice", "keys shared"])
 def tower(request: pytest.FixtureRequest) -> tuple[int, ir.Model]:
     """The width and the traced tower of three blocks, the last of them scored; no test may change it."""
-    module = TowerAlone(ClipTower(clip(request.param), BLOCKS, BLOCKS - 1)).eval()
+    module = TowerAlone(ClipTower(clip(request.param), (BLOCKS,), BLOCKS - 1)).eval()
     example = {"pixel_values": torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
     return request.param, trace(module, example, output_names=TOWER_OUTPUTS, opset=TARGETS["cuda"].opset)
 

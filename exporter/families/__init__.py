@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from leanvlm.exporter.families.base import Family, FamilySpec
+from leanvlm.exporter.families.base import Description, Family, Parts
 from leanvlm.runtime.errors import UnsupportedModelError
 
-__all__ = ["ARCHITECTURES", "FAMILIES", "Family", "FamilySpec", "family_for"]
+__all__ = ["ARCHITECTURES", "FAMILIES", "Description", "Family", "Parts", "family_for"]
 
 FAMILIES: dict[str, str] = {
     "llava": "leanvlm.exporter.families.llava:LlavaFamily",

@@ -1,7 +1,7 @@
-"""LLaVA-1.5 (`model_type: llava`): a CLIP tower, an MLP projector, a Llama-type decoder.
+"""LLaVA (`model_type: llava`): a CLIP or SigLIP tower, an MLP projector, any causal decoder.
 
-The tower is cut at the feature layer or at the scored block, whichever is deeper; what lies behind never runs. The class
-token's attention of the scored block is computed apart, one row only: every block keeps its fused attention.
+The projector reads one hidden state of the tower or several side by side. With the strategy `default` the class token is left
+out, with `full` it is an image token like the others, but without a place on the grid.
 """
 
 from __future__ import annotations
@@ -9,110 +9,68 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+from torch import nn
+from transformers import LlavaForConditionalGeneration
 
-from leanvlm.exporter.families.base import FamilySpec
+from leanvlm.exporter import decoders
+from leanvlm.exporter.families.base import Attention, Description, Parts, Saliency
 from leanvlm.exporter.pruners.base import ScoredBlock
-from leanvlm.exporter.towers.patches import LevelPatches
+from leanvlm.exporter.towers.base import BlockTower
+from leanvlm.exporter.towers.clip import ClipTower
+from leanvlm.exporter.towers.siglip import SiglipTower
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.preprocess import ImageSpec
 
-DECODERS = ("llama",)
-
-
-class ClipTower(nn.Module):
-    """The first blocks of a CLIP vision model: the hidden states `feature_layer`, with the scores of block `scored`.
-
-    Shapes: pixel_values (B, 3, H, W) -> hidden (B, N, Dv), keys (B, N, H, d), attention and unsplit attention (B, N) in fp32.
-    With `image`, the pixels are uint8 levels and the processor's normalisation is folded in.
-    """
-
-    def __init__(self, clip: nn.Module, feature_layer: int, scored: int, image: ImageSpec | None = None) -> None:
-        super().__init__()
-        self.patches = None if image is None else LevelPatches(clip.embeddings.patch_embedding, image)  # type: ignore[union-attr]
-        self.feature_layer, self.scored = feature_layer, scored
-        self.embeddings: Any = clip.embeddings
-        self.pre_norm: Any = clip.pre_layrnorm
-        depth = max(feature_layer, scored + 1)
-        self.blocks = nn.ModuleList(list(clip.encoder.layers)[:depth])  # type: ignore[union-attr,arg-type]
-
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Run the tower; the class token is left out of all results."""
-        states = [self.pre_norm(self._embed(pixel_values))]
-        # Of a scored block behind the feature layer only the scores are computed.
-        for block in self.blocks[: max(self.feature_layer, self.scored)]:
-            states.append(block(states[-1], None))
-        keys, attention, unsplit = self._class_attention(self.blocks[self.scored], states[self.scored])
-        return states[self.feature_layer][:, 1:], keys[:, 1:], attention[:, 1:], unsplit[:, 1:]
-
-    def _embed(self, pixel_values: Tensor) -> Tensor:
-        if self.patches is None:
-            patches = self.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (B, N, Dv)
-        else:
-            patches = self.patches(pixel_values)
-        first = self.embeddings.class_embedding.expand(patches.shape[0], 1, -1)
-        position: Tensor = self.embeddings.position_embedding.weight
-        return torch.cat([first, patches], dim=1) + position
-
-    @staticmethod
-    def _class_attention(block: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the keys (B, N + 1, H, d) and softmax(q_cls K^T), averaged over heads and un-split, both (B, N + 1)."""
-        attn = block.self_attn
-        states = block.layer_norm1(states)
-        query, keys = attn.q_proj(states[:, :1]).float(), attn.k_proj(states)  # (B, 1, Dv), (B, N + 1, Dv)
-        split = keys.unflatten(2, (-1, attn.head_dim))
-        heads = query.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # (B, H, 1, d)
-        scores = (heads * attn.scale) @ split.float().permute(0, 2, 3, 1)
-        unsplit = (query * query.shape[2] ** -0.5) @ keys.float().transpose(1, 2)
-        return split, scores.softmax(dim=-1).mean(dim=1)[:, 0], unsplit.softmax(dim=-1)[:, 0]
+# The tower's model_type to what scores its tokens.
+TOWERS: dict[str, Saliency] = {"clip_vision_model": "class", "siglip_vision_model": "received"}
+STRATEGIES = ("default", "full")
 
 
 class LlavaFamily:
-    """LLaVA-1.5 checkpoints of any size, in the key layouts of all transformers versions."""
+    """LLaVA checkpoints of any size, in the key layouts of all transformers versions."""
 
     model_type = "llava"
 
-    def spec(self, config: Any) -> FamilySpec:
-        """Read sizes from a `LlavaConfig`.
+    def describe(self, config: Any) -> Description:
+        """Read a `LlavaConfig`.
 
         Raises:
-            UnsupportedModelError: A tower, decoder, feature selection or projector that this family does not handle.
+            UnsupportedModelError: A tower, decoder or feature selection that this family does not handle.
         """
-        self._check(config)
-        vision, layer = config.vision_config, self._layers(config)[0]
-        depth = vision.num_hidden_layers
-        feature_layer = layer if layer >= 0 else depth + 1 + layer
-        if not 1 <= feature_layer <= depth:
-            raise UnsupportedModelError(f"vision_feature_layer {layer} is outside a tower of {depth} blocks")
+        vision, strategy = config.vision_config, config.vision_feature_select_strategy
+        if vision.model_type not in TOWERS:
+            known = ", ".join(TOWERS)
+            raise UnsupportedModelError(f"LLaVA with a {vision.model_type!r} tower is not supported; supported: {known}")
+        if strategy not in STRATEGIES:
+            known = ", ".join(STRATEGIES)
+            raise UnsupportedModelError(f"vision_feature_select_strategy {strategy!r} is not supported; supported: {known}")
+        decoders.decoder_for(config.text_config)
+        saliency = TOWERS[vision.model_type]
+        if saliency != "class" and strategy != "full":
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy {strategy!r} would drop a patch: a {vision.model_type!r} tower has no class token; "
+                "supported: 'full'"
+            )
         side = vision.image_size // vision.patch_size
-        return FamilySpec(
-            tokens_per_crop=side * side,
+        return Description(
             grid=(side, side),
             image_size=(vision.image_size, vision.image_size),
             image_token_id=config.image_token_id,
-            feature_layer=feature_layer,
-            blocks=depth,
+            layers=self._layers(config),
+            blocks=vision.num_hidden_layers,
+            saliency=saliency,
+            leading=int(saliency == "class" and strategy == "full"),
         )
 
     @staticmethod
-    def _layers(config: Any) -> list[int]:
-        """Return the vision feature layers, of which a configuration names one, as a number or in a list."""
-        layers = config.vision_feature_layer
-        return [layers] if isinstance(layers, int) else list(layers)
-
-    @staticmethod
-    def _check(config: Any) -> None:
-        vision, text = config.vision_config.model_type, config.text_config.model_type
-        if vision != "clip_vision_model":
-            raise UnsupportedModelError(f"LLaVA with a {vision!r} tower is not supported; supported: clip_vision_model")
-        if text not in DECODERS:
-            raise UnsupportedModelError(f"LLaVA with a {text!r} decoder is not supported; supported: {', '.join(DECODERS)}")
-        if len(LlavaFamily._layers(config)) != 1:
-            raise UnsupportedModelError("LLaVA with several vision feature layers is not supported; supported: one layer")
-        if config.vision_feature_select_strategy != "default":
-            strategy = config.vision_feature_select_strategy
-            raise UnsupportedModelError(f"vision_feature_select_strategy {strategy!r} is not supported; supported: 'default'")
+    def _layers(config: Any) -> tuple[int, ...]:
+        """Return the vision feature layers, counted from the embeddings; a configuration names one or lists several."""
+        named, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+        layers = [named] if isinstance(named, int) else list(named)
+        outside = next((layer for layer in layers if not -depth - 1 <= layer <= depth), None)
+        if outside is not None or not layers:
+            raise UnsupportedModelError(f"vision_feature_layer {named} is outside a tower of {depth} blocks")
+        return tuple(layer if layer >= 0 else depth + 1 + layer for layer in layers)
 
     def empty(self, config: Any) -> nn.Module:
         """Build the model on the meta device: structure, no memory."""
@@ -132,42 +90,41 @@ class LlavaFamily:
                 return new + key[len(old) :]
         return key
 
-    def materialise_buffers(self, model: nn.Module) -> None:
-        """Recompute the tower's position ids and the decoder's rotary frequencies, which checkpoints do not store."""
+    def finish(self, model: nn.Module) -> None:
+        """Recompute the tower's position ids, and what the decoder computes from its configuration."""
         core: Any = model
-        embeddings = self._clip(model).embeddings
+        embeddings = self._transformer(model).embeddings
         embeddings.position_ids = torch.arange(embeddings.num_positions).expand(1, -1)
-        language = core.model.language_model
-        language.rotary_emb = type(language.rotary_emb)(language.config)
+        decoders.finish(core.model.language_model)
 
-    def tower(self, model: nn.Module, scored: ScoredBlock = "feature", image: ImageSpec | None = None) -> nn.Module:
-        """Return the CLIP tower up to the feature layer, or to the scored block behind it; for levels if `image` is given."""
-        config: Any = model.config
-        spec = self.spec(config)
-        return ClipTower(self._clip(model), spec.feature_layer, spec.scored_block(scored), image)
-
-    def projector(self, model: nn.Module) -> nn.Module:
-        """Return the two-layer MLP."""
-        projector: nn.Module = model.model.multi_modal_projector  # type: ignore[union-attr,assignment]
-        return projector
-
-    def decoder(self, model: nn.Module) -> nn.Module:
-        """Return a causal language model of the text configuration around the checkpoint's own modules."""
+    def parts(self, model: nn.Module) -> Parts:
+        """Take a model apart."""
         core: Any = model
-        with torch.device("meta"):
-            decoder: Any = AutoModelForCausalLM.from_config(core.config.text_config)
-        decoder.model, decoder.lm_head = core.model.language_model, core.lm_head
-        result: nn.Module = decoder.eval()
-        return result
+        vision = self._transformer(model)
+        description = self.describe(core.config)
+        skipped = int(description.saliency == "class" and not description.leading)
 
-    def embed_tokens(self, model: nn.Module) -> Tensor:
-        """Return the decoder's token table (V, D)."""
-        core: Any = model
-        table: Tensor = core.model.language_model.embed_tokens.weight
-        return table.detach()
+        def tower(scored: ScoredBlock, image: ImageSpec | None) -> BlockTower:
+            block = description.scored_block(scored)
+            if description.saliency == "class":
+                return ClipTower(vision, description.layers, block, image, skipped=skipped)
+            return SiglipTower(vision, description.layers, block, image)
+
+        def attention(block: int) -> Attention:
+            module = vision.encoder.layers[block].self_attn
+            return Attention(module, module.config, module.q_proj, module.k_proj, module.num_heads)
+
+        return Parts(
+            vision=core.model.vision_tower,
+            tower=tower,
+            project=core.model.multi_modal_projector,
+            attention=attention,
+            skipped=skipped,
+            decoder=decoders.causal_model(core.model.language_model, core.lm_head),
+        )
 
     @staticmethod
-    def _clip(model: nn.Module) -> Any:
-        """Return the CLIP transformer; some transformers versions keep it one level deeper."""
+    def _transformer(model: nn.Module) -> Any:
+        """Return the tower's transformer; some transformers versions keep it one level deeper."""
         tower: Any = model.model.vision_tower  # type: ignore[union-attr]
         return getattr(tower, "vision_model", tower)
