@@ -37,7 +37,8 @@ TOKENS = (IMAGE_SIZE // PATCH) ** 2
 # Heads are turned in half, by other angles beyond 512 tokens.
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 512,
-    "factor": 2.0, "short_factor": [1.0 + 0.1 * index for index in range(8)], "long_factor": [1.0 + index for index in range(8)],
+    "factor": 2.0, "short_factor": [1.0 + 0.1 * index for index in range(8)],
+    "long_factor": [1.0 + index for index in range(8)],
 }  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for c in m['content'] %}"
@@ -49,7 +50,7 @@ TEMPLATE = (
 
 def llava(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """Save a random LLaVA of the usual shape: CLIP without its class token, one feature layer, a Llama."""
-    return checkpoint(folder, seed=seed, dtype=dtype)
+    return checkpoint(folder, seed=seed, dtype=dtype, norms=0.0)
 
 
 def checkpoint(
@@ -60,6 +61,7 @@ def checkpoint(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     spare: int = 0,
+    norms: float = 0.2,
     text_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> Path:
@@ -71,6 +73,7 @@ def checkpoint(
         text: The decoder's configuration class.
         seed: Of the weights.
         dtype: Of the weights.
+        norms: How far the weights of norms are drawn from where they begin.
         spare: By how many rows the table is made larger than the tokenizer, after it has been made.
         text_options: Fields of the decoder's configuration.
         **options: Fields of `LlavaConfig`.
@@ -94,7 +97,7 @@ def checkpoint(
     model = LlavaForConditionalGeneration(config).eval()
     if spare:
         model.resize_token_embeddings(len(tokenizer) + spare)
-    _spread(model)
+    _spread(model, norms)
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
     model.to(dtype).save_pretrained(folder)
@@ -152,15 +155,24 @@ def processor(
 
 
 @torch.no_grad()
-def _spread(model: Any) -> None:
+def _spread(model: Any, norms: float) -> None:
     """Widen the initial weights: with transformers' own, a random decoder repeats one token whatever the image."""
+    table = model.get_input_embeddings()
+    # A tied head finds the last token's own row again, if much of it is left behind the blocks.
+    rows = 0.03 / getattr(table, "scalar_embed_scale", 1.0) if model.config.tie_word_embeddings else 1.0
     for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2:
+        if parameter is table.weight:
+            parameter.normal_(0, rows)
+        elif parameter.dim() >= 2:
             fan = parameter[0].numel()
-            scale = 2.5 if "q_proj" in name or "k_proj" in name else 1.2
+            scale = 2.5 if "q_proj" in name or "k_proj" in name or "qkv_proj" in name else 1.2
             parameter.normal_(0, 1.0 if "embed" in name else scale * fan**-0.5)
         elif name.endswith("bias"):
             parameter.normal_(0, 0.1)
+        elif norms and "norm" in name:
+            parameter.add_(norms * torch.randn_like(parameter))
+            # Heads of unit length attend to everything alike.
+            parameter.mul_(2.5 if "q_norm" in name or "k_norm" in name else 1.0)
 
 
 # Family, and what of its shapes, to a function that saves one. Each shape of a tower stands with another decoder.
@@ -171,7 +183,10 @@ TINY: dict[str, Callable[[Path], Path]] = {
     ),
     "llava/full": partial(
         checkpoint, text=Phi3Config, vision_feature_select_strategy="full",
-        text_options={"rope_parameters": LONGROPE, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+        text_options={
+            "rope_parameters": LONGROPE, "original_max_position_embeddings": 512, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 32,
+        },
     ),
     "llava/layers": partial(checkpoint, text=GemmaConfig, vision_feature_layer=[-2, 0, 3]),
     "llava/resized": partial(checkpoint, text=MistralConfig, spare=37, text_options={"sliding_window": 400}),

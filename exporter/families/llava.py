@@ -48,8 +48,8 @@ class LlavaFamily:
         saliency = TOWERS[vision.model_type]
         if saliency != "class" and strategy != "full":
             raise UnsupportedModelError(
-                f"vision_feature_select_strategy {strategy!r} would drop a patch: a {vision.model_type!r} tower has no class token; "
-                "supported: 'full'"
+                f"vision_feature_select_strategy {strategy!r} would drop a patch: a {vision.model_type!r} tower has no class "
+                "token; supported: 'full'"
             )
         side = vision.image_size // vision.patch_size
         return Description(

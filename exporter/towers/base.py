@@ -7,7 +7,7 @@ block's attention is computed apart, as far as the scores need it: every block k
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,16 @@ class Seen(NamedTuple):
 
     def patches(self, leading: int) -> Seen:
         """Return the same without the first tokens, which have no place on the grid."""
-        return Seen(*(None if part is None else part[:, leading:] for part in self)) if leading else self
+        return Seen(_behind(leading, self.hidden), *(_behind(leading, part) for part in self[1:]))
+
+
+@overload
+def _behind(first: int, part: Tensor) -> Tensor: ...
+@overload
+def _behind(first: int, part: Tensor | None) -> Tensor | None: ...
+def _behind(first: int, part: Tensor | None) -> Tensor | None:
+    """Return a tensor (B, N, …) without its first tokens."""
+    return part if part is None or not first else part[:, first:]
 
 
 class BlockTower(nn.Module):
@@ -70,10 +79,10 @@ class BlockTower(nn.Module):
         # Of a scored block behind the feature layers only the scores are computed.
         for block in self.blocks[: max(*self.layers, self.scored)]:
             states.append(block(states[-1], None))
-        read = [states[layer] for layer in self.layers]
+        read = [_behind(self.skipped, states[layer]) for layer in self.layers]
         hidden = read[0] if len(read) == 1 else torch.cat(read, dim=2)
         scores = self.scores(self.blocks[self.scored], states[self.scored])
-        return Seen(hidden, *scores).patches(self.skipped)
+        return Seen(hidden, *(_behind(self.skipped, part) for part in scores))
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Return what the first block reads (B, N, Dv)."""
