@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +12,14 @@ from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint, hub_id, open_checkpoint
 from leanvlm.exporter.config import ExportConfig
-from leanvlm.exporter.decoders import check_decoder, token_rows
+from leanvlm.exporter.decoders import check_decoder, context_length, token_rows
 from leanvlm.exporter.families import Description
 from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.place import check_output
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, Pruner, parse
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.text_files import check_text
-from leanvlm.runtime.errors import InputError, UnsupportedPrunerError
+from leanvlm.runtime.errors import InputError, LeanVLMWarning, UnsupportedPrunerError
 from leanvlm.runtime.preprocess import ImageSpec
 
 __all__ = ["DTYPES", "EMBED_TOKENS", "VISION_DATA", "Plan", "fetch", "plan", "vision_dtype"]
@@ -75,12 +76,23 @@ def plan(config: ExportConfig) -> Plan:
         if budget > count:
             raise InputError(f"budget {budget} is more than the {count} image tokens of this model")
     check_decoder(checkpoint.config.text_config, config.target)
+    _warn_of_context(checkpoint.config.text_config)
     check_text(config, checkpoint)
     references, gate = _gate(config, checkpoint)
     pruners = _pruners(config, checkpoint.spec, references)
     result = Plan(config, checkpoint, pruners, _estimate(config, checkpoint, list(pruners)), gate)
     _check_disk(result)
     return result
+
+
+def _warn_of_context(text: Any) -> None:
+    context, whole = context_length(text), text.max_position_embeddings
+    if context < whole:
+        message = (
+            f"the bundle's context is {context} tokens, the checkpoint's {whole}: beyond that its decoder attends to the last "
+            "tokens only, or turns them by other angles, which a graph here does not do"
+        )
+        warnings.warn(message, LeanVLMWarning, stacklevel=3)
 
 
 def _pruners(config: ExportConfig, spec: Description, references: dict[str, Any]) -> dict[int, Pruner]:

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from leanvlm.exporter.decoders import DECODERS, context_length
 from leanvlm.exporter.families import ARCHITECTURES, FAMILIES
 from leanvlm.exporter.plan import plan
 from leanvlm.exporter.targets import TARGETS
+from leanvlm.runtime.errors import LeanVLMWarning
 from leanvlm.runtime.manifest import PRECISIONS
 from leanvlm.runtime.manifest import TARGETS as NAMES
 
@@ -181,7 +183,11 @@ def test_what_an_alias_names_is_configuration_only(alias: str, tmp_path: Path, m
     (folder / "config.json").write_text(json.dumps(config))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
-    request = plan(ExportConfig(str(folder), (64,), tmp_path / "bundle"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", LeanVLMWarning)
+        request = plan(ExportConfig(str(folder), (64,), tmp_path / "bundle"))
+    window = "the bundle's context is 4096 tokens, the checkpoint's 32768"
+    assert [str(one.message).partition(":")[0] for one in said] == [window] * (alias == "bakllava")
     assert list(request.pruners) == [64, 576]
     assert request.sizes["decoder.onnx.data"] / 4 == pytest.approx(PARAMETERS[alias], rel=0.02)
     text = request.checkpoint.config.text_config

@@ -73,7 +73,7 @@ def checkpoint(
         text: The decoder's configuration class.
         seed: Of the weights.
         dtype: Of the weights.
-        norms: How far the weights of norms are drawn from where they begin.
+        norms: How far the weights of the decoder's norms are drawn from where they begin.
         spare: By how many rows the table is made larger than the tokenizer, after it has been made.
         text_options: Fields of the decoder's configuration.
         **options: Fields of `LlavaConfig`.
@@ -169,7 +169,7 @@ def _spread(model: Any, norms: float) -> None:
             parameter.normal_(0, 1.0 if "embed" in name else scale * fan**-0.5)
         elif name.endswith("bias"):
             parameter.normal_(0, 0.1)
-        elif norms and "norm" in name:
+        elif norms and "language_model" in name and "norm" in name:
             parameter.add_(norms * torch.randn_like(parameter))
             # Heads of unit length attend to everything alike.
             parameter.mul_(2.5 if "q_norm" in name or "k_norm" in name else 1.0)
@@ -189,7 +189,7 @@ TINY: dict[str, Callable[[Path], Path]] = {
         },
     ),
     "llava/layers": partial(checkpoint, text=GemmaConfig, vision_feature_layer=[-2, 0, 3]),
-    "llava/resized": partial(checkpoint, text=MistralConfig, spare=37, text_options={"sliding_window": 400}),
+    "llava/resized": partial(checkpoint, seed=2, text=MistralConfig, spare=37, text_options={"sliding_window": 400}),
     "llava/tied": partial(checkpoint, text=Qwen3Config, text_options={"tie_word_embeddings": True}),
     "llava/gemma2": partial(checkpoint, text=Gemma2Config, text_options={"query_pre_attn_scalar": 24, "sliding_window": 300}),
     "llava/smollm3": partial(checkpoint, text=SmolLM3Config, text_options={"no_rope_layer_interval": 2}),

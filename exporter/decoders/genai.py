@@ -140,7 +140,7 @@ def write_text_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     folder.mkdir(parents=True)
     text = checkpoint.config.text_config
     kind = decoder_for(text)
-    rope = dict(text.rope_parameters) | {"rope_type": "default"}
+    rope = dict(text.rope_parameters or {}) | {"rope_type": "default"}
     activation = getattr(text, kind.activation)
     config = text.to_dict() | {
         "architectures": [kind.architecture],
