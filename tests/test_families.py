@@ -96,7 +96,11 @@ class Original:
         return embeddings[stays][None]
 
 
-@pytest.fixture(scope="module", params=tiny.TINY)
+# `test_generate` asks the usual shape more.
+SHAPES = [pytest.param(shape, marks=[pytest.mark.slow] * (shape == "llava")) for shape in tiny.TINY]
+
+
+@pytest.fixture(scope="module", params=SHAPES)
 def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Original:
     folder = tiny.TINY[request.param](tmp_path_factory.mktemp("shape") / "checkpoint")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()

@@ -74,6 +74,8 @@ def build_decoder(
         details = extra.pop("hf_details")
         extra.pop("_effective_builder_config", None)
         extra["filename"] = DECODER
+        # Norms of the heads inside the attention op are newer than the ONNX Runtime that a bundle asks for, and not on the CPU.
+        extra["fuse_qk_norm_gqa"] = False
         extra["fuse_mlp_gate_up"] = precision in record.gate_up_in_one
         io_dtype = builder.set_io_dtype(precision, target, extra)
         onnx_dtype = builder.set_onnx_dtype(precision, extra)
