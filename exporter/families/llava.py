@@ -23,7 +23,6 @@ from leanvlm.runtime.preprocess import ImageSpec
 
 # The tower's model_type to what scores its tokens.
 TOWERS: dict[str, Saliency] = {"clip_vision_model": "class", "siglip_vision_model": "received"}
-STRATEGIES = ("default", "full")
 
 
 class LlavaFamily:
@@ -41,9 +40,6 @@ class LlavaFamily:
         if vision.model_type not in TOWERS:
             known = ", ".join(TOWERS)
             raise UnsupportedModelError(f"LLaVA with a {vision.model_type!r} tower is not supported; supported: {known}")
-        if strategy not in STRATEGIES:
-            known = ", ".join(STRATEGIES)
-            raise UnsupportedModelError(f"vision_feature_select_strategy {strategy!r} is not supported; supported: {known}")
         decoders.decoder_for(config.text_config)
         saliency = TOWERS[vision.model_type]
         if saliency != "class" and strategy != "full":
