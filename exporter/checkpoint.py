@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoImageProcessor
 
 from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, ExportConfig
-from leanvlm.exporter.models import ARCHITECTURES, Family, FamilySpec, family_for
+from leanvlm.exporter.families import ARCHITECTURES, Description, Family, family_for
 from leanvlm.exporter.weights import ADAPTER, adapter_alone, find_weights, load_weights
 from leanvlm.runtime.bundle import file_sha256
 from leanvlm.runtime.console import check_utf8
@@ -49,7 +49,7 @@ class Checkpoint:
         revision: The Hub's commit, where known.
         config: The transformers configuration.
         family: The family that handles it.
-        spec: The family's numbers.
+        spec: What the family reads of it.
         image_spec: The image processor as data.
         erank_ref: Reference effective rank declared for this model.
         weight_files: The safetensors files that count, in order.
@@ -60,7 +60,7 @@ class Checkpoint:
     revision: str | None
     config: Any
     family: Family
-    spec: FamilySpec
+    spec: Description
     image_spec: ImageSpec
     erank_ref: float
     weight_files: tuple[Path, ...]
@@ -207,13 +207,13 @@ def _architectures(raw: dict[str, Any]) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def _configuration(folder: Path, family: Family) -> tuple[Any, FamilySpec]:
+def _configuration(folder: Path, family: Family) -> tuple[Any, Description]:
     """Read `config.json` as transformers does, and the family's numbers from it."""
     try:
         config: Any = CONFIG_MAPPING[family.model_type].from_pretrained(folder, local_files_only=True)
         # Which kernel computes attention is ours to choose, and one that is named may not be installed.
         config._attn_implementation = None
-        return config, family.spec(config)
+        return config, family.describe(config)
     except LeanVLMError:
         raise
     except Exception as error:  # A configuration's own checks raise nearly anything.
@@ -231,7 +231,7 @@ def _check_dtype(path: Path, value: object) -> None:
         raise CheckpointError(f"{path}: dtype is {shorten(repr(value))}; it must be float32, float16 or bfloat16")
 
 
-def _image_spec(folder: Path, spec: FamilySpec) -> ImageSpec:
+def _image_spec(folder: Path, spec: Description) -> ImageSpec:
     """Read the image processor as transformers does and compare its size with the tower's.
 
     What `processor_config.json` nests counts before `preprocessor_config.json`.

@@ -15,6 +15,8 @@ ALIASES = {
     "llava": "llava-hf/llava-1.5-7b-hf",
     "llava-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
+    "bakllava": "llava-hf/bakLlava-v1-hf",
+    "llava-llama3": "xtuner/llava-llama-3-8b-v1_1-transformers",
 }
 # The gate's reference is the mean effective rank of a model's training images, so it belongs to a model.
 DEFAULT_ERANK_REF = 90.0

@@ -13,8 +13,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-OPSET = {"cpu": 18, "cuda": 23, "tensorrt-rtx": 23, "tensorrt": 20}
-
 
 def trace(
     module: nn.Module,

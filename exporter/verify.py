@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from leanvlm.exporter import tolerances
-from leanvlm.exporter.pruners.base import Pruner
+from leanvlm.exporter.pruners.base import Pruner, choose
 from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.exporter.reference import Reference, cosine, relative_difference
 from leanvlm.exporter.rounding import BITS
@@ -73,7 +73,7 @@ def verify(
         _check_placement(budget, session.backend.misplaced(session.manifest.vision_graph(budget), pixels))
         unpruned = tokens[pruner.scored_block]
         with torch.no_grad():
-            expected = pruner(unpruned)
+            expected = choose(pruner, unpruned)
         merged = None if expected.hidden is None else reference.project(expected.hidden).numpy()
         measured = _compare_vision(outputs, unpruned.features.numpy(), expected.indices.numpy(), merged)
         precision = _vision_precision(session.manifest.vision_graph(budget))
@@ -82,7 +82,7 @@ def verify(
             measured["rounding"] = reference.rounding(normal, unpruned.features.numpy())
         results["vision"][str(budget)] = measured
         _check_vision(budget, measured, precision)
-        measured |= _compare_rank(outputs["effective_rank"], unpruned.features)
+        measured |= _compare_rank(outputs["effective_rank"], unpruned.patches.features)
     on_step("verify decoder")
     whole = next(iter(tokens.values())).features[0].numpy()
     question = f"{session.image_token}\n{PROMPT}" if raw else [user_message(PROMPT, 1)]

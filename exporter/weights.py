@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from leanvlm.exporter.models import Family
+from leanvlm.exporter.families import Family
 from leanvlm.runtime.errors import CheckpointError
 from leanvlm.runtime.records import load_json, read, shorten
 
@@ -133,8 +133,8 @@ def outline(family: Family, config: Any) -> nn.Module:
     """
     try:
         model = family.empty(config)
-        family.materialise_buffers(model)
-        family.decoder(model)  # Which has a shell of its own.
+        family.finish(model)
+        family.parts(model)  # Whose decoder has a shell of its own.
     except Exception as error:  # A configuration can be wrong in any way.
         why = shorten(error) or type(error).__name__
         raise CheckpointError(f"transformers cannot build the model that config.json describes: {why}") from error

@@ -20,17 +20,17 @@ class CropShape:
     Attributes:
         pixels: (height, width).
         grid: Rows and columns of its image tokens, behind any pooling.
-        prefix: Tokens before those of the grid, such as a class token that is kept.
+        leading: Tokens before those of the grid, such as a class token that is kept.
     """
 
     pixels: tuple[Size, Size]
     grid: tuple[Size, Size]
-    prefix: Count = 0
+    leading: Count = 0
 
     @property
     def tokens(self) -> int:
         """N, the image tokens of a crop before pruning."""
-        return self.prefix + self.grid[0] * self.grid[1]
+        return self.leading + self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ def draw_overlay(image: Image.Image, pruning: Pruning, spec: ImageSpec) -> Image
     size = (width * SCALE, height * SCALE)
     kept = np.zeros(pruning.total, dtype=np.float32)
     kept[pruning.indices] = 1.0
-    grid, prefix = pruning.shape.grid, pruning.shape.prefix
-    light = _patches(kept[prefix:], grid, (height, width))
+    grid, leading = pruning.shape.grid, pruning.shape.leading
+    light = _patches(kept[leading:], grid, (height, width))
     dimmed = (levels * (DIM + (1 - DIM) * light[:, :, None])).astype(np.uint8)
-    heat = _colour(_patches(_relative(pruning.attention[prefix:]), grid, (height, width)))
+    heat = _colour(_patches(_relative(pruning.attention[leading:]), grid, (height, width)))
     canvas = Image.new("RGB", (2 * size[0] + GAP, size[1]), (255, 255, 255))
     canvas.paste(Image.fromarray(dimmed).resize(size, Image.Resampling.NEAREST), (0, 0))
     canvas.paste(Image.fromarray(heat).resize(size, Image.Resampling.NEAREST), (size[0] + GAP, 0))

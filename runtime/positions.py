@@ -57,6 +57,6 @@ class PositionRule:
             indices: (K,), which of its N tokens are kept, ascending.
         """
         if self.image == "grid":
-            rows, columns = np.divmod(indices - shape.prefix, shape.grid[1])
+            rows, columns = np.divmod(indices - shape.leading, shape.grid[1])
             return start + np.stack([np.zeros_like(rows), rows, columns])
         return (start + (np.arange(len(indices)) if self.kept == "compact" else indices))[None]

@@ -13,10 +13,10 @@ import onnxruntime
 import pytest
 from onnx_models import assert_equal, run, types
 
-from leanvlm.exporter.passes import DECODER_PASSES
 from leanvlm.exporter.passes.greedy_token import add_greedy_token
 from leanvlm.exporter.passes.last_position import GATHER, add_last_position
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
+from leanvlm.exporter.targets import TARGETS
 
 Array = npt.NDArray[Any]
 
@@ -141,7 +141,10 @@ def test_decoder_passes_work_together() -> None:
     table = random.standard_normal((6, 11), dtype=np.float32)
     hidden = random.standard_normal((2, 5, 6), dtype=np.float32)
     model = head(table, gather=True)
-    assert {name: rewrite(model) for name, rewrite in DECODER_PASSES["cuda"].items()} == {"last_position": 1, "greedy_token": 1}
+    assert {name: rewrite(model) for name, rewrite in TARGETS["cuda"].decoder_passes.items()} == {
+        "last_position": 1,
+        "greedy_token": 1,
+    }
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     found = run(model, {"hidden": hidden, "last_position": np.array([2])})
     np.testing.assert_array_equal(found["next_token"], (hidden[:, 2:3] @ table).argmax(axis=-1, keepdims=True))

@@ -18,13 +18,13 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from leanvlm.exporter.decoders.portable import save_decoder, trace_decoder
 from leanvlm.exporter.dialect import check_dialect
+from leanvlm.exporter.families.llava import LlavaFamily
 from leanvlm.exporter.graphs import VisionGraph
-from leanvlm.exporter.models.llava import LlavaFamily
-from leanvlm.exporter.passes import DECODER_PASSES, PASSES
-from leanvlm.exporter.portable_decoder import save_decoder, trace_decoder
 from leanvlm.exporter.pruners import parse
-from leanvlm.exporter.trace import OPSET, trace
+from leanvlm.exporter.targets import TARGETS
+from leanvlm.exporter.trace import trace
 from leanvlm.runtime.bundle import file_sha256, read_manifest, write_manifest
 from leanvlm.runtime.engines import library
 from leanvlm.runtime.engines import plan as planning
@@ -136,21 +136,22 @@ def image_spec() -> ImageSpec:
 @pytest.mark.slow
 def test_a_full_width_llava(tmp_path: Path, tensorrt_bundle: Path) -> None:
     """Vision engines for every GPU, and a decoder engine with two profiles, each in under a minute."""
-    family, model, image = LlavaFamily(), full_width(), image_spec()
-    opset, config = OPSET["tensorrt"], model.config
-    tower = family.tower(model, "feature", image)
-    graph = VisionGraph(tower, family.projector(model), parse("agile", keep=64), (24, 24)).eval()
+    model, image = full_width(), image_spec()
+    parts = LlavaFamily().parts(model)
+    opset, config = TARGETS["tensorrt"].opset, model.config
+    tower = parts.tower("feature", image)
+    graph = VisionGraph(tower, parts.project, parse("agile", keep=64), (24, 24)).eval()
     pixels = torch.zeros(2, 3, 336, 336, dtype=torch.uint8)
     vision = trace(graph, {"pixel_values": pixels}, output_names=VISION_OUTPUTS, opset=opset)
-    for rewrite in PASSES["tensorrt"].values():
+    for rewrite in TARGETS["tensorrt"].passes.values():
         rewrite(vision)
     check_dialect(vision, "vision_64.onnx")
     ir.save(vision, tmp_path / "vision_64.onnx", external_data="vision.data", size_threshold_bytes=1024)
-    decoder = trace_decoder(family.decoder(model), opset=opset, dtype=torch.float16)
-    for rewrite in DECODER_PASSES["tensorrt"].values():
+    decoder = trace_decoder(parts.decoder, opset=opset, dtype=torch.float16)
+    for rewrite in TARGETS["tensorrt"].decoder_passes.values():
         rewrite(decoder)
     save_decoder(decoder, tmp_path / "decoder.onnx")
-    del model, graph, tower
+    del model, graph, parts, tower
 
     manifest = _manifest_of(read_manifest(tensorrt_bundle), vision, decoder, config, tmp_path)
     write_manifest(tmp_path, manifest)

@@ -343,7 +343,8 @@ def test_spellings_that_transformers_resolves(tiny_llava: Path, folder: Path, ch
     pixels = torch.randn(1, 3, *checkpoint.spec.image_size, generator=torch.Generator().manual_seed(0))
     model = load_model(checkpoint)
     with torch.no_grad():
-        ours = checkpoint.family.projector(model)(checkpoint.family.tower(model)(pixels)[0])
+        parts = checkpoint.family.parts(model)
+        ours = parts.project(parts.tower("feature", None)(pixels).hidden)
         wanted = torch.stack(list(theirs.model.get_image_features(pixels, return_dict=True).pooler_output))
     assert torch.equal(ours, wanted)
 

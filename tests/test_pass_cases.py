@@ -16,7 +16,7 @@ from leanvlm.exporter.passes.attention import fuse_attention
 from leanvlm.exporter.passes.bias_column import fold_bias_columns
 from leanvlm.exporter.passes.quick_gelu import fuse_quick_gelu
 from leanvlm.exporter.passes.skip_layer_norm import fuse_skip_layer_norm
-from leanvlm.exporter.trace import OPSET
+from leanvlm.exporter.targets import TARGETS
 
 Pass = Callable[[ir.Model], int]
 
@@ -66,7 +66,7 @@ class Sketch:
             value.name, value.type = f"out{place}", ir.TensorType(ir.DataType.FLOAT)
         graph = ir.Graph(
             [*self.inputs.values()], [*outputs], nodes=self.nodes, initializers=self.constants,
-            opset_imports={"": OPSET["cuda"]}, name="sketch",
+            opset_imports={"": TARGETS["cuda"].opset}, name="sketch",
         )  # fmt: skip
         model = ir.Model(graph, ir_version=11)
         ShapeInferencePass()(model)

@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from leanvlm.demo.built_in import resolved
 from leanvlm.exporter import ExportConfig, dialect, tolerances
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
+from leanvlm.exporter.decoders.portable import trace_decoder
 from leanvlm.exporter.dialect import check_dialect, foreign_nodes, target_opset
 from leanvlm.exporter.passes.levels_shape import shape_behind_cast
 from leanvlm.exporter.passes.stage_names import name_by_layer
 from leanvlm.exporter.passes.topk_count import fix_topk_counts
-from leanvlm.exporter.portable_decoder import trace_decoder
 from leanvlm.exporter.reference import Reference, relative_difference
 from leanvlm.exporter.verify import probe_images
 from leanvlm.runtime import load

@@ -74,7 +74,7 @@ def test_an_image_stands_between_what_its_layout_says() -> None:
 
 
 def test_a_token_before_the_grid_counts_as_one() -> None:
-    shape = CropShape((28, 42), (2, 3), prefix=1)
+    shape = CropShape((28, 42), (2, 3), leading=1)
     assert shape.tokens == 7
     prompt = assemble(compose([1, 5], 1, [_image([0, 3], shape)], Layout()), Rows(), PositionRule("original"), 1)
     assert prompt.positions.tolist() == [[0, 3, 7]]

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from leanvlm.exporter.passes import PASSES
 from leanvlm.exporter.passes.pattern import CONTRIB
+from leanvlm.exporter.targets import TARGETS
 
 Array = npt.NDArray[Any]
 
@@ -49,7 +49,7 @@ def clip(width: int) -> Any:
 
 def apply(model: ir.Model, names: Sequence[str] | None = None) -> dict[str, int]:
     """Run passes of the target cuda in the order of its list, all by default, and return what each says it changed."""
-    return {name: rewrite(model) for name, rewrite in PASSES["cuda"].items() if names is None or name in names}
+    return {name: rewrite(model) for name, rewrite in TARGETS["cuda"].passes.items() if names is None or name in names}
 
 
 def levels(batch: int) -> dict[str, Array]:

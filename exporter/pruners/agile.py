@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, diagonal, first_by, keep_all, precedes, require
+from leanvlm.exporter.pruners.base import (
+    Kept,
+    ScoredBlock,
+    Signal,
+    VisionTokens,
+    diagonal,
+    first_by,
+    keep_all,
+    precedes,
+    require,
+)
 from leanvlm.exporter.pruners.gates import attention_entropy, rank_and_gram
 
 
@@ -23,7 +33,7 @@ from leanvlm.exporter.pruners.gates import attention_entropy, rank_and_gram
 class AgilePruner:
     """Greedy suppression of near-duplicates under an image-complexity gate.
 
-    Needs a class token; uses no text and merges nothing. The release's: the walk with its thresholds and back-fill, centred
+    Uses no text and merges nothing. The release's: the walk with its thresholds and back-fill, centred
     features for the rank and un-centred ones for the distances. Ours, each of which can move a token near its threshold:
 
     - The effective rank is estimated (see `gates`), since ONNX has no decomposition; the release's is exact.
@@ -47,6 +57,7 @@ class AgilePruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"saliency"})
 
     keep: int = 64
     gate: Literal["erank", "entropy", "none"] = "erank"
@@ -64,11 +75,11 @@ class AgilePruner:
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens; the diagnostics say the gate's ratio, how many survived before the back-fill, and convergence."""
-        if self.keep >= tokens.attention.shape[1]:
+        if self.keep >= tokens.count:
             return keep_all(tokens)
         ratio, gram, diagnostics = self._gate(tokens)
         indices, num_selected, converged = select_by_gram(
-            tokens.attention,
+            tokens.saliency,
             gram,
             ratio,
             keep=self.keep,
@@ -87,9 +98,9 @@ class AgilePruner:
         features = tokens.features.float()
         gram = features @ features.transpose(1, 2)
         if self.gate == "entropy":
-            entropy = attention_entropy(tokens.attention)
+            entropy = attention_entropy(tokens.saliency)
             return entropy / self.entropy_ref, gram, {"attention_entropy": entropy}
-        return torch.ones_like(tokens.attention[:, 0], dtype=torch.float32), gram, {}
+        return torch.ones_like(tokens.saliency[:, 0], dtype=torch.float32), gram, {}
 
 
 def select_tokens(

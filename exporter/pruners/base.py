@@ -13,10 +13,13 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from leanvlm.exporter.towers.base import Seen
 from leanvlm.runtime.errors import UnsupportedPrunerError
 
-# Which block's class token scores the tokens: the last one below the feature layer, or the tower's last.
+# Which block's attention scores the tokens: the last one below the feature layer, or the tower's last.
 ScoredBlock = Literal["feature", "last"]
+# What a tower may tell beside the tokens themselves: fields of `Seen`.
+Signal = Literal["saliency", "keys", "unsplit"]
 
 
 @dataclass(frozen=True)
@@ -25,19 +28,52 @@ class VisionTokens:
 
     Attributes:
         features: (B, N, D), after the projector.
-        hidden: (B, N, Dv), the same tokens before the projector.
-        keys: (B, N, H, d), key vectors of the scored block.
-        attention: (B, N), the class token's attention in the scored block, averaged over heads, class token left out.
-        unsplit_attention: (B, N), the same row as one head of width H * d would give it.
-        grid: Rows and columns of the patches; rows * columns = N.
+        seen: The same tokens before the projector, and what the tower tells of them.
+        grid: Rows and columns of the patches.
+        leading: How many tokens stand in front of the patches and have no place on the grid; a pruner gets none.
     """
 
     features: Tensor
-    hidden: Tensor
-    keys: Tensor
-    attention: Tensor
-    unsplit_attention: Tensor
+    seen: Seen
     grid: tuple[int, int]
+    leading: int = 0
+
+    @property
+    def patches(self) -> VisionTokens:
+        """The tokens that have a place on the grid, which a pruner chooses among."""
+        if not self.leading:
+            return self
+        return VisionTokens(self.features[:, self.leading :], self.seen.patches(self.leading), self.grid)
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.features.shape[1]
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, N, Dv), the tokens before the projector."""
+        return self.seen.hidden
+
+    @property
+    def saliency(self) -> Tensor:
+        """(B, N), how much attention each token gets; only for a pruner that needs `saliency`."""
+        return _told(self.seen.saliency)
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, N, H, d), key vectors of the scored block; only for a pruner that needs `keys`."""
+        return _told(self.seen.keys)
+
+    @property
+    def unsplit(self) -> Tensor:
+        """(B, N), the class token's attention of one head of width H * d; only for a pruner that needs `unsplit`."""
+        return _told(self.seen.unsplit)
+
+
+def _told(part: Tensor | None) -> Tensor:
+    assert part is not None, "the tower does not tell what the pruner did not say that it needs"
+    return part
 
 
 @dataclass(frozen=True)
@@ -61,9 +97,11 @@ class Pruner(Protocol):
 
     Attributes:
         scored_block: Where the tower takes `keys` and both attentions from.
+        needs: What it reads of the tower beside the tokens; a model whose tower does not tell it is refused.
     """
 
     scored_block: ClassVar[ScoredBlock]
+    needs: ClassVar[frozenset[Signal]]
 
     @property
     def keep(self) -> int:
@@ -85,6 +123,20 @@ def require(holds: bool, rule: str) -> None:
         raise UnsupportedPrunerError(rule)
 
 
+def choose(pruner: Pruner, tokens: VisionTokens) -> Kept:
+    """Choose among the patches; tokens without a place on the grid are always kept, in front."""
+    first, kept = tokens.leading, pruner(tokens.patches)
+    if not first:
+        return kept
+    batch = tokens.features.shape[0]
+    always = torch.arange(first, device=kept.indices.device)[None, :].expand(batch, -1)
+    merged = None if kept.hidden is None else torch.cat([tokens.hidden[:, :first], kept.hidden], dim=1)
+    diagnostics = dict(kept.diagnostics)
+    if "num_selected" in diagnostics:
+        diagnostics["num_selected"] = diagnostics["num_selected"] + first
+    return Kept(torch.cat([always, kept.indices + first], dim=1), merged, diagnostics)
+
+
 def gather_tokens(features: Tensor, indices: Tensor) -> Tensor:
     """Take the rows `indices` (B, K) of `features` (B, N, D): (B, K, D)."""
     return features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[-1]))
@@ -92,8 +144,8 @@ def gather_tokens(features: Tensor, indices: Tensor) -> Tensor:
 
 def keep_all(tokens: VisionTokens) -> Kept:
     """Return every token, in place: what any pruner does when keep >= N."""
-    batch, count = tokens.attention.shape
-    every = torch.arange(count, device=tokens.attention.device)
+    batch, count, _ = tokens.features.shape
+    every = torch.arange(count, device=tokens.features.device)
     return Kept(every[None, :].expand(batch, -1))
 
 

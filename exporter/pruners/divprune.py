@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.pruners.base import Kept, Rows, ScoredBlock, VisionTokens, chosen_indices, cosine, keep_all
+from leanvlm.exporter.pruners.base import Kept, Rows, ScoredBlock, Signal, VisionTokens, chosen_indices, cosine, keep_all
 
 # Above any cosine distance, and below any: a chosen token's distance to itself.
 FAR, CHOSEN = 4.0, -1.0
@@ -23,7 +23,7 @@ FAR, CHOSEN = 4.0, -1.0
 class DivPruner:
     """Farthest-point selection.
 
-    Needs no class token, uses no text and merges nothing. The release's: the first token, the rule and the distance. Ours: the
+    Needs no scores, uses no text and merges nothing. The release's: the first token, the rule and the distance. Ours: the
     release selects once over the whole image sequence, here each crop of a batch is a selection of its own; K is given
     instead of a share of N (0.098 there); equal distances go to the lower place.
 
@@ -32,12 +32,13 @@ class DivPruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset()
 
     keep: int = 64
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""
-        if self.keep >= tokens.features.shape[1]:
+        if self.keep >= tokens.count:
             return keep_all(tokens)
         distance = pair_distance(tokens.features)
         rows = Rows(distance)

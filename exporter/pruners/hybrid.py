@@ -16,6 +16,7 @@ from leanvlm.exporter.pruners.base import (
     Kept,
     Rows,
     ScoredBlock,
+    Signal,
     VisionTokens,
     chosen_indices,
     keep_all,
@@ -31,7 +32,7 @@ from leanvlm.exporter.pruners.share import diversity_share
 class HybridPruner:
     """Top attention first, then farthest points; at least one attention token starts the set.
 
-    Needs a class token; uses no text and merges nothing. The paper's study has no code for it. Ours: that diversity tokens
+    Uses no text and merges nothing. The paper's study has no code for it. Ours: that diversity tokens
     keep away from the attention tokens too, the ends of the adaptive map (see `share`), and the estimated rank (see `gates`).
 
     Attributes:
@@ -44,6 +45,7 @@ class HybridPruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"saliency"})
 
     keep: int = 64
     share: float = 0.5
@@ -59,10 +61,10 @@ class HybridPruner:
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""
-        if self.keep >= tokens.attention.shape[1]:
+        if self.keep >= tokens.count:
             return keep_all(tokens)
         distance = pair_distance(tokens.features)
-        rank = rank_by(tokens.attention.float())
+        rank = rank_by(tokens.saliency.float())
         if self.gate == "none":
             diverse = self._diverse(self.share)
             near = _nearest(distance, rank < self.keep - diverse)

@@ -15,6 +15,7 @@ from torch import Tensor
 from leanvlm.exporter.pruners.base import (
     Kept,
     ScoredBlock,
+    Signal,
     VisionTokens,
     first_by,
     gather_tokens,
@@ -47,6 +48,7 @@ class PruMergePruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "last"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"unsplit", "keys"})
 
     keep: int = 64
     neighbours: int = 32
@@ -59,7 +61,7 @@ class PruMergePruner:
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K centres, in raster order, and merge their neighbours into them."""
-        attention = tokens.unsplit_attention.float()
+        attention = tokens.unsplit.float()
         count = attention.shape[1]
         if self.keep >= count:
             return keep_all(tokens)

@@ -15,6 +15,7 @@ from leanvlm.exporter.pruners.base import (
     Kept,
     Rows,
     ScoredBlock,
+    Signal,
     VisionTokens,
     chosen_indices,
     cosine,
@@ -32,7 +33,7 @@ LEAST_SALIENCY = 1e-30
 class ScopePruner:
     """Greedy coverage gain times attention, on the tower's tokens before the projector.
 
-    Needs a class token; uses no text and merges nothing. The release's, but for equal gains: here they go to the lower place.
+    Uses no text and merges nothing. The release's, but for equal gains: here they go to the lower place.
     The release sums the attention over heads, here it is their mean: a common factor, so the choice is the same.
 
     Attributes:
@@ -41,6 +42,7 @@ class ScopePruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"saliency"})
 
     keep: int = 64
     alpha: float = 1.0
@@ -50,11 +52,11 @@ class ScopePruner:
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""
-        count = tokens.attention.shape[1]
+        count = tokens.count
         if self.keep >= count:
             return keep_all(tokens)
         similarity = cosine(tokens.hidden)
-        saliency = tokens.attention.float()
+        saliency = tokens.saliency.float()
         saliency = (saliency if self.alpha == 1.0 else saliency.pow(self.alpha)).clamp(min=LEAST_SALIENCY)
         place = torch.arange(count, device=saliency.device)
         # A token counts one too much of its own coverage, subtracted again; so a kept one, with nothing to add, is below zero.

@@ -15,6 +15,7 @@ from torch import Tensor
 from leanvlm.exporter.pruners.base import (
     Kept,
     ScoredBlock,
+    Signal,
     VisionTokens,
     first_by,
     gather_tokens,
@@ -28,7 +29,7 @@ from leanvlm.exporter.pruners.base import (
 class VisionZipPruner:
     """Dominant tokens as they are, contextual tokens merged before the projector.
 
-    Needs a class token; uses no text; merges. The release's: the choice of both kinds, and the merging. Ours: there the class
+    Uses no text; merges. The release's: the choice of both kinds, and the merging. Ours: there the class
     token counts as one of the dominant tokens and the contextual ones come last; here all K are patches, in raster order of
     dominant tokens and targets.
 
@@ -38,6 +39,7 @@ class VisionZipPruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"saliency", "keys"})
 
     keep: int = 64
     contextual: float = 10 / 64
@@ -47,12 +49,12 @@ class VisionZipPruner:
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K centres, in raster order, and merge the other tokens into the contextual ones."""
-        count = tokens.attention.shape[1]
+        count = tokens.count
         if self.keep >= count:
             return keep_all(tokens)
         contextual = min(int(self.contextual * self.keep + 0.5), self.keep)
         dominant = self.keep - contextual
-        rank = rank_by(tokens.attention.float())
+        rank = rank_by(tokens.saliency.float())
         if not contextual:
             return Kept(first_by(rank, self.keep))
         place = torch.arange(count, device=rank.device, dtype=torch.float32)

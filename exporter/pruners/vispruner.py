@@ -18,6 +18,7 @@ from torch.nn.functional import embedding
 from leanvlm.exporter.pruners.base import (
     Kept,
     ScoredBlock,
+    Signal,
     VisionTokens,
     chosen_indices,
     cosine,
@@ -35,7 +36,7 @@ from leanvlm.exporter.pruners.share import diversity_share
 class VisPruner:
     """Top attention, then bipartite duplicate removal among the rest.
 
-    Needs a class token; uses no text and merges nothing. The release's: the split of K, the even and odd places of the list,
+    Uses no text and merges nothing. The release's: the split of K, the even and odd places of the list,
     the cosine before the projector, at most 8 dropped in a sweep. Ours: the order of the list. The release also puts the even
     tokens that stay in order of their similarity before the next sweep. That order hangs on the last digits: on clustered
     features a change of 1e-6 replaced up to 44 % of its kept tokens, and in half precision it agrees with itself in single no
@@ -52,6 +53,7 @@ class VisPruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"saliency"})
 
     keep: int = 64
     ratio: float = 0.5
@@ -69,9 +71,9 @@ class VisPruner:
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""
-        if self.keep >= tokens.attention.shape[1]:
+        if self.keep >= tokens.count:
             return keep_all(tokens)
-        rank = rank_by(tokens.attention.float())
+        rank = rank_by(tokens.saliency.float())
         important, drops, diagnostics = self._split(tokens)
         order = torch.topk(-rank, rank.shape[1], dim=1).indices
         place = torch.arange(rank.shape[1], device=rank.device)
@@ -82,7 +84,7 @@ class VisPruner:
 
     def _split(self, tokens: VisionTokens) -> tuple[Tensor | int, Sequence[Tensor | int], dict[str, Tensor]]:
         """Return the number of important tokens, what each sweep drops (numbers, or (B, 1) with a gate), diagnostics."""
-        count = tokens.attention.shape[1]
+        count = tokens.count
         if self.gate == "none":
             important = int(self.ratio * self.keep)
             return important, self._drops(count, important), {}

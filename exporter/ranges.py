@@ -1,4 +1,4 @@
-"""What the numbers of a configuration may be, by `model_type`: held to before anything is built of them.
+"""What the numbers of a configuration may be: held to before anything is built of them.
 
 transformers' own classes check types and a few relations, but no ranges, and would build a model of 10^12 layers for ever. The
 upper ends are some times what published models have. A field that is not here shapes nothing that an export computes.
@@ -29,8 +29,8 @@ MAX_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class ClipRanges:
-    """A CLIP vision tower."""
+class TowerRanges:
+    """A vision tower: CLIP or SigLIP."""
 
     hidden_size: Width
     intermediate_size: Inner
@@ -56,24 +56,26 @@ class ClipRanges:
 
 
 @dataclass(frozen=True)
-class LlamaRanges:
-    """A Llama decoder."""
+class DecoderRanges:
+    """A decoder."""
 
     hidden_size: Width
     intermediate_size: Inner
     num_hidden_layers: Layers
     num_attention_heads: Heads
-    num_key_value_heads: Heads
-    head_dim: Annotated[int, Between(1, 4096)]
     vocab_size: Annotated[int, Between(1, 2**22)]
     # Rotary tables have a row for every place.
     max_position_embeddings: Annotated[int, Between(1, 2**22)]
     rms_norm_eps: Epsilon
     hidden_act: str
+    num_key_value_heads: Heads | None = None
+    head_dim: Annotated[int, Between(1, 4096)] | None = None
+    # An activation's other name, which counts where it is there.
+    hidden_activation: str | None = None
 
     def __post_init__(self) -> None:
-        check_activation("hidden_act", self.hidden_act)
-        if self.num_attention_heads % self.num_key_value_heads:
+        check_activation("hidden_act", self.hidden_activation or self.hidden_act)
+        if self.num_attention_heads % (self.num_key_value_heads or self.num_attention_heads):
             raise CheckpointError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
@@ -93,6 +95,7 @@ class RopeRanges:
     beta_slow: Positive | None = None
     mscale: NotNegative | None = None
     mscale_all_dim: NotNegative | None = None
+    partial_rotary_factor: Annotated[float, Between(0, 1)] | None = None
     original_max_position_embeddings: Annotated[int, Between(1, 2**22)] | None = None
 
 
@@ -113,7 +116,8 @@ def check_ranges(kind: type, config: Any, name: str) -> None:
     Raises:
         CheckpointError: A number out of range or of another type, numbers that do not go together, an unknown activation.
     """
-    read(kind, {field.name: getattr(config, field.name, None) for field in fields(kind)}, name, CheckpointError)
+    given = {field.name: getattr(config, field.name, None) for field in fields(kind)}
+    read(kind, given, name, CheckpointError)
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, Mapping):
         known = {field.name: rope[field.name] for field in fields(RopeRanges) if field.name in rope}

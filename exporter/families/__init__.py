@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from leanvlm.exporter.models.base import Family, FamilySpec
+from leanvlm.exporter.families.base import Description, Family, Parts
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.records import shorten
 
-__all__ = ["ARCHITECTURES", "FAMILIES", "Family", "FamilySpec", "family_for"]
+__all__ = ["ARCHITECTURES", "FAMILIES", "Description", "Family", "Parts", "family_for"]
 
 FAMILIES: dict[str, str] = {
-    "llava": "leanvlm.exporter.models.llava:LlavaFamily",
+    "llava": "leanvlm.exporter.families.llava:LlavaFamily",
 }
 # For configurations that name their architecture only.
 ARCHITECTURES = {"LlavaForConditionalGeneration": "llava"}

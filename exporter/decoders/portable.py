@@ -17,7 +17,8 @@ and the runtime writes the new rows of all layers into one buffer with one strid
 
 Attention is told what it may see by an additive mask, made in the graph: what a kernel of its own takes "causal" to mean
 where there are more keys than queries has differed between versions. Place, type and order of the operations are those
-of transformers' Llama; `tests` compare both.
+of transformers' Llama; `tests` compare both. Decoders that differ in less than that are covered too: norms of the heads
+(Qwen3), layers that do not turn (SmolLM3), whatever a layer's own norms and gated blocks compute.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from leanvlm.exporter.decoder import head_dim, rotary_embedding
+from leanvlm.exporter.decoders import head_dim, kv_heads, rotary_embedding
 from leanvlm.exporter.trace import trace
 
 # What is added where a place must not be seen. In half precision, together with any score, it stays a number.
@@ -104,8 +105,11 @@ class PortableDecoder(nn.Module):
         def heads(projected: Tensor) -> Tensor:
             return projected.view(*projected.shape[:2], -1, attn.head_dim).transpose(1, 2)
 
-        query = _rotated(heads(attn.q_proj(states)), cos, sin)
-        key, value = _rotated(heads(attn.k_proj(states)), cos, sin), heads(attn.v_proj(states))
+        query, key, value = heads(attn.q_proj(states)), heads(attn.k_proj(states)), heads(attn.v_proj(states))
+        if hasattr(attn, "q_norm"):
+            query, key = attn.q_norm(query), attn.k_norm(key)
+        if getattr(attn, "use_rope", True):
+            query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
         keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
         groups = query.shape[1] // keys.shape[1]
         if groups > 1:
@@ -140,7 +144,7 @@ def trace_decoder(decoder: Any, *, opset: int, dtype: torch.dtype) -> ir.Model:
         "past_length": torch.tensor([past]),
         "last_position": torch.tensor([count - 1]),
     }
-    inputs |= {f"past_key_values.{name}": torch.zeros(1, config.num_key_value_heads, past, head, dtype=dtype) for name in names}
+    inputs |= {f"past_key_values.{name}": torch.zeros(1, kv_heads(config), past, head, dtype=dtype) for name in names}
     free = {"inputs_embeds": {1: "S"}, "position_ids": {1: "S"}, **{f"past_key_values.{name}": {2: "P"} for name in names}}
     fused = opset >= FUSED_OPSET and dtype != torch.float32
     outputs = ["logits", "next_token", "top_logit", *(f"new_key_values.{name}" for name in names)]

@@ -51,6 +51,9 @@ class LevelPatches(nn.Module):
         size = self.patch
         rows, columns = levels.shape[2] // size, levels.shape[3] // size
         centred = (levels.to(self.weight.dtype) - CENTRE) / CENTRE
-        patches = centred.view(-1, 3, rows, size, columns, size)  # (B, 3, rows, P, columns, P)
+        if (rows * size, columns * size) != tuple(levels.shape[2:]):
+            # What fills no patch, right and below, is left out, as the convolution does.
+            centred = centred[:, :, : rows * size, : columns * size]
+        patches = centred.reshape(-1, 3, rows, size, columns, size)  # (B, 3, rows, P, columns, P)
         flat = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, 3 P P)
         return nn.functional.pad(flat, (0, 1 + self.fill), value=1.0) @ self.weight.T

@@ -1,6 +1,6 @@
 """The decoder of the ONNX Runtime targets, made by onnxruntime-genai's model builder from the module in memory.
 
-The builder knows no LLaVA. It gets the language model's configuration and a model class whose `load_weights` returns the
+The builder knows no family. It gets the language model's configuration and a model class whose `load_weights` returns the
 modules that are already there, so the weights are read once and no copy reaches the disk but the finished graph.
 
 | direction | name | shape | meaning |
@@ -32,70 +32,17 @@ import torch
 from torch import Tensor, nn
 
 from leanvlm.exporter.checkpoint import Checkpoint
-from leanvlm.exporter.passes import DECODER_PASSES
-from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
+from leanvlm.exporter.decoders import check_decoder, context_length, decoder_for, head_dim, kv_heads, rotary_embedding
+from leanvlm.exporter.targets import TARGETS
+from leanvlm.runtime.errors import CheckpointError
 from leanvlm.runtime.optional import require
-from leanvlm.runtime.records import load_json, shorten
+from leanvlm.runtime.records import load_json
 
 DECODER = "decoder.onnx"
-# text model_type -> (architecture that the builder dispatches on, its class in the builder)
-BUILDERS = {"llama": ("LlamaForCausalLM", "LlamaModel")}
-# Rotary scalings whose angles are fixed for a position, up to the context's length at least.
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
-# What makes the cache of transformers forget the older tokens, of a Llama too, whose own attention knows no window.
-WINDOWS = ("sliding_window", "attention_chunk_size")
-# What the builder writes of a gated block's activation, in transformers' spelling.
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
-# ONNX Runtime's CPU kernel of GroupQueryAttention takes no other head sizes.
-HEAD_MULTIPLE = 16
-OPTIONS = {
-    "cpu": {"exclude_embeds": "true", "prune_lm_head": "true"},
-    "cuda": {"exclude_embeds": "true", "prune_lm_head": "true"},
-}
+# Of the rotary parameters, those that the builder needs to know.
+ROPE_KEYS = ("rope_type", "rope_theta", "partial_rotary_factor")
+OPTIONS = ["exclude_embeds=true", "prune_lm_head=true"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-
-
-def check_decoder(config: Any) -> None:
-    """Check that the builder can make a decoder of this text configuration.
-
-    Raises:
-        UnsupportedModelError: A decoder type, activation, rotary scaling, attention window or head size that cannot be built.
-    """
-    if config.model_type not in BUILDERS:
-        raise UnsupportedModelError(f"a {config.model_type!r} decoder is not supported; supported: {', '.join(BUILDERS)}")
-    if config.hidden_act not in ACTIVATIONS:
-        raise UnsupportedModelError(f"hidden_act {config.hidden_act!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-    rope = str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
-    if rope not in ROPE_TYPES:
-        raise UnsupportedModelError(f"rope type {shorten(repr(rope))} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor")
-    if partial not in (None, 1):
-        raise UnsupportedModelError(
-            f"partial_rotary_factor {shorten(partial)} is not supported: a Llama's heads are rotated whole; "
-            "remove it from text_config"
-        )
-    for name in WINDOWS:
-        window = getattr(config, name, None)
-        if window is not None and not (isinstance(window, int) and window >= config.max_position_embeddings):
-            raise UnsupportedModelError(
-                f"{name} {shorten(window)} is not supported: the decoder's attention reads the whole context; "
-                "a model that was trained without a window does not need it in text_config"
-            )
-    head = head_dim(config)
-    if head % HEAD_MULTIPLE:
-        raise UnsupportedModelError(
-            f"the decoder's heads are {head} wide; ONNX Runtime's attention wants a multiple of {HEAD_MULTIPLE}"
-        )
-
-
-def head_dim(config: Any) -> int:
-    """Return the width of one attention head of a text configuration."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def rotary_embedding(decoder: Any) -> Any:
-    """Return a decoder's rotary embedding as its configuration makes it: with angles in fp32, whatever the decoder is in."""
-    return type(decoder.model.rotary_emb)(decoder.config)
 
 
 def build_decoder(
@@ -116,35 +63,34 @@ def build_decoder(
         The graph's path.
     """
     text = checkpoint.config.text_config
-    check_decoder(text)
-    architecture, class_name = BUILDERS[text.model_type]
+    check_decoder(text, target)
     source = scratch / "decoder"
-    write_text_checkpoint(checkpoint, architecture, source)
-    options = [f"{key}={value}" for key, value in OPTIONS[target].items()]
+    write_text_checkpoint(checkpoint, source)
+    record = TARGETS[target]
     log = io.StringIO()
     with _captured(log):
-        builder = require("onnxruntime_genai.models.builder", "gpu-export" if target == "cuda" else "export")
+        builder = require("onnxruntime_genai.models.builder", record.extra)
         cache = str(scratch / "cache")
-        extra = builder.parse_extra_options(str(source), str(source), str(folder), precision, target, cache, options)
+        extra = builder.parse_extra_options(str(source), str(source), str(folder), precision, target, cache, OPTIONS)
         details = extra.pop("hf_details")
         extra.pop("_effective_builder_config", None)
         extra["filename"] = DECODER
-        # Two products of one input as one: a GPU reads the wider matrix at 4.1 TB/s, the two at 3.7 (H200). Rounded weights
-        # gain nothing.
-        extra["fuse_mlp_gate_up"] = target == "cuda" and precision == "fp16"
+        # Norms of the heads inside the attention op are newer than the ONNX Runtime that a bundle asks for, and not on the CPU.
+        extra["fuse_qk_norm_gqa"] = False
+        extra["fuse_mlp_gate_up"] = precision in record.gate_up_in_one
         io_dtype = builder.set_io_dtype(precision, target, extra)
         onnx_dtype = builder.set_onnx_dtype(precision, extra)
-        model_class = in_memory(getattr(builder, class_name), decoder, positions)
+        model_class = in_memory(getattr(builder, decoder_for(text).builder), decoder, positions)
         model = model_class(details["hf_config"], io_dtype, onnx_dtype, target, cache, extra)
         model.make_model(str(source))
         model.save_model(str(folder))
     path = folder / DECODER
     if not path.is_file():
         raise CheckpointError(f"the model builder wrote no decoder; its last words: {log.getvalue()[-200:]!r}")
-    if DECODER_PASSES[target]:
+    if record.decoder_passes:
         # Weights stay where they are, in their own file.
         graph = ir.load(path)
-        for rewrite in DECODER_PASSES[target].values():
+        for rewrite in record.decoder_passes.values():
             rewrite(graph)
         ir.save(graph, path)
     return path
@@ -153,7 +99,8 @@ def build_decoder(
 def in_memory(base: type, decoder: Any, positions: str) -> type:
     """Return a builder class that takes its weights and its rotary angles from `decoder` instead of a folder.
 
-    The builder itself knows only llama3's scaling of a Llama's angles, and would leave out any other without a word.
+    The builder itself leaves much out without a word: most scalings of the angles, windows (`context_length` ends before
+    them), layers without positions; and it would take any linear layer with as many outputs as there are tokens for the head.
     Rotation fused into the attention op ignores position ids on the CPU, so original positions take it out, and with it the
     packed projection that the builder cannot rotate apart.
     """
@@ -165,7 +112,21 @@ def in_memory(base: type, decoder: Any, positions: str) -> type:
         def make_rotary_embedding_caches_from_scratch(self) -> tuple[Tensor, Tensor]:
             places = torch.arange(self.rope_attrs["cache_length"])[None]
             cos, sin = rotary_embedding(decoder)(torch.zeros(1), places)
-            return cos[0], sin[0]
+            return cos[0, :, : cos.shape[2] // 2], sin[0, :, : sin.shape[2] // 2]
+
+        def make_context_length_init(self, config: Any) -> None:
+            super().make_context_length_init(config)
+            self.window_size = -1
+
+        def make_attention(self, layer_id: int, attention: Any, root_input: Any, **kwargs: Any) -> None:
+            attrs = self.attention_attrs
+            before = {name: attrs[name] for name in ("rope", "use_rope_in_attn")}
+            attrs.update({name: value and bool(getattr(attention, "use_rope", True)) for name, value in before.items()})
+            super().make_attention(layer_id, attention, root_input, **kwargs)
+            attrs.update(before)
+
+        def has_lm_head(self, module: Any) -> bool:
+            return module is decoder.lm_head
 
     class WithPositions(InMemory):
         def is_fused_rope_supported(self) -> bool:
@@ -177,10 +138,24 @@ def in_memory(base: type, decoder: Any, positions: str) -> type:
     return WithPositions if positions == "original" else InMemory
 
 
-def write_text_checkpoint(checkpoint: Checkpoint, architecture: str, folder: Path) -> None:
+def write_text_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Write what the builder reads from disk: the text configuration and the tokenizer, no weights."""
     folder.mkdir(parents=True)
-    config = checkpoint.config.text_config.to_dict() | {"architectures": [architecture]}
+    text = checkpoint.config.text_config
+    kind = decoder_for(text)
+    rope = dict(text.rope_parameters or {}) | {"rope_type": "default"}
+    activation = getattr(text, kind.activation)
+    config = text.to_dict() | {
+        "architectures": [kind.architecture],
+        "max_position_embeddings": context_length(text),
+        "head_dim": head_dim(text),
+        "num_key_value_heads": kv_heads(text),
+        # Of two names for the activation the builder reads the one that transformers does not.
+        "hidden_act": activation,
+        "hidden_activation": activation,
+        # The angles come from the decoder; what the builder does not know it would refuse.
+        "rope_parameters": {key: rope[key] for key in ROPE_KEYS if key in rope},
+    }
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config[key] = config.get(key) if config.get(key) is not None else getattr(checkpoint.config, key, None)
     (folder / "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
