@@ -33,6 +33,7 @@ from transformers import (
 )
 
 IMAGE_SIZE, PATCH = 154, 14
+VOCABULARY = 260
 TOKENS = (IMAGE_SIZE // PATCH) ** 2
 # Heads are turned in half, by other angles beyond 512 tokens.
 LONGROPE = {
@@ -192,5 +193,8 @@ TINY: dict[str, Callable[[Path], Path]] = {
     "llava/resized": partial(checkpoint, seed=2, text=MistralConfig, spare=37, text_options={"sliding_window": 400}),
     "llava/tied": partial(checkpoint, text=Qwen3Config, text_options={"tie_word_embeddings": True}),
     "llava/gemma2": partial(checkpoint, text=Gemma2Config, text_options={"query_pre_attn_scalar": 24, "sliding_window": 300}),
-    "llava/smollm3": partial(checkpoint, text=SmolLM3Config, text_options={"no_rope_layer_interval": 2}),
+    # Its gated blocks are as wide as there are tokens, as its head is.
+    "llava/smollm3": partial(
+        checkpoint, text=SmolLM3Config, text_options={"no_rope_layer_interval": 2, "intermediate_size": VOCABULARY}
+    ),
 }  # fmt: skip
