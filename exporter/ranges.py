@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from transformers.activations import ACT2FN
 
 from leanvlm.runtime.errors import CheckpointError
-from leanvlm.runtime.records import Between, Count, read
+from leanvlm.runtime.records import Between, Count, read, shorten
 
 Width = Annotated[int, Between(1, 2**16)]
 Inner = Annotated[int, Between(1, 2**20)]
@@ -67,7 +67,7 @@ class DecoderRanges:
     # Rotary tables have a row for every place.
     max_position_embeddings: Annotated[int, Between(1, 2**22)]
     rms_norm_eps: Epsilon
-    hidden_act: str
+    hidden_act: str | None = None
     num_key_value_heads: Heads | None = None
     head_dim: Annotated[int, Between(1, 4096)] | None = None
     # An activation's other name, which counts where it is there.
@@ -124,11 +124,11 @@ def check_ranges(kind: type, config: Any, name: str) -> None:
         read(RopeRanges, known, f"rope_parameters in {name}", CheckpointError)
 
 
-def check_activation(field: str, name: str) -> None:
+def check_activation(field: str, name: str | None) -> None:
     """Check that transformers has an activation of this name.
 
     Raises:
         CheckpointError: It has none.
     """
     if name not in ACT2FN:
-        raise CheckpointError(f"{field} {name[:60]!r} is no activation function of transformers, such as gelu or silu")
+        raise CheckpointError(f"{field} {shorten(repr(name))} is no activation function of transformers, such as gelu or silu")

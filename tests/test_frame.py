@@ -183,6 +183,8 @@ def test_what_an_alias_names_is_configuration_only(alias: str, tmp_path: Path, m
     (folder / "config.json").write_text(json.dumps(config))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
+    # As on the Hub: its headers are compared when the weights are here.
+    monkeypatch.setattr("leanvlm.exporter.plan.match_weights", lambda *arguments: None)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", LeanVLMWarning)
         request = plan(ExportConfig(str(folder), (64,), tmp_path / "bundle"))

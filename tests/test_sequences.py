@@ -22,7 +22,7 @@ from PIL import Image
 
 from leanvlm.demo import SAMPLES_DIR
 from leanvlm.runtime import Generation, Session, load
-from leanvlm.runtime.backends.device import UNCAPTURED, DeviceMemory
+from leanvlm.runtime.backends.ort_memory import UNCAPTURED, DeviceMemory
 from leanvlm.runtime.backends.sequences import Decoder, DecoderSequence
 from leanvlm.runtime.backends.thread import OneThread
 from leanvlm.runtime.bundle import read_manifest, write_manifest
