@@ -31,10 +31,10 @@ from leanvlm.exporter.decoders.portable import save_decoder, trace_decoder
 from leanvlm.exporter.dialect import check_dialect, target_opset
 from leanvlm.exporter.families import Parts
 from leanvlm.exporter.graphs import VisionGraph
+from leanvlm.exporter.output import files_replaced, put_in_place, scratch_folder, warn_of_losses
 from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import save_sharing
 from leanvlm.exporter.passes.stage_names import STAGES
-from leanvlm.exporter.place import files_replaced, put_in_place, scratch_folder, warn_of_losses
 from leanvlm.exporter.plan import DTYPES, EMBED_TOKENS, VISION_DATA, Plan, vision_dtype
 from leanvlm.exporter.pruners import PRUNERS, NoPruner
 from leanvlm.exporter.reference import Reference
@@ -48,7 +48,7 @@ from leanvlm.runtime.bundle import file_sha256, write_manifest
 from leanvlm.runtime.crops import CropRule, CropShape
 from leanvlm.runtime.embeddings import TENSOR
 from leanvlm.runtime.errors import LeanVLMWarning
-from leanvlm.runtime.gpu import free_memory
+from leanvlm.runtime.machine.gpu import free_memory
 from leanvlm.runtime.manifest import MANIFEST, VISION_OUTPUTS, Manifest
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.positions import PositionRule

@@ -19,7 +19,7 @@ from leanvlm.exporter.config import ExportConfig
 from leanvlm.exporter.decoders import check_decoder, context_length, token_rows
 from leanvlm.exporter.families import Description
 from leanvlm.exporter.gate_file import read_gate_file
-from leanvlm.exporter.place import check_output
+from leanvlm.exporter.output import check_output
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, Pruner, parse
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.text_files import check_text

@@ -17,13 +17,13 @@ from leanvlm.runtime.errors import InputError
 # As the help lists them: in the order in which they are used. Their modules import what is heavy when a command runs.
 COMMANDS = {
     "export": "leanvlm.export_command:export_command",
-    "run": "leanvlm.runtime.cli:run",
-    "profile": "leanvlm.runtime.cli:profile",
-    "inspect": "leanvlm.runtime.cli:inspect",
-    "build": "leanvlm.runtime.engines.cli:build_command",
+    "run": "leanvlm.runtime.commands.cli:run",
+    "profile": "leanvlm.runtime.commands.cli:profile",
+    "inspect": "leanvlm.runtime.commands.cli:inspect",
+    "build": "leanvlm.runtime.commands.build:build_command",
     "calibrate": "leanvlm.calibration.cli:calibrate",
     "eval": "leanvlm.calibration.cli:eval_command",
-    "doctor": "leanvlm.runtime.cli:doctor",
+    "doctor": "leanvlm.runtime.commands.cli:doctor",
 }
 
 app = typer.Typer(

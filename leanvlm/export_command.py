@@ -56,7 +56,7 @@ def run_export(config: ExportConfig, *, dry_run: bool) -> None:
     """Export with a progress bar on standard error; the last line on standard output is the bundle's folder."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from leanvlm.exporter.place import check_output
+    from leanvlm.exporter.output import check_output
 
     check_output(config)
     require("torch", "export")

@@ -28,8 +28,8 @@ from leanvlm.exporter.pruners import AgilePruner
 from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.runtime import load
 from leanvlm.runtime.bundle import read_manifest
+from leanvlm.runtime.commands.inspection import describe
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.inspection import describe
 from leanvlm.runtime.preprocess import preprocess
 
 

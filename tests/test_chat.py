@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from leanvlm.runtime.answer import Generation
-from leanvlm.runtime.ask import Request
-from leanvlm.runtime.chat import chat
+from leanvlm.runtime.commands.ask import Request
+from leanvlm.runtime.commands.chat import chat
 from leanvlm.runtime.console import one_line_errors
 from leanvlm.runtime.session import Session
 from leanvlm.runtime.text import Message

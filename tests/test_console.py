@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Command
 
-from leanvlm.runtime.ask import Request, ask
+from leanvlm.runtime.commands.ask import Request, ask
 from leanvlm.runtime.console import one_line_errors
 from leanvlm.runtime.session import Session
 

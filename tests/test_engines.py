@@ -26,10 +26,10 @@ from leanvlm.exporter.pruners import parse
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.trace import trace
 from leanvlm.runtime.bundle import file_sha256, read_manifest, write_manifest
+from leanvlm.runtime.engines import jobs as planning
 from leanvlm.runtime.engines import library
-from leanvlm.runtime.engines import plan as planning
 from leanvlm.runtime.engines.build import Builder, build_engines, check_ends, write_whole
-from leanvlm.runtime.engines.plan import BuildConfig, EngineJob, command_line, parse_sms, plan_build
+from leanvlm.runtime.engines.jobs import BuildConfig, EngineJob, command_line, parse_sms, plan_build
 from leanvlm.runtime.engines.profiles import Limits, decoder_profiles, shapes_text, vision_profile
 from leanvlm.runtime.errors import BackendError, GraphError, InputError, LeanVLMError, MissingExtraError
 from leanvlm.runtime.manifest import VISION_OUTPUTS, Manifest

@@ -21,7 +21,7 @@ from conftest import Command
 
 import leanvlm.exporter.pipeline as pipeline
 from leanvlm.exporter import ExportConfig
-from leanvlm.exporter.place import files_replaced, put_in_place
+from leanvlm.exporter.output import files_replaced, put_in_place
 from leanvlm.exporter.plan import Plan, plan
 from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.errors import VerificationError

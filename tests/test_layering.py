@@ -122,6 +122,21 @@ def test_imports_go_one_way(part: str) -> None:
     assert not wrong
 
 
+def test_the_runtime_has_two_floors() -> None:
+    """The library knows no command; facts about the machine, below it, know nothing else of the runtime but its errors."""
+    root = Path(leanvlm.runtime.__path__[0])
+    below = ("leanvlm.runtime.machine", "leanvlm.runtime.errors", "leanvlm.runtime.optional")
+    wrong = set()
+    for source in sources("runtime"):
+        names = {name for name in imported(source) if name.startswith("leanvlm.runtime")}
+        floor = source.relative_to(root).parts[0]
+        if floor == "machine":
+            wrong |= {f"{source.name}: {name}" for name in names if not name.startswith(below)}
+        elif floor != "commands":
+            wrong |= {f"{source.name}: {name}" for name in names if name.startswith("leanvlm.runtime.commands")}
+    assert not wrong
+
+
 def test_the_runtime_names_no_other_part() -> None:
     wrong = {
         f"{file.name}: {node.value}"

@@ -11,9 +11,9 @@ import pytest
 from mutations import places, replaced
 
 from leanvlm.runtime.bundle import file_sha256, read_manifest, verify_files, write_manifest
+from leanvlm.runtime.commands.inspection import describe
 from leanvlm.runtime.crops import CropRule, CropShape
 from leanvlm.runtime.errors import BundleError, InputError, LeanVLMError, ManifestError
-from leanvlm.runtime.inspection import describe
 from leanvlm.runtime.manifest import MANIFEST, SCHEMA, VISION_OUTPUTS, Manifest
 from leanvlm.runtime.positions import PositionRule
 from leanvlm.runtime.preprocess import ImageSpec

@@ -231,7 +231,7 @@ def test_devices_and_pipes_are_written_as_they_are(here: Path) -> None:
 def test_a_report_that_does_not_fit_ends_in_one_line(
     leanvlm: Command, demo_bundle: Path, sample_image: Path, here: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from leanvlm.runtime import profile
+    from leanvlm.runtime.commands import profile
 
     def full(path: Path, data: bytes) -> int:
         with path.open("wb") as file:

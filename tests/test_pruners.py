@@ -175,7 +175,7 @@ def test_agile_follows_its_gate(gate: str) -> None:
 
 @pytest.mark.parametrize("name", ["hybrid", "vispruner"])
 def test_the_share_follows_the_effective_rank(name: str) -> None:
-    """Rows of one batch with a low, a middle and a high rank, each with a split of its own."""
+    """MatrixRows of one batch with a low, a middle and a high rank, each with a split of its own."""
     tokens = random_tokens(3, (9, 9), seed=4)
     tokens.features[0] = tokens.features[0] @ torch.outer(torch.ones(64), torch.ones(64)) + 0.1 * tokens.features[0]
     tokens.features[2] = torch.randn(81, 64, generator=torch.Generator().manual_seed(0))

@@ -19,8 +19,8 @@ from mutations import damaged_bytes, damaged_json
 
 from leanvlm.runtime import load
 from leanvlm.runtime.bundle import read_manifest
+from leanvlm.runtime.commands.inspection import describe
 from leanvlm.runtime.errors import BundleError, InputError, LeanVLMError, LeanVLMWarning, ManifestError
-from leanvlm.runtime.inspection import describe
 from leanvlm.runtime.manifest import MANIFEST
 from leanvlm.runtime.records import Between, load_json, plain, read, shorten
 

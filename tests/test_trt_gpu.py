@@ -15,8 +15,8 @@ from leanvlm.exporter import tolerances
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.engines.build import Builder, build_engines
+from leanvlm.runtime.engines.jobs import BuildConfig, plan_build
 from leanvlm.runtime.engines.library import this_sm
-from leanvlm.runtime.engines.plan import BuildConfig, plan_build
 
 PROMPT = "What is below the green ring?"
 # TensorRT-RTX runs on Ampere, Ada and Blackwell, the data centre's Hopper aside.

@@ -25,7 +25,7 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_t
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderKind:
     """One text `model_type`.
 
     Attributes:
@@ -45,20 +45,22 @@ class Decoder:
     activation: str = "hidden_act"
 
 
-DECODERS: dict[str, Decoder] = {
-    "gemma": Decoder("GemmaForCausalLM", "GemmaModel", is_scaled=True),
-    "gemma2": Decoder("Gemma2ForCausalLM", "Gemma2Model", is_portable=False, is_scaled=True, activation="hidden_activation"),
-    "llama": Decoder("LlamaForCausalLM", "LlamaModel"),
-    "mistral": Decoder("MistralForCausalLM", "MistralModel"),
-    "phi3": Decoder("Phi3ForCausalLM", "Phi3MiniModel", is_portable=False, is_partial=True),
-    "qwen2": Decoder("Qwen2ForCausalLM", "QwenModel"),
-    "qwen3": Decoder("Qwen3ForCausalLM", "Qwen3Model"),
+DECODERS: dict[str, DecoderKind] = {
+    "gemma": DecoderKind("GemmaForCausalLM", "GemmaModel", is_scaled=True),
+    "gemma2": DecoderKind(
+        "Gemma2ForCausalLM", "Gemma2Model", is_portable=False, is_scaled=True, activation="hidden_activation"
+    ),
+    "llama": DecoderKind("LlamaForCausalLM", "LlamaModel"),
+    "mistral": DecoderKind("MistralForCausalLM", "MistralModel"),
+    "phi3": DecoderKind("Phi3ForCausalLM", "Phi3MiniModel", is_portable=False, is_partial=True),
+    "qwen2": DecoderKind("Qwen2ForCausalLM", "QwenModel"),
+    "qwen3": DecoderKind("Qwen3ForCausalLM", "Qwen3Model"),
     # The builder's own class for it turns the layers that have no positions.
-    "smollm3": Decoder("SmolLM3ForCausalLM", "LlamaModel"),
+    "smollm3": DecoderKind("SmolLM3ForCausalLM", "LlamaModel"),
 }
 
 
-def decoder_for(config: Any) -> Decoder:
+def decoder_for(config: Any) -> DecoderKind:
     """Return the decoder of a text configuration.
 
     Raises:

@@ -21,10 +21,10 @@ from leanvlm.exporter.pruners.base import (
     Signal,
     VisionTokens,
     diagonal,
+    enforce,
     first_by,
     keep_all,
     precedes,
-    require,
 )
 from leanvlm.exporter.pruners.gates import attention_entropy, rank_and_gram
 
@@ -69,9 +69,9 @@ class AgilePruner:
 
     def __post_init__(self) -> None:
         for name in ("keep", "erank_ref", "entropy_ref", "sweeps"):
-            require(getattr(self, name) > 0, f"agile: {name}={getattr(self, name)} is not positive")
-        require(self.step >= 0.0, f"agile: step={self.step} is below 0")
-        require(0.0 <= self.max_distance <= 2.0, f"agile: max_distance={self.max_distance} is not in 0..2")
+            enforce(getattr(self, name) > 0, f"agile: {name}={getattr(self, name)} is not positive")
+        enforce(self.step >= 0.0, f"agile: step={self.step} is below 0")
+        enforce(0.0 <= self.max_distance <= 2.0, f"agile: max_distance={self.max_distance} is not in 0..2")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens; the diagnostics say the gate's ratio, how many survived before the back-fill, and convergence."""

@@ -29,7 +29,7 @@ class VisionTokens:
     Attributes:
         features: (B, N, D), after the projector.
         seen: The same tokens before the projector, and what the tower tells of them.
-        grid: Rows and columns of the patches.
+        grid: MatrixRows and columns of the patches.
         leading: How many tokens stand in front of the patches and have no place on the grid; a pruner gets none.
     """
 
@@ -113,7 +113,7 @@ class Pruner(Protocol):
         ...
 
 
-def require(holds: bool, rule: str) -> None:
+def enforce(holds: bool, rule: str) -> None:
     """Check a parameter when a pruner is made.
 
     Raises:
@@ -204,7 +204,7 @@ def cosine(tokens: Tensor) -> Tensor:
     return gram / (norms[:, :, None] * norms[:, None, :])
 
 
-class Rows:
+class MatrixRows:
     """The rows of B square matrices (B, N, N), to be taken one of each at a time, with two nodes of a graph."""
 
     def __init__(self, matrix: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.pruners.base import Kept, Rows, ScoredBlock, Signal, VisionTokens, chosen_indices, keep_all
+from leanvlm.exporter.pruners.base import Kept, MatrixRows, ScoredBlock, Signal, VisionTokens, chosen_indices, keep_all
 from leanvlm.exporter.pruners.divprune import CHOSEN, most_isolated, pair_distance, spread
 
 # A distance below this is rounding: the tokens are equal, and the lower place comes first.
@@ -49,7 +49,7 @@ class CenPruner:
         distance = torch.where(distance.abs() < EQUAL, 0.0, distance)
         # The weight of a token is the same at every step, so the distances to it are weighed once.
         weighted = torch.where(distance == CHOSEN, CHOSEN, distance * distinctiveness(features)[:, None, :])
-        rows = Rows(weighted)
+        rows = MatrixRows(weighted)
         near = spread(rows, rows.take(most_isolated(distance)), self.keep - 1)
         return Kept(chosen_indices(near[:, 0] == CHOSEN, self.keep))
 

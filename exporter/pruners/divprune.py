@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.pruners.base import Kept, Rows, ScoredBlock, Signal, VisionTokens, chosen_indices, cosine, keep_all
+from leanvlm.exporter.pruners.base import Kept, MatrixRows, ScoredBlock, Signal, VisionTokens, chosen_indices, cosine, keep_all
 
 # Above any cosine distance, and below any: a chosen token's distance to itself.
 FAR, CHOSEN = 4.0, -1.0
@@ -41,7 +41,7 @@ class DivPruner:
         if self.keep >= tokens.count:
             return keep_all(tokens)
         distance = pair_distance(tokens.features)
-        rows = Rows(distance)
+        rows = MatrixRows(distance)
         near = spread(rows, rows.take(most_isolated(distance)), self.keep - 1)
         return Kept(chosen_indices(near[:, 0] == CHOSEN, self.keep))
 
@@ -60,7 +60,7 @@ def most_isolated(distance: Tensor) -> Tensor:
     return torch.where(distance == CHOSEN, FAR, distance).amin(dim=2).argmax(dim=1, keepdim=True)
 
 
-def spread(distance: Rows, near: Tensor, steps: int, floors: Sequence[Tensor] | None = None) -> Tensor:
+def spread(distance: MatrixRows, near: Tensor, steps: int, floors: Sequence[Tensor] | None = None) -> Tensor:
     """Choose `steps` more tokens, each the farthest from those chosen; equal ones by place.
 
     Args:

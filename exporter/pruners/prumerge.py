@@ -17,11 +17,11 @@ from leanvlm.exporter.pruners.base import (
     ScoredBlock,
     Signal,
     VisionTokens,
+    enforce,
     first_by,
     gather_tokens,
     keep_all,
     rank_by,
-    require,
 )
 
 
@@ -56,8 +56,8 @@ class PruMergePruner:
     share: float = 0.25
 
     def __post_init__(self) -> None:
-        require(0.0 <= self.share <= 1.0, f"prumerge: share={self.share} is not in 0..1")
-        require(self.neighbours >= 1, f"prumerge: neighbours={self.neighbours} is not at least 1")
+        enforce(0.0 <= self.share <= 1.0, f"prumerge: share={self.share} is not in 0..1")
+        enforce(self.neighbours >= 1, f"prumerge: neighbours={self.neighbours} is not at least 1")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K centres, in raster order, and merge their neighbours into them."""

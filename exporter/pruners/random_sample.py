@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, Signal, VisionTokens, keep_all, require
+from leanvlm.exporter.pruners.base import Kept, ScoredBlock, Signal, VisionTokens, enforce, keep_all
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RandomPruner:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, f"random: seed={self.seed} is negative")
+        enforce(self.seed >= 0, f"random: seed={self.seed} is negative")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""

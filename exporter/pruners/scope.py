@@ -13,14 +13,14 @@ import torch
 
 from leanvlm.exporter.pruners.base import (
     Kept,
-    Rows,
+    MatrixRows,
     ScoredBlock,
     Signal,
     VisionTokens,
     chosen_indices,
     cosine,
+    enforce,
     keep_all,
-    require,
 )
 
 # Coverage over this is a kept token's own.
@@ -48,7 +48,7 @@ class ScopePruner:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.alpha >= 0.0, f"scope: alpha={self.alpha} is negative")
+        enforce(self.alpha >= 0.0, f"scope: alpha={self.alpha} is negative")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""
@@ -61,7 +61,7 @@ class ScopePruner:
         place = torch.arange(count, device=saliency.device)
         # A token counts one too much of its own coverage, subtracted again; so a kept one, with nothing to add, is below zero.
         similarity = torch.where(place[:, None] == place[None, :], similarity + 1.0, similarity)
-        rows, covered = Rows(similarity), torch.zeros_like(saliency)[:, None, :]
+        rows, covered = MatrixRows(similarity), torch.zeros_like(saliency)[:, None, :]
         for _ in range(self.keep):
             gain = (similarity - covered).relu().sum(dim=2) - 1.0
             pick = (gain * saliency).argmax(dim=1, keepdim=True)

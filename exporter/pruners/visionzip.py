@@ -17,11 +17,11 @@ from leanvlm.exporter.pruners.base import (
     ScoredBlock,
     Signal,
     VisionTokens,
+    enforce,
     first_by,
     gather_tokens,
     keep_all,
     rank_by,
-    require,
 )
 
 
@@ -45,7 +45,7 @@ class VisionZipPruner:
     contextual: float = 10 / 64
 
     def __post_init__(self) -> None:
-        require(0.0 <= self.contextual <= 1.0, f"visionzip: contextual={self.contextual} is not in 0..1")
+        enforce(0.0 <= self.contextual <= 1.0, f"visionzip: contextual={self.contextual} is not in 0..1")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K centres, in raster order, and merge the other tokens into the contextual ones."""

@@ -22,11 +22,11 @@ from leanvlm.exporter.pruners.base import (
     VisionTokens,
     chosen_indices,
     cosine,
+    enforce,
     gather_tokens,
     keep_all,
     lower_places,
     rank_by,
-    require,
 )
 from leanvlm.exporter.pruners.gates import effective_rank
 from leanvlm.exporter.pruners.share import diversity_share
@@ -64,10 +64,10 @@ class VisPruner:
     drop: int = 8
 
     def __post_init__(self) -> None:
-        require(0.0 <= self.ratio <= 1.0, f"vispruner: ratio={self.ratio} is not in 0..1")
-        require(0.0 <= self.least <= self.most <= 1.0, "vispruner: least and most are shares, 0 <= least <= most <= 1")
-        require(self.erank_ref > 0.0, f"vispruner: erank_ref={self.erank_ref} is not positive")
-        require(self.drop >= 1, f"vispruner: drop={self.drop} is not at least 1")
+        enforce(0.0 <= self.ratio <= 1.0, f"vispruner: ratio={self.ratio} is not in 0..1")
+        enforce(0.0 <= self.least <= self.most <= 1.0, "vispruner: least and most are shares, 0 <= least <= most <= 1")
+        enforce(self.erank_ref > 0.0, f"vispruner: erank_ref={self.erank_ref} is not positive")
+        enforce(self.drop >= 1, f"vispruner: drop={self.drop} is not at least 1")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""

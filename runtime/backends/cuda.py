@@ -33,8 +33,8 @@ from leanvlm.runtime.backends.ort_memory import UNCAPTURED, DeviceMemory, OrtBuf
 from leanvlm.runtime.backends.placement import misplaced_nodes
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.errors import BackendError, GraphError
-from leanvlm.runtime.gpu import free_memory, gpus, misfit
-from leanvlm.runtime.kernels import without_kernels
+from leanvlm.runtime.machine.gpu import free_memory, gpus, misfit
+from leanvlm.runtime.machine.kernels import without_kernels
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.prompt import Prompt
 from leanvlm.runtime.specs import DecoderSpec, GraphSpec

@@ -20,8 +20,8 @@ from time import perf_counter
 from typing import Any
 
 from leanvlm.runtime.bundle import read_manifest, write_manifest
+from leanvlm.runtime.engines.jobs import ENGINES, BuildConfig, BuildPlan, EngineJob
 from leanvlm.runtime.engines.library import load_library, network_flags, quiet_logger
-from leanvlm.runtime.engines.plan import ENGINES, BuildConfig, BuildPlan, EngineJob
 from leanvlm.runtime.engines.profiles import Profile
 from leanvlm.runtime.errors import BackendError, BundleError, GraphError, InputError, LeanVLMWarning
 from leanvlm.runtime.manifest import Manifest

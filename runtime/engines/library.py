@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from leanvlm.runtime import gpu
 from leanvlm.runtime.errors import BackendError, InputError, MissingExtraError
+from leanvlm.runtime.machine import gpu
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.specs import Engine
 

@@ -51,8 +51,8 @@ def run(
 
     What is not given of top-p to bad-words-ids is as the checkpoint's generation_config.json says.
     """
-    from leanvlm.runtime.ask import Request, ask
-    from leanvlm.runtime.chat import chat
+    from leanvlm.runtime.commands.ask import Request, ask
+    from leanvlm.runtime.commands.chat import chat
 
     request = Request(
         bundle, tuple(image or ()), prompt, raw_prompt, budget, device, provider, threads, overlay, as_json,
@@ -89,9 +89,9 @@ def profile(
     html: Annotated[Path | None, typer.Option(help="Write a page with a chart.")] = None,
 ) -> None:
     """Time every stage, beside the unpruned model in the same run."""
+    from leanvlm.runtime.commands.profile import ProfileConfig, measure
+    from leanvlm.runtime.commands.profile_report import page, print_table
     from leanvlm.runtime.outputs import check_outputs, json_bytes, write_outputs
-    from leanvlm.runtime.profile import ProfileConfig, measure
-    from leanvlm.runtime.profile_report import page, print_table
 
     check_outputs({"--json": json_file, "--html": html}, (bundle, *([image] if image else [])))
     config = ProfileConfig(bundle, image, prompt, runs, warmup, max_new_tokens, budget, device, provider, threads)
@@ -113,7 +113,7 @@ def inspect(
 ) -> None:
     """Show what a bundle holds, and what pruning does to an image."""
     from leanvlm.runtime.bundle import read_manifest, verify_files
-    from leanvlm.runtime.inspection import describe, inspect_image
+    from leanvlm.runtime.commands.inspection import describe, inspect_image
     from leanvlm.runtime.outputs import check_outputs, check_picture
 
     if overlay is not None and image is None:
@@ -130,6 +130,6 @@ def inspect(
 
 def doctor() -> None:
     """Say what this machine can do, what is missing, and how to mend it."""
-    from leanvlm.runtime.doctor import report
+    from leanvlm.runtime.commands.doctor import report
 
     print(report())

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanvlm.runtime.gpu import Gpu
+from leanvlm.runtime.machine.gpu import Gpu
 
 SECTION = b".nv_fatbin\0"
 ELF64 = b"\x7fELF\x02\x01"

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from leanvlm.runtime import tegrastats
 from leanvlm.runtime.answer import STAGES, Answer, Timings
 from leanvlm.runtime.backends import processors
 from leanvlm.runtime.errors import BackendError
-from leanvlm.runtime.gpu import gpus
+from leanvlm.runtime.machine import tegrastats
+from leanvlm.runtime.machine.gpu import gpus
 from leanvlm.runtime.preprocess import load_image, preprocess
 from leanvlm.runtime.session import Session, load
 
@@ -116,7 +116,7 @@ def peak_memory(config: ProfileConfig, budget: int) -> dict[str, int | None]:
         "provider": config.provider,
         "threads": config.threads,
     }
-    command = [sys.executable, "-m", "leanvlm.runtime.peak", json.dumps(arguments)]
+    command = [sys.executable, "-m", "leanvlm.runtime.commands.peak", json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BackendError(f"the memory measurement failed: {' '.join(done.stderr.split())[-300:]}")

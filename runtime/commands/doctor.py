@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from leanvlm.runtime import gpu
 from leanvlm.runtime.engines.library import LIBRARIES, known_sms, load_library, this_sm, unsupported
-from leanvlm.runtime.kernels import CUDA_PROVIDER, without_kernels
+from leanvlm.runtime.machine import gpu
+from leanvlm.runtime.machine.kernels import CUDA_PROVIDER, without_kernels
 from leanvlm.runtime.optional import require
 
 EXPORT = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime-genai", "optimum")

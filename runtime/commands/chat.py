@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from leanvlm.runtime.answer import Answer
-from leanvlm.runtime.ask import Request, warn_if_cut
+from leanvlm.runtime.commands.ask import Request, warn_if_cut
 from leanvlm.runtime.console import stderr_console
 from leanvlm.runtime.errors import ContextOverflowError, InputError, LeanVLMError
 from leanvlm.runtime.generation import GenerateOptions

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from leanvlm.runtime.answer import Answer, Pruning
+from leanvlm.runtime.commands.overlay import save_overlay
 from leanvlm.runtime.console import is_utf8, stderr_console
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.outputs import check_outputs, check_picture
-from leanvlm.runtime.overlay import save_overlay
 from leanvlm.runtime.preprocess import load_image
 from leanvlm.runtime.session import Session, load
 

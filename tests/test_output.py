@@ -13,7 +13,7 @@ import pytest
 from conftest import Command
 
 from leanvlm.exporter import ExportConfig
-from leanvlm.exporter.place import check_output, files_replaced, put_in_place, scratch_folder, warn_of_losses
+from leanvlm.exporter.output import check_output, files_replaced, put_in_place, scratch_folder, warn_of_losses
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
 
 ENGINE = "engines/86/vision_64.engine"
@@ -237,7 +237,7 @@ def test_a_link_to_itself_is_refused(here: Path) -> None:
 def test_what_a_killed_export_left_is_said(here: Path) -> None:
     """Killed for good: nothing could be removed. It is told from an export that runs, and from a user's own folders."""
     code = (
-        "import os; from pathlib import Path; from leanvlm.exporter.place import scratch_folder\n"
+        "import os; from pathlib import Path; from leanvlm.exporter.output import scratch_folder\n"
         f"with scratch_folder(Path({str(here / 'x')!r})) as scratch:\n"
         "    (scratch / 'x').mkdir(); (scratch / 'x' / 'vision.data').write_bytes(bytes(2_500_000)); os.kill(os.getpid(), 9)"
     )

@@ -7,8 +7,8 @@ import resource
 import sys
 from pathlib import Path
 
-from leanvlm.runtime.gpu import process_memory
-from leanvlm.runtime.profile import answer_once, read_image
+from leanvlm.runtime.commands.profile import answer_once, read_image
+from leanvlm.runtime.machine.gpu import process_memory
 from leanvlm.runtime.session import load
 
 

@@ -23,7 +23,7 @@ from leanvlm.exporter.config import ExportConfig
 from leanvlm.runtime.backends.portable import CACHE
 from leanvlm.runtime.console import check_utf8
 from leanvlm.runtime.engines.build import KERNELS, TIMING_CACHE
-from leanvlm.runtime.engines.plan import ENGINES
+from leanvlm.runtime.engines.jobs import ENGINES
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
 from leanvlm.runtime.manifest import MANIFEST
 from leanvlm.runtime.outputs import check_folder

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from leanvlm.runtime.engines.build import Builder
-    from leanvlm.runtime.engines.plan import BuildPlan, EngineJob
+    from leanvlm.runtime.engines.jobs import BuildPlan, EngineJob
     from leanvlm.runtime.manifest import Manifest
 
 
@@ -43,8 +43,8 @@ def build_command(
     """Build a bundle's TensorRT engines."""
     from leanvlm.runtime.bundle import read_manifest
     from leanvlm.runtime.engines.build import Builder
+    from leanvlm.runtime.engines.jobs import BuildConfig, command_line, parse_sms, plan_build
     from leanvlm.runtime.engines.library import library
-    from leanvlm.runtime.engines.plan import BuildConfig, command_line, parse_sms, plan_build
     from leanvlm.runtime.engines.profiles import Limits
     from leanvlm.runtime.manifest import parse_budgets
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from leanvlm.runtime.answer import Pruning
+from leanvlm.runtime.commands.overlay import save_overlay
 from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.manifest import Manifest
-from leanvlm.runtime.overlay import save_overlay
 from leanvlm.runtime.preprocess import load_image
 from leanvlm.runtime.session import load
 
