@@ -1,4 +1,4 @@
-"""Which nodes of a profiled run were where they do not belong."""
+"""Which nodes of a profiled run fell back to another device, or were a copy between devices."""
 
 from __future__ import annotations
 
