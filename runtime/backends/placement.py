@@ -1,4 +1,4 @@
-"""Which nodes of a profiled run fell back to another device, or were a copy between devices."""
+"""Which nodes of a profiled run fell back to another provider."""
 
 from __future__ import annotations
 
