@@ -18,7 +18,7 @@ BUNDLE := out/demo-64
 OVERLAY := out/kept.png
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train evaluate test test-slow test-gpu test-transformers lint types wheel clean
+.PHONY: help demo train evaluate test test-fast test-slow test-gpu test-transformers lint types wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ evaluate: $(READY) ## measure again what the built-in model's card says (minutes
 
 test: $(READY) ## run the tests
 	$(BIN)/pytest
+
+test-fast: $(READY) ## run the tests without exports and processes (two minutes)
+	$(BIN)/pytest -m fast
 
 test-slow: $(READY) ## run the tests that take minutes
 	$(BIN)/pytest -m slow

@@ -178,11 +178,11 @@ def _decoder(session: Session, precision: str, prompt: str, pixels: Any, options
 
     times = [read() for _ in range(options.warmup + options.runs)]
     samples[f"prefill_{len(plan)}_{precision}"] = times[options.warmup :]
-    token, place = cache.prefill().greedy(), plan.next_position
+    token, position = cache.prefill().greedy(), plan.next_position
     steps = []
     for count in range(options.warmup + options.runs):
         begin = perf_counter()
-        token = cache.step(session.table.rows([token])[0], place + count).greedy()
+        token = cache.step(session.table.rows([token])[0], position + count).greedy()
         steps.append(1e3 * (perf_counter() - begin))
     samples[f"decode_{precision}"] = steps[options.warmup :]
     samples[f"decode_{precision}_graph_only"] = repeated(cache.replay, options)
@@ -220,7 +220,7 @@ def _preprocessing(session: Session, jpeg: bytes, options: LatencyOptions, sampl
 
 
 def _agreement(session: Session, peer: Transformers, prompt: str, pixels: Any, budget: int) -> dict[str, Any]:
-    """Compare the first place's logits with transformers', which reads the same embeddings."""
+    """Compare the first position's logits with transformers', which reads the same embeddings."""
     plan = session.prompt(session.prompt_ids([user_message(prompt, 1)], 1), session.encode_images([pixels], budget))
     sequence = session.decoder().sequence(len(plan))
     sequence.load(plan)

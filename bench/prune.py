@@ -64,7 +64,7 @@ class TopK(nn.Module):
         self.keep = keep
 
     def forward(self, features: Tensor, seen: Seen) -> tuple[Tensor | None, ...]:
-        """Return the kept features, their places, and no merged tokens."""
+        """Return the kept features, their indices, and no merged tokens."""
         assert seen.saliency is not None
         indices = top_indices(seen.saliency, self.keep)
         return gather_tokens(features, indices), indices, None

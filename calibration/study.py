@@ -2,7 +2,7 @@
 
 A scene's image is encoded once and serves every method. For one method and budget all questions about a scene go through the
 decoder in one pass, side by side behind the same image tokens, with their right answers appended: if the most likely token is
-the right one at every place of an answer, its end included, then greedy decoding gives exactly that answer, and only then.
+the right one at every position of an answer, its end included, then greedy decoding gives exactly that answer, and only then.
 Captions that fail this test are generated, since how they fail counts.
 """
 
@@ -60,8 +60,8 @@ class Script:
     Attributes:
         ids: (T,) the questions' endings and right answers, one after the other.
         targets: (T,) the right next token where an answer is being given, `IGNORED` elsewhere.
-        question: (T,) which question each place belongs to, from 1.
-        offset: (T,) how far each place is from its question's beginning.
+        question: (T,) which question each position belongs to, from 1.
+        offset: (T,) how far each position is from its question's beginning.
     """
 
     ids: Tensor
@@ -173,11 +173,11 @@ def user_prompt(template: Template, question: str) -> str:
 
 
 def _side_by_side(question: Tensor, prefix: int) -> Tensor:
-    """Attention mask (B, 1, S, S) to add: places see the prefix and, of the rest, only their own question's earlier places."""
+    """Attention mask (B, 1, S, S) to add: a token sees the prefix and, of the rest, only its own question up to itself."""
     number = nn.functional.pad(question, (prefix, 0))  # 0 in the prefix
-    place = torch.arange(number.shape[1])
-    shared = (place < prefix)[None, None, :]
-    visible = (place[None, :] <= place[:, None]) & (shared | (number[:, :, None] == number[:, None, :]))
+    position = torch.arange(number.shape[1])
+    shared = (position < prefix)[None, None, :]
+    visible = (position[None, :] <= position[:, None]) & (shared | (number[:, :, None] == number[:, None, :]))
     return torch.where(visible, 0.0, torch.finfo(torch.float32).min)[:, None]
 
 

@@ -27,7 +27,7 @@ from leanvlm.runtime.specs import SourceSpec
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
 PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
-# What marks weights that are stored rounded; the last is MLX's.
+# What marks weights that are stored quantised; the last is MLX's.
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 PARTS = ("text_config", "vision_config")
 # transformers makes a table of names from this number, whatever the model.
@@ -71,7 +71,7 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self.weight_files)
 
     def source(self) -> SourceSpec:
-        """Return the manifest's record of this checkpoint; reads every weight file once for its sum."""
+        """Return the manifest's record of this checkpoint; reads every weight file once for its checksum."""
         digest = hashlib.sha256("".join(file_sha256(file) for file in self.weight_files).encode())
         return SourceSpec(self.name, self.revision, digest.hexdigest(), _licence(self.folder), self.licence_file)
 

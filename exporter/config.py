@@ -50,7 +50,7 @@ class ExportConfig:
         pruner: Spec string, such as `agile:gate=entropy`.
         target: What the graphs are written for.
         precision: None takes the target's default.
-        positions: `compact` numbers the kept tokens in a row, as the method was published; `original` keeps the places that
+        positions: `compact` numbers the kept tokens in a row, as the method was published; `original` keeps the positions that
             they have in the unpruned sequence (arXiv 2506.21873 found grounding lost without them).
         force: Replace an existing output folder.
         revision: Branch, tag or commit on the Hub.
@@ -112,9 +112,9 @@ class ExportConfig:
     @property
     def output_folder(self) -> Path:
         """The folder to write, as an absolute path; only its last part may be a link."""
-        place = self.here / self.named_output
+        path = self.here / self.named_output
         # Unlike Path.resolve, this leaves a link that leads to itself for whoever opens it.
-        return Path(os.path.realpath(place.parent), place.name)
+        return Path(os.path.realpath(path.parent), path.name)
 
     @property
     def named_output(self) -> Path:

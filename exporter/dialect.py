@@ -91,9 +91,9 @@ def _problem(node: ir.Node, known: Mapping[str, tuple[str, ...]]) -> str | None:
     data = node.inputs[1 if node.op_type == "Where" else 0] if node.inputs else None
     if data is not None and data.dtype is not None and data.dtype.name not in known[node.op_type]:
         return f"its parser does not take {name} of {data.dtype.name}"
-    place = CONSTANT_INPUTS.get(node.op_type)
-    if place is not None and place < len(node.inputs):
-        axes = node.inputs[place]
+    index = CONSTANT_INPUTS.get(node.op_type)
+    if index is not None and index < len(node.inputs):
+        axes = node.inputs[index]
         made = None if axes is None else axes.producer()
         if axes is not None and axes.const_value is None and (made is None or made.op_type != "Constant"):
             return f"the axes of {name} must be a constant"

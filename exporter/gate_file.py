@@ -29,7 +29,7 @@ class GateFile:
 
     Attributes:
         model: Name of the checkpoint.
-        sha256: Sum over its weight files, as a manifest records it.
+        sha256: Checksum over its weight files, as a manifest records it.
         images: How many images were measured, at least 1.
         source: What they were, in words.
         erank_ref: Mean exact effective rank of the centred projector features, over 0.

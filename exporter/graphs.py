@@ -4,7 +4,7 @@
 |---|---|---|---|---|
 | in | `pixel_values` | float32 | (B, 3, H, W) | normalised as the checkpoint's processor does |
 | out | `image_features` | float32 | (B, K, D) | embeddings of the kept tokens, raster order |
-| out | `keep_indices` | int64 | (B, K) | their places among the N tokens, ascending |
+| out | `keep_indices` | int64 | (B, K) | their indices among the N tokens, ascending |
 | out | `effective_rank` | float32 | (B,) | of the centred features, estimated; 0 where the pruner's gate does not want it |
 | out | `num_selected` | int64 | (B,) | kept on merit, before the back-fill |
 | out | `converged` | bool | (B,) | whether the selection reached its fixed point |

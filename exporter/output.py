@@ -1,6 +1,6 @@
-"""The place that a bundle is written to: what may be replaced there, and how a finished bundle gets there.
+"""The folder that a bundle is written to: what may be replaced there, and how a finished bundle gets there.
 
-Nothing is ever renamed over something else. A place is taken by making an empty folder, which only one can do, and on POSIX a
+Nothing is ever renamed over something else. A path is taken by making an empty folder, which only one can do, and on POSIX a
 folder is renamed over an empty one only. An older bundle moves into the scratch folder first and is removed with it.
 """
 
@@ -105,8 +105,8 @@ def _files(folder: Path) -> Files:
         raise error
 
     found = {}
-    for place, folders, names in os.walk(folder, onerror=fail):
-        for path in (Path(place, name) for name in (*folders, *names)):
+    for root, folders, names in os.walk(folder, onerror=fail):
+        for path in (Path(root, name) for name in (*folders, *names)):
             if path.is_symlink() or not path.is_dir():
                 status = path.lstat()
                 found[path.relative_to(folder).as_posix()] = (status.st_size, status.st_mtime_ns)
@@ -138,7 +138,7 @@ def _size(count: int) -> str:
 
 
 def _left_over(output: Path) -> list[Path]:
-    """Return the scratch folders of exports to this place that did not end by themselves.
+    """Return the scratch folders of exports to this path that did not end by themselves.
 
     Raises:
         InputError: One of them is still running.
@@ -198,7 +198,7 @@ def put_in_place(new: Path, config: ExportConfig, before: Files, scratch: Path) 
         scratch: Where an older bundle may go.
 
     Raises:
-        InputError: Something else has come to the place; it stays.
+        InputError: Something else has come to the path; it stays.
     """
     output = config.output_folder
     # From the older bundle's move to the new one's, neither may be lost.
@@ -246,7 +246,7 @@ def _bring_back(aside: Path, output: Path) -> None:
 
 
 def _take(output: Path, folder: Path) -> None:
-    """Move a folder to a place where nothing is.
+    """Move a folder to a path where nothing is.
 
     Raises:
         InputError: Something is there, or came first.

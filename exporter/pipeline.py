@@ -1,6 +1,6 @@
 """A planned export, step by step: load, trace, write, build, verify, put in place.
 
-A bundle is written to a temporary folder beside its place and renamed when it is complete and verified; whatever goes wrong
+A bundle is written to a temporary folder beside its path and renamed when it is complete and verified; whatever goes wrong
 before, the temporary folder is removed and an older bundle stays.
 """
 
@@ -111,7 +111,7 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     _write_small_files(request, folder)
     manifest = _manifest(request, vision, stages, folder)
     write_manifest(folder, manifest)
-    # Unpacked weights are the files' own pages, so that the check needs no second copy of the model.
+    # Weights that are not prepacked are the files' own pages, so that the check needs no second copy of the model.
     with _open(folder, config.target) as session:
         reference = Reference(checkpoint, model, _reference_device(checkpoint, config.target))
         measured = verify(session, reference, request.pruners, on_step, raw=config.template == NO_TEMPLATE)

@@ -181,7 +181,7 @@ def _estimate(config: ExportConfig, checkpoint: Checkpoint, model: nn.Module, bu
     decoder: Any = parts.decoder
     # The head is written, tied to the table or not.
     weights = count(decoder.model) - rows.numel() + decoder.lm_head.weight.numel()
-    # Rounded weights carry one scale per block of 32; norms stay as they are.
+    # Quantised weights carry one scale per block of 32; norms stay as they are.
     per_weight = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}[config.resolved_precision]
     sizes = {f"vision_{budget}.onnx": 250_000 for budget in budgets}
     sizes[VISION_DATA] = vision_dtype(config).itemsize * (count(parts.tower("feature", None)) + count(parts.project))
@@ -192,10 +192,10 @@ def _estimate(config: ExportConfig, checkpoint: Checkpoint, model: nn.Module, bu
 
 
 def _check_disk(request: Plan) -> None:
-    place = request.config.output_folder.parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    folder = request.config.output_folder.parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     if request.total_bytes > free:
         need, have = request.total_bytes / 1e9, free / 1e9
-        raise InputError(f"the bundle needs about {need:.1f} GB and {place} has {have:.1f} GB free; choose another -o")
+        raise InputError(f"the bundle needs about {need:.1f} GB and {folder} has {have:.1f} GB free; choose another -o")

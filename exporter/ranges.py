@@ -64,7 +64,7 @@ class DecoderRanges:
     num_hidden_layers: Layers
     num_attention_heads: Heads
     vocab_size: Annotated[int, Between(1, 2**22)]
-    # Rotary tables have a row for every place.
+    # Rotary tables have a row for every position.
     max_position_embeddings: Annotated[int, Between(1, 2**22)]
     rms_norm_eps: Epsilon
     hidden_act: str | None = None

@@ -111,7 +111,7 @@ class Reference:
 
     @contextlib.contextmanager
     def weights_rounded(self, bits: int, dtype: torch.dtype) -> Iterator[None]:
-        """Let `logits` compute with weights rounded to `bits`, as a graph that computes in `dtype` has them."""
+        """Let `logits` compute with weights quantised to `bits`, as a graph that computes in `dtype` has them."""
         # Entered before the weights are widened, so that what comes back is what the checkpoint holds.
         with weights_rounded(self.parts.decoder, bits, dtype):
             yield

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | in | `text` | (T, D) | embeddings of the text's tokens |
 | in | `images` | (R, D) | embeddings of the kept image tokens, as the vision graph left them |
-| in | `index` | (S,) int64 | for each place of the prompt, its row among the text's followed by the images' |
+| in | `index` | (S,) int64 | for each position of the prompt, its row among the text's followed by the images' |
 | out | `inputs_embeds` | (1, S, D) | what the decoder reads |
 
 The decoder's own graph knows nothing of images, and an index is all that the host has to work out.

@@ -70,7 +70,7 @@ TARGETS: dict[str, Target] = {
         extra="gpu-export",
         vision_dtype=torch.float16,
         head_multiple=16,
-        # A GPU reads the wider matrix at 4.1 TB/s, the two at 3.7 (H200). Rounded weights gain nothing.
+        # A GPU reads the wider matrix at 4.1 TB/s, the two at 3.7 (H200). Quantised weights gain nothing.
         gate_up_in_one=("fp16",),
         is_gpu=True,
         cut_stages=True,

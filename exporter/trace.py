@@ -1,4 +1,4 @@
-"""From a torch module to an ONNX model: the one place that calls torch.onnx."""
+"""From a torch module to an ONNX model: the one module that calls torch.onnx."""
 
 from __future__ import annotations
 

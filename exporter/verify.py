@@ -2,9 +2,9 @@
 
 Per budget: the image features and the kept tokens of two probe images in one batch, against the unmodified checkpoint. For the
 decoder: first-position logits. For the whole chain: greedy tokens, by one pass of the checkpoint over the same sequence,
-which is the same event as decoding greedily step by step. A decoder with rounded weights is judged by the checkpoint with
-its weights rounded alike, and what rounding costs against the checkpoint as it is, is measured beside it. The figures go into
-the manifest; a failure leaves no bundle.
+which is the same event as decoding greedily step by step. A decoder with quantised weights is judged by the checkpoint with
+its weights quantised alike, and what quantisation costs against the checkpoint as it is, is measured beside it. The figures
+go into the manifest; a failure leaves no bundle.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from leanvlm.runtime.specs import GraphSpec
 from leanvlm.runtime.text import Message
 
 Array = npt.NDArray[Any]
-# A graph's dtype to the precision that it computes in. Rounded weights are exact numbers of it.
+# A graph's dtype to the precision that it computes in. Dequantised weights are exact numbers of it.
 COMPUTED = {"float16": "fp16", "float32": "fp32"}
 PROMPT = "Describe the image."
 NEW_TOKENS = 8
@@ -170,7 +170,7 @@ def _compare_rank(estimated: Array, features: torch.Tensor) -> dict[str, Any]:
 
 
 def _vision_precision(graph: GraphSpec) -> str:
-    """Return the precision of a vision graph; a decoder with rounded weights has an ordinary one beside it."""
+    """Return the precision of a vision graph; a decoder with quantised weights has an ordinary one beside it."""
     dtype = next(tensor.dtype for tensor in graph.outputs if tensor.name == "image_features")
     return COMPUTED[dtype]
 
@@ -220,7 +220,7 @@ def _compare_chain(
 
     Returns:
         Differences of the first logits, and how many tokens are equal or wrong; `unrounded` holds the same against the
-        checkpoint's own weights, where the bundle's are rounded.
+        checkpoint's own weights, where the bundle's are quantised.
     """
     encoded = session.encode_images([image], budget)[0]
     # The most probable tokens, whatever the checkpoint's generation settings would make of the logits.

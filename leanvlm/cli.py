@@ -66,9 +66,9 @@ class Commands(Mapping[str, Any]):
 
 
 @cache
-def _made(name: str, place: str) -> Any:
+def _made(name: str, path: str) -> Any:
     """Import a command, a function or a group of its own, and make it what the parser calls."""
-    module, attribute = place.split(":")
+    module, attribute = path.split(":")
     found = getattr(import_module(module), attribute)
     if not isinstance(found, typer.Typer):
         function, found = found, typer.Typer(add_completion=False, rich_markup_mode=None)

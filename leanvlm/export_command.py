@@ -81,7 +81,7 @@ def run_export(config: ExportConfig, *, dry_run: bool) -> None:
     checks = ", ".join(f"{b}: {c['equal']}/{c['compared']}" for b, c in chain.items())
     console.print(f"verified against the checkpoint (greedy tokens equal at budget {checks})")
     if costs := [f"{b}: {c['unrounded']['cosine']:.3f}" for b, c in chain.items() if "unrounded" in c]:
-        console.print(f"rounded alike; rounding itself leaves a cosine of the first logits at budget {', '.join(costs)}")
+        console.print(f"quantised alike; quantisation leaves a cosine of the first logits at budget {', '.join(costs)}")
     print(config.named_output)
 
 

@@ -1,8 +1,8 @@
 """A bundle's files: its manifest read from the folder and written to it, and every file that it names checked.
 
 A file may be a link, as in the Hub's cache, git-annex or on a second disk; a folder in the bundle may not lead out of it. A
-link that leads out counts only if it leads to a regular file that is known by its sum: the file's own name holds the sha256
-that the manifest states, as such stores name their files, or its content has it. So nothing is read through a foreign
+link that leads out counts only if it leads to a regular file that is known by its checksum: its own name holds the sha256 that
+the manifest states, as such stores name their files, or its content has it. So nothing is read through a foreign
 bundle but what its author already had.
 """
 
@@ -95,7 +95,7 @@ def leads_out(folder: Path, path: Path) -> bool:
 
 
 def check_link(folder: Path, name: str, sha256: str) -> None:
-    """Check that a file of the bundle, where a link leads out to it, is the one whose sum the manifest states.
+    """Check that a file of the bundle, where a link leads out to it, is the one whose sha256 the manifest states.
 
     Raises:
         BundleError: It is another file.

@@ -61,7 +61,7 @@ class Manifest:
         embed_tokens: File of the token table, one tensor named `embed_tokens.weight`, (vocab_size, D).
         image: How an image becomes pixel values.
         image_token_id: The token that stands for one image in the prompt.
-        positions: `compact` numbers the kept tokens in a row; `original` keeps their places in the full sequence.
+        positions: `compact` numbers the kept tokens in a row; `original` keeps their positions in the full sequence.
         verification: What the export measured against the checkpoint, per stage and per budget.
     """
 

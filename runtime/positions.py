@@ -1,4 +1,4 @@
-"""How the places of a prompt are numbered for the decoder's rotary embedding.
+"""How the positions of a prompt are counted for the decoder's rotary embedding.
 
 With one axis an image's tokens count on as the text does. With three (Qwen2-VL, arXiv 2409.12191: time, height, width), text
 has one number on all axes, an image's tokens have the image's start and their row and column in the grid, and text goes on
@@ -25,7 +25,7 @@ class PositionRule:
 
     Attributes:
         kept: `compact` numbers the kept tokens in a row; `original` gives each the number that it has in the unpruned prompt.
-        axes: Numbers of a place.
+        axes: How many coordinates a position has.
         image: `line`: tokens of a crop count on; `grid`: they have their row and column.
     """
 

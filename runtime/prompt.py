@@ -2,7 +2,7 @@
 
 Everything in a prompt is a row of a table: the text's tokens and a family's extra rows (such as one that ends a line) are
 rows of the token table, the image tokens those that the vision graphs returned. A prompt is a plan: which row stands at
-each place. The decoder carries it out where the embeddings are, in NumPy or on a GPU.
+each position. The decoder carries it out where the embeddings are, in NumPy or on a GPU.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Prompt:
     Attributes:
         text: (T, D), the text's embeddings in order.
         crops: The crops of all images, in order.
-        index: (S,) int64, for each place of the prompt its row among the text's rows followed by the crops'.
-        positions: (axes, S) int64, the position of each place for the decoder's rotary embedding.
+        index: (S,) int64, for each element of the prompt its row among the text's rows followed by the crops'.
+        positions: (axes, S) int64, the position of each element for the decoder's rotary embedding.
         next_position: Where the answer's first token goes; it may be more than S, the cache's length.
         ids: The tokens as transformers' processor writes them, each crop all of its N placeholders; for generation settings.
     """
@@ -83,7 +83,7 @@ class Prompt:
     ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        """Return S, the places that the prompt takes."""
+        """Return S, the rows that the prompt takes."""
         return len(self.index)
 
     def embeddings(self, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
@@ -128,7 +128,7 @@ def assemble(runs: Sequence[Run], table: TokenRows, rule: PositionRule, image_to
     Args:
         runs: Text and crops, in order.
         table: Rows of the text's tokens.
-        rule: How places are numbered.
+        rule: How positions are counted.
         image_token_id: Stands for each of a crop's N tokens in `ids`.
     """
     texts = [run for run in runs if isinstance(run, tuple)]

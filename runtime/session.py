@@ -101,7 +101,7 @@ class Session:
 
         Args:
             prompt: The user's text, or messages as in Hugging Face chat templates (an image part for each image).
-            images: One image or several in the order of their places; each as `load_image` takes it: a path, the bytes of
+            images: One image or several in the order of their image tokens; each as `load_image` takes it: a path, the bytes of
                 an image file, an open file, a Pillow image or levels (H, W, 3) uint8.
             budget: Image tokens kept per crop; one of the bundle's, None for its default.
             raw: The prompt is the whole text as it is, with the image token (`image_token`) once for each image; no template.
@@ -260,7 +260,7 @@ class Session:
         return CropFeatures(embeddings, pruning)
 
     def prompt(self, ids: Sequence[int], images: Sequence[ImageFeatures]) -> Prompt:
-        """Plan a prompt: the images' crops in the places of the image tokens.
+        """Plan a prompt: the images' crops in place of the image tokens.
 
         Args:
             ids: As `prompt_ids` returns them.

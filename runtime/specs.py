@@ -112,7 +112,7 @@ class EngineSpec:
     """A TensorRT engine that `leanvlm build` made of one of the bundle's graphs.
 
     Attributes:
-        file: Its place in the bundle, `engines/<sm>/<graph>.engine`.
+        file: Its path in the bundle, `engines/<sm>/<graph>.engine`.
         engine: `tensorrt-rtx` or `tensorrt`.
         version: Of the library that built it.
         sm: Compute capability that it is for, such as 89 for 8.9.
@@ -156,7 +156,7 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """Where the weights came from: `id` is a Hub name or the folder's name, `sha256` one sum over the weight files."""
+    """Where the weights came from: `id` is a Hub name or the folder's name, `sha256` one checksum over the weight files."""
 
     id: str
     revision: str | None

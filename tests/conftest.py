@@ -21,6 +21,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 BUDGET = 64
 
+# `make test-fast` runs these files, but for what exports a bundle or runs a command.
+FAST_FILES = {
+    "bench", "decoder_passes", "decoders", "doctor", "facade", "frame", "gates", "hostile_checkpoint", "kernels",
+    "latency_report", "layering", "loading", "logits", "manifest", "models", "optional", "output", "packaging",
+    "pass_cases", "passes", "patches", "positions", "preprocess", "promises", "pruners", "records", "rope", "rounding",
+    "sampling", "scenes", "size", "streaming", "tegrastats", "text", "text_files", "text_records",
+}  # fmt: skip
+SLOW_FIXTURES = {"cuda_bundle", "demo_bundle", "leanvlm", "leanvlm_process", "tensorrt_bundle", "tiny_bundle"}
+
 
 def pytest_configure() -> None:
     """Test files import ONNX Runtime themselves; the tests report nothing either."""
@@ -30,6 +39,14 @@ def pytest_configure() -> None:
     # A run in the background or under nohup ignores these, and would hand that down to the processes that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the fast tests."""
+    for item in items:
+        is_slow = SLOW_FIXTURES & {*getattr(item, "fixturenames", ())} or item.get_closest_marker("slow")
+        if item.path.stem.removeprefix("test_") in FAST_FILES and not is_slow:
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="session")
@@ -96,15 +113,15 @@ def protected() -> Iterator[tuple[Path, Callable[[], None]]]:
     user = os.geteuid()
 
     def protect() -> None:
-        for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-            place.chmod(0o555)
+        for path in (folder, *(inner for inner in folder.rglob("*") if inner.is_dir())):
+            path.chmod(0o555)
         if user == 0:
             os.seteuid(65534)
 
     yield folder, protect
     os.seteuid(user)
-    for place, _, _ in os.walk(folder):
-        os.chmod(place, 0o755)
+    for root, _, _ in os.walk(folder):
+        os.chmod(root, 0o755)
     shutil.rmtree(folder)
 
 

@@ -39,7 +39,7 @@ class FakeDevice:
         self.launches = 0
 
     def allocate(self, size: int) -> int:
-        block = np.full(max(size, 1), 0xFF, np.uint8)  # As fp16 and fp32 that is no number.
+        block = np.full(max(size, 1), 0xFF, np.uint8)  # As fp16 and fp32 that is NaN.
         self.blocks[block.ctypes.data] = block
         return block.ctypes.data
 

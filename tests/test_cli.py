@@ -17,10 +17,11 @@ from conftest import Command
 from PIL import Image
 
 from leanvlm.demo import ERANK_REF
-from leanvlm.runtime import Session, doctor
+from leanvlm.runtime import Session
 from leanvlm.runtime.answer import STAGES
 from leanvlm.runtime.backends.ort import OrtGraph
 from leanvlm.runtime.bundle import read_manifest
+from leanvlm.runtime.commands import doctor
 from leanvlm.runtime.text import Message
 
 ROOT = Path(__file__).parents[1]

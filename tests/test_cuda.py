@@ -199,7 +199,7 @@ def test_decoder_refuses_more_than_its_cache(session: Session) -> None:
         sequence.load(text_prompt(session.table.rows([1, 2, 3, 4, 5])))
 
 
-def test_logits_that_are_no_numbers_are_an_error(session: Session) -> None:
+def test_logits_that_are_not_finite_are_an_error(session: Session) -> None:
     sequence = session.backend.decoder().sequence(8)
     sequence.load(text_prompt(np.full((3, session.table.width), np.nan, np.float16)))
     with pytest.raises(BackendError, match="cannot be sampled"):
@@ -252,7 +252,7 @@ def test_without_a_gpu_a_bundle_runs_only_where_it_is_asked_to(bundle: Path, dem
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_rounded_decoders_export_for_cuda(tiny_llava: Path, tmp_path: Path, precision: str) -> None:
+def test_quantised_decoders_export_for_cuda(tiny_llava: Path, tmp_path: Path, precision: str) -> None:
     from leanvlm.exporter import ExportConfig, export
 
     manifest = export(ExportConfig(str(tiny_llava), (16,), tmp_path / "out", target="cuda", precision=precision))
@@ -264,7 +264,7 @@ def test_rounded_decoders_export_for_cuda(tiny_llava: Path, tmp_path: Path, prec
 
 
 def test_original_positions_equal_the_other_backend(tiny_llava: Path, tmp_path: Path) -> None:
-    """The graph for cuda in half precision against the processor's in fp32, with gaps between the kept tokens' places."""
+    """The graph for cuda in half precision against the processor's in fp32, with gaps between the kept tokens' positions."""
     from leanvlm.exporter import ExportConfig, export
 
     answers = []

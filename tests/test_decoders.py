@@ -34,7 +34,7 @@ def embeddings() -> torch.Tensor:
     return torch.randn(1, LENGTH, 128, generator=torch.Generator().manual_seed(1))
 
 
-def places() -> torch.Tensor:
+def positions() -> torch.Tensor:
     """Ascending, with gaps, as original positions are."""
     return torch.arange(LENGTH)[None] * 2 + 3
 
@@ -61,13 +61,13 @@ def test_the_portable_decoder_equals_the_model_or_is_refused(loaded: tuple[Check
     portable = PortableDecoder(decoder, fused=False)
     caches = [torch.zeros(1, kv_heads(text), 0, 16)] * (2 * text.num_hidden_layers)
     with torch.no_grad():
-        logits, *_ = portable(embeddings(), places(), torch.tensor([0]), torch.tensor([LENGTH - 1]), *caches)
-    assert relative_difference(logits[0, 0].numpy(), wanted(decoder, places())) < tolerances.TINY_LOGITS
+        logits, *_ = portable(embeddings(), positions(), torch.tensor([0]), torch.tensor([LENGTH - 1]), *caches)
+    assert relative_difference(logits[0, 0].numpy(), wanted(decoder, positions())) < tolerances.TINY_LOGITS
 
 
 def test_the_built_decoder_equals_the_model_at_original_positions(loaded: tuple[Checkpoint, Any], tmp_path: Path) -> None:
     checkpoint, decoder = loaded
-    expected = wanted(decoder, places())
+    expected = wanted(decoder, positions())
     path = build_decoder(
         decoder, checkpoint, target="cpu", precision="fp32", positions="original", folder=tmp_path, scratch=tmp_path / "scratch"
     )
@@ -76,7 +76,7 @@ def test_the_built_decoder_equals_the_model_at_original_positions(loaded: tuple[
     shape = (1, kv_heads(text), 0, text.head_dim)
     caches = {i.name: np.zeros(shape, np.float32) for i in session.get_inputs() if i.name.startswith("past_key")}
     given = {"inputs_embeds": embeddings().numpy(), "attention_mask": np.ones((1, LENGTH), np.int64)}
-    found = session.run(["logits"], {**given, "position_ids": places().numpy(), **caches})[0][0, -1]
+    found = session.run(["logits"], {**given, "position_ids": positions().numpy(), **caches})[0][0, -1]
     assert relative_difference(found, expected) < tolerances.TINY_LOGITS
 
 

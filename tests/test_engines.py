@@ -164,14 +164,14 @@ def test_a_full_width_llava(tmp_path: Path, tensorrt_bundle: Path) -> None:
 
 def _manifest_of(like: Manifest, vision: ir.Model, decoder: ir.Model, config: Any, folder: Path) -> Manifest:
     def graph(name: str, model: ir.Model) -> GraphSpec:
-        ends = [
+        tensors = [
             tuple(
                 TensorSpec(str(v.name), v.dtype.numpy().name, tuple(d if isinstance(d, int) else str(d) for d in v.shape))  # type: ignore[union-attr]
                 for v in values
             )
             for values in (model.graph.inputs, model.graph.outputs)
         ]
-        return GraphSpec(name, *ends)
+        return GraphSpec(name, *tensors)
 
     text = config.text_config
     spec = DecoderSpec(

@@ -131,17 +131,17 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     mounted: list[Path] = []
 
     def mount(size: int) -> Path:
-        place = tmp_path / f"disk-{size}"
-        place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(place)]
+        disk = tmp_path / f"disk-{size}"
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(disk)]
         if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
             pytest.skip("mounting a small disk needs root")
-        mounted.append(place)
-        return place
+        mounted.append(disk)
+        return disk
 
     yield mount
-    for place in mounted:
-        subprocess.run(["umount", str(place)], check=True)
+    for disk in mounted:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_disk_that_is_really_full(

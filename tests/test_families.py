@@ -81,18 +81,18 @@ class Original:
         points = tokens[first:].double().numpy()
         ratio = float(exact_effective_rank(tokens[None, first:])) / 90.0
         kept, _ = reference.agile(reference.Crop(points, points, points[:, None], scores, scores), keep - first, ratio)
-        return [*range(first), *(first + place for place in kept)]
+        return [*range(first), *(first + index for index in kept)]
 
     @torch.no_grad()
     def pruned(self, inputs: Any, keep: int) -> torch.Tensor:
-        """Return the prompt's embeddings (1, S, D) with the kept image features in the image's places."""
+        """Return the prompt's embeddings (1, S, D) with the kept image features at the image's positions."""
         ids, features = inputs["input_ids"][0], self.model.get_image_features(inputs["pixel_values"], return_dict=True)
         embeddings = self.model.get_input_embeddings()(ids)
-        places = (ids == self.model.config.image_token_id).nonzero()[:, 0]
-        embeddings[places] = features.pooler_output[0]
+        positions = (ids == self.model.config.image_token_id).nonzero()[:, 0]
+        embeddings[positions] = features.pooler_output[0]
         stays = torch.ones(len(ids), dtype=torch.bool)
-        stays[places] = False
-        stays[places[self.choice(inputs["pixel_values"], keep)]] = True
+        stays[positions] = False
+        stays[positions[self.choice(inputs["pixel_values"], keep)]] = True
         return embeddings[stays][None]
 
 
@@ -214,7 +214,7 @@ def test_every_pruner_runs_on_every_shape_or_is_refused(side: Side, name: str) -
     tokens = side.reference.vision(side.pixels.numpy(), pruner.scored_block)
     for row in range(2):
         chosen, merged = REFERENCE[name](_crop(tokens.patches, row), keep - spec.leading)
-        kept = [*range(spec.leading), *(spec.leading + place for place in chosen)]
+        kept = [*range(spec.leading), *(spec.leading + index for index in chosen)]
         assert indices[row].tolist() == kept
         wanted = side.features[row, kept]
         if merged is not None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from onnx_models import assert_equal, run
 from torch import nn
-from towers import BATCHES, BLOCKS, GRID, IMAGE_SIZE, PLACES, SHARED, Array, apply, clip, levels
+from towers import BATCHES, BLOCKS, CHANGES, GRID, IMAGE_SIZE, SHARED, Array, apply, clip, levels
 
 from leanvlm.exporter import tolerances
 from leanvlm.exporter.graphs import VisionGraph
@@ -63,7 +63,7 @@ def visions() -> dict[int, Vision]:
         traced = trace(module, example, output_names=VISION_OUTPUTS, opset=TARGETS["cuda"].opset)
         apply(traced, ["stage_names", "strip_metadata"])
         fused = traced.clone()
-        found[budget] = Vision(module, traced, fused, apply(fused, list(PLACES)))
+        found[budget] = Vision(module, traced, fused, apply(fused, list(CHANGES)))
     return found
 
 
@@ -127,8 +127,8 @@ def test_cuts_end_with_what_the_module_has_there(visions: dict[int, Vision], bud
         features = vision.module.project(hidden)
     cuts = {stage: cut_after(model, stage) for stage in STAGES}
     assert ir.to_proto(model).SerializeToString(deterministic=True) == written
-    for place, (stage, cut) in enumerate(cuts.items()):
-        assert {(node.name or "").split("/")[1] for node in cut.graph} == set(STAGES[: place + 1])
+    for index, (stage, cut) in enumerate(cuts.items()):
+        assert {(node.name or "").split("/")[1] for node in cut.graph} == set(STAGES[: index + 1])
         assert [value.name for value in cut.graph.inputs] == ["pixel_values"]
         assert all(value.dtype is not None for value in cut.graph.outputs), stage
     found = {stage: run(cut, feeds) for stage, cut in cuts.items()}

@@ -126,7 +126,7 @@ def test_a_prompt_without_an_image_equals_generate(bundle: Path, model: Any, pro
 
 
 def _pruned_embeddings(model: Any, inputs: Any) -> torch.Tensor:
-    """Embeddings of the prompt with the reference's choice of image features in the images' places."""
+    """Embeddings of the prompt with the reference's choice of image features at the images' positions."""
     import reference
 
     core = model.model
@@ -140,9 +140,9 @@ def _pruned_embeddings(model: Any, inputs: Any) -> torch.Tensor:
         kept, _ = reference.agile(reference.Crop(points, points, points[:, None], scores, scores), BUDGET, ratio)
         ids = inputs["input_ids"][0]
         embeddings = core.get_input_embeddings()(ids)
-        places = (ids == model.config.image_token_id).nonzero()[:, 0]
-        dropped = places[[i for i in range(len(places)) if i not in set(kept)]]
-        embeddings[places] = features[0]
+        positions = (ids == model.config.image_token_id).nonzero()[:, 0]
+        dropped = positions[[i for i in range(len(positions)) if i not in set(kept)]]
+        embeddings[positions] = features[0]
         keep = torch.ones(len(ids), dtype=torch.bool)
         keep[dropped] = False
     return embeddings[keep][None]

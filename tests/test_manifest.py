@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mutations import places, replaced
+from mutations import paths, replaced
 
 from leanvlm.runtime.bundle import file_sha256, read_manifest, verify_files, write_manifest
 from leanvlm.runtime.commands.inspection import describe
@@ -23,7 +23,7 @@ from leanvlm.runtime.specs import DecoderSpec, FileSpec, GraphSpec, PrunerSpec, 
 
 CONTENTS = {"vision_4.onnx": b"four", "vision_6.onnx": b"six tokens", "decoder.onnx": b"", "embed.safetensors": b"table"}
 # sha256 of the four contents above, from coreutils' sha256sum.
-SUMS = {
+CHECKSUMS = {
     "vision_4.onnx": "04efaf080f5a3e74e1c29d1ca6a48569382cbbcd324e8d59d2b83ef21c039f00",
     "decoder.onnx": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
 }
@@ -199,7 +199,7 @@ def test_a_decoder_is_as_its_graph_says(manifest: Manifest, changes: dict[str, A
 def test_a_wrong_value_anywhere_is_refused_or_harmless(bundle: Path, manifest: Manifest, value: object) -> None:
     """No other error than ours comes out, and what is accepted can be shown and read back."""
     data, refused = manifest.to_dict(), 0
-    for path in places(data):
+    for path in paths(data):
         try:
             read = Manifest.from_dict(replaced(data, path, value))
         except ManifestError:
@@ -257,7 +257,7 @@ def test_a_link_to_another_file_is_refused(bundle: Path, manifest: Manifest, out
 
 @pytest.mark.parametrize("stated", ["", "id_rsa", "f" * 64])
 def test_a_manifest_cannot_call_another_file_its_own(bundle: Path, manifest: Manifest, outside: Path, stated: str) -> None:
-    """Whoever writes a manifest without knowing a file's content does not know its sum."""
+    """Whoever writes a manifest without knowing a file's content does not know its checksum."""
     files = {**manifest.files, "vision_4.onnx": FileSpec(len(SECRET), stated)}
     write_manifest(bundle, dataclasses.replace(manifest, files=files))
     link(bundle, "vision_4.onnx", outside / "id_rsa")
@@ -284,11 +284,11 @@ def test_a_link_of_the_same_content_counts(bundle: Path, manifest: Manifest, out
 
 
 @pytest.mark.parametrize("pattern", ["{}", "SHA256E-s4--{}.onnx"], ids=["the Hub's cache", "git-annex"])
-def test_a_link_into_a_store_that_names_files_by_their_sums_is_not_hashed(
+def test_a_link_into_a_store_that_names_files_by_their_checksums_is_not_hashed(
     bundle: Path, manifest: Manifest, outside: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_manifest(bundle, manifest)
-    blob = outside / pattern.format(SUMS["vision_4.onnx"])
+    blob = outside / pattern.format(CHECKSUMS["vision_4.onnx"])
     blob.write_bytes(CONTENTS["vision_4.onnx"])
     link(bundle, "vision_4.onnx", blob)
     monkeypatch.setattr("leanvlm.runtime.bundle.file_sha256", lambda path: pytest.fail("it was read"))
@@ -307,7 +307,7 @@ def test_only_regular_files_count(bundle: Path, manifest: Manifest, target: str)
     "name", ["a/../../secret", "../secret", "/etc/passwd", "linked/id_rsa", "a\0b", "here/../vision_4.onnx"]
 )
 def test_a_name_may_not_leave_the_folder(bundle: Path, manifest: Manifest, outside: Path, name: str) -> None:
-    """Nor may a folder in it, even to a file of the stated sum."""
+    """Nor may a folder in it, even to a file of the stated checksum."""
     (bundle / "linked").symlink_to(outside)
     (bundle / "here").mkdir()
     spec = FileSpec(len(SECRET), file_sha256(outside / "id_rsa"))
@@ -318,13 +318,13 @@ def test_a_name_may_not_leave_the_folder(bundle: Path, manifest: Manifest, outsi
 
 def test_a_bundle_behind_a_link_is_read(bundle: Path, manifest: Manifest, tmp_path_factory: Any) -> None:
     write_manifest(bundle, manifest)
-    place = tmp_path_factory.mktemp("links") / "bundle"
-    place.symlink_to(bundle)
-    assert read_manifest(place) == manifest
+    link = tmp_path_factory.mktemp("links") / "bundle"
+    link.symlink_to(bundle)
+    assert read_manifest(link) == manifest
 
 
-def test_sums_are_those_of_sha256sum(bundle: Path, manifest: Manifest) -> None:
-    assert {name: manifest.files[name].sha256 for name in SUMS} == SUMS
+def test_checksums_are_those_of_sha256sum(bundle: Path, manifest: Manifest) -> None:
+    assert {name: manifest.files[name].sha256 for name in CHECKSUMS} == CHECKSUMS
     write_manifest(bundle, manifest)
     verify_files(bundle, read_manifest(bundle))
 

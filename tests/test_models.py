@@ -69,8 +69,8 @@ def test_every_key_layout_loads(tiny_llava: Path, tmp_path: Path, layout: str) -
     weights = model.state_dict()
     assert len(weights) == len(original)
     for key, value in original.items():
-        place = next(k for k in weights if _flat(k) == _flat(key))
-        assert torch.equal(weights[place], value)
+        name = next(k for k in weights if _flat(k) == _flat(key))
+        assert torch.equal(weights[name], value)
 
 
 def test_missing_weight_is_named(tiny_llava: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is at an export's place, or comes to it meanwhile: nothing of a user's is lost, and each refusal is one line."""
+"""What is at an export's path, or comes to it meanwhile: nothing of a user's is lost, and each refusal is one line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def contents(folder: Path) -> dict[str, str | None]:
 
 
 def export(config: ExportConfig, meanwhile: Callable[[], object] = lambda: None) -> None:
-    """Do what an export does with its place, and something else while it runs."""
+    """Do what an export does with its path, and something else while it runs."""
     check_output(config)
     before = files_replaced(config)
     with scratch_folder(config.output_folder) as scratch:
@@ -58,21 +58,21 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def make_folder(place: Path) -> None:
-    place.mkdir()
+def make_folder(path: Path) -> None:
+    path.mkdir()
 
 
-def make_full_folder(place: Path) -> None:
-    place.mkdir()
-    (place / "notes").write_text("mine", encoding="utf-8")
+def make_full_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "notes").write_text("mine", encoding="utf-8")
 
 
-def make_file(place: Path) -> None:
-    place.write_text("mine", encoding="utf-8")
+def make_file(path: Path) -> None:
+    path.write_text("mine", encoding="utf-8")
 
 
-def make_link(place: Path) -> None:
-    place.symlink_to("nowhere")
+def make_link(path: Path) -> None:
+    path.symlink_to("nowhere")
 
 
 @pytest.mark.parametrize("force", [False, True])

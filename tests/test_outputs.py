@@ -1,4 +1,4 @@
-"""What is at the place of a file that a command is to write: checked before the work, nothing of the user's lost."""
+"""What is at the path of a file that a command is to write: checked before the work, nothing of the user's lost."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ OURS = json_bytes({"versions": {"leanvlm": "0"}})
 
 
 def write(content: bytes) -> Callable[[Path], object]:
-    return lambda place: place.write_bytes(content)
+    return lambda path: path.write_bytes(content)
 
 
 def link(target: str) -> Callable[[Path], object]:
-    return lambda place: place.symlink_to(target)
+    return lambda path: path.symlink_to(target)
 
 
-def nothing(place: Path) -> None:
+def nothing(path: Path) -> None:
     pass
 
 
 # Where the output is to go, what is made there, and what is said.
-PLACES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+THERE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "notes": ("new.png", write(b"mine"), "new.png is there and was not written by leanvlm; give another name, or move it"),
-    "a picture": ("new.png", lambda place: Image.new("RGB", (3, 3)).save(place), "was not written by leanvlm"),
+    "a picture": ("new.png", lambda path: Image.new("RGB", (3, 3)).save(path), "was not written by leanvlm"),
     "JSON": ("new.png", write(b'{"versions": {"mine": 1}}'), "was not written by leanvlm"),
     "JSON that goes deep": ("new.png", write(b"[" * 100_000), "was not written by leanvlm"),
     "a page": ("new.png", write(b"<!doctype html><title>leanvlm</title>"), "was not written by leanvlm"),
@@ -102,10 +102,10 @@ def refused(leanvlm: Command, here: Path, command: str, output: str, words: str)
     assert contents(here) == before
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("there", THERE)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_there_stays(leanvlm: Command, here: Path, command: str, place: str) -> None:
-    output, make, words = PLACES[place]
+def test_what_is_there_stays(leanvlm: Command, here: Path, command: str, there: str) -> None:
+    output, make, words = THERE[there]
     make(here / output)
     refused(leanvlm, here, COMMANDS[command], output, words)
 

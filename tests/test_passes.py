@@ -12,10 +12,10 @@ from towers import (
     ATTENTION,
     BATCHES,
     BLOCKS,
+    CHANGES,
     FOLDED,
     IMAGE_SIZE,
     MULTI_HEAD,
-    PLACES,
     QUICK_GELU,
     SHARED,
     SKIP_NORM,
@@ -76,11 +76,11 @@ def prepared(tower: ir.Model, name: str) -> tuple[ir.Model, ir.Model]:
     return before, after
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", CHANGES)
 def test_pass_fires_on_a_traced_tower(tower: tuple[int, ir.Model], name: str) -> None:
     width, traced = tower
     before, after = prepared(traced, name)
-    assert TARGETS["cuda"].passes[name](after) == PLACES[name]
+    assert TARGETS["cuda"].passes[name](after) == CHANGES[name]
     left = types(after)
     assert {key: left[key] for key in LEFT[name, width]} == LEFT[name, width]
     assert after.graph.opset_imports[CONTRIB] == 1
@@ -91,7 +91,7 @@ def test_pass_fires_on_a_traced_tower(tower: tuple[int, ir.Model], name: str) ->
         assert_equal(run(after, pixels(batch)), run(before, pixels(batch)))
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", CHANGES)
 def test_pass_finds_nothing_more_the_second_time(tower: tuple[int, ir.Model], name: str) -> None:
     _, after = prepared(tower[1], name)
     TARGETS["cuda"].passes[name](after)

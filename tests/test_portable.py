@@ -80,7 +80,7 @@ def session_of(model: ir.Model) -> onnxruntime.InferenceSession:
 
 
 class Cached:
-    """Runs a decoder graph as a runtime does, with caches of one size whose first places are filled."""
+    """Runs a decoder graph as a runtime does, with caches of one size whose first rows are filled."""
 
     def __init__(self, session: onnxruntime.InferenceSession, capacity: int = CAPACITY) -> None:
         self.session, self.length = session, 0
@@ -89,7 +89,7 @@ class Cached:
         self.caches = {name: np.full((1, KV_HEADS, capacity, HEAD), 1e3, np.float32) for name in self.names}
 
     def read(self, embeddings: Array, *, past: int, last: int | None = None) -> dict[str, Array]:
-        """Read (S, D) at the next positions, giving the graph `past` places of each cache."""
+        """Read (S, D) at the next positions, giving the graph `past` rows of each cache."""
         count = len(embeddings)
         feeds = {
             "inputs_embeds": embeddings[None],
@@ -122,16 +122,16 @@ def test_prompt_and_steps_equal_the_model(llama: Any, traced: Traced, opset: int
     wanted = expected(llama, embeddings)
     found = cached.read(embeddings[:prompt], past=0)
     for step in range(STEPS + 1):
-        place = prompt - 1 + step
-        np.testing.assert_allclose(found["logits"][0, 0], wanted[place], atol=tolerances.TINY_LOGITS)
-        assert found["next_token"].item() == wanted[place].argmax()
+        at = prompt - 1 + step
+        np.testing.assert_allclose(found["logits"][0, 0], wanted[at], atol=tolerances.TINY_LOGITS)
+        assert found["next_token"].item() == wanted[at].argmax()
         assert found["top_logit"].item() == found["logits"].max()
         if step < STEPS:
-            found = cached.read(embeddings[place + 1 : place + 2], past=CAPACITY)
+            found = cached.read(embeddings[at + 1 : at + 2], past=CAPACITY)
 
 
 @pytest.mark.parametrize("opset", [20, 23])
-def test_top_logit_shows_a_single_logit_that_is_not_a_number(llama: Any, opset: int) -> None:
+def test_top_logit_shows_a_single_logit_that_is_nan(llama: Any, opset: int) -> None:
     damaged = copy.deepcopy(llama)
     with torch.no_grad():
         damaged.lm_head.weight[7, 3] = torch.nan

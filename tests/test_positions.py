@@ -127,16 +127,16 @@ def test_greedy_tokens_equal_transformers_with_the_same_ids(bundle: Path, tiny_l
 @torch.no_grad()
 def _greedy(model: Any, embeddings: Any, positions: Any, following: int) -> list[int]:
     """Decode without a cache: one pass over the whole sequence for every token."""
-    sequence, places, tokens = torch.from_numpy(embeddings), list(positions), []
+    sequence, taken, tokens = torch.from_numpy(embeddings), list(positions), []
     table = model.get_input_embeddings()
     for step in range(NEW_TOKENS):
         out = model.model.language_model(
-            inputs_embeds=sequence[None], position_ids=torch.tensor([places]), use_cache=False,
-            attention_mask=torch.ones(1, len(places), dtype=torch.long),
+            inputs_embeds=sequence[None], position_ids=torch.tensor([taken]), use_cache=False,
+            attention_mask=torch.ones(1, len(taken), dtype=torch.long),
         )  # fmt: skip
         tokens.append(int(model.lm_head(out.last_hidden_state[0, -1]).argmax()))
         sequence = torch.cat([sequence, table(torch.tensor([tokens[-1]]))])
-        places.append(following + step)
+        taken.append(following + step)
     return tokens
 
 

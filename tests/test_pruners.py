@@ -154,7 +154,7 @@ def test_prumerge_keeps_what_its_release_keeps_where_that_is_k_tokens() -> None:
 
 @pytest.mark.parametrize("keep", [2, 15, 29])
 def test_prumerge_fills_up_where_the_grid_is_short(keep: int) -> None:
-    """The most attended tokens stand on the grid, which has then too few places; and the rows differ in how many do."""
+    """The most attended tokens stand on the grid, which has then too few points; and the rows differ in how many do."""
     tokens = random_tokens(2, (5, 6), seed=6)
     tokens.unsplit[0, ::5] += 1.0
     kept = parse("prumerge:sample=release,share=0.5", keep=keep)(tokens)

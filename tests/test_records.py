@@ -1,4 +1,4 @@
-"""The strict reader: what fits is read back equal, and whatever does not is one line that names its place."""
+"""The strict reader: what fits is read back equal, and whatever does not is one line that names its path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary scalings: both decoders against transformers, out to the last place of the context."""
+"""Rotary scalings: both decoders against transformers, out to the last position of the context."""
 
 from __future__ import annotations
 
@@ -85,18 +85,18 @@ def test_the_portable_decoder_turns_as_transformers_does(tiny_llava: Path, rope:
     caches = [torch.zeros(1, 4, 0, 16)] * (2 * checkpoint.config.text_config.num_hidden_layers)
     for length in lengths(checkpoint):
         embeddings = sequence(length)
-        places = torch.arange(length)[None], torch.tensor([0]), torch.tensor([length - 1])
+        given = torch.arange(length)[None], torch.tensor([0]), torch.tensor([length - 1])
         with torch.no_grad():
-            found = portable(torch.from_numpy(embeddings)[None], *places, *caches)[0][0, 0].numpy()
+            found = portable(torch.from_numpy(embeddings)[None], *given, *caches)[0][0, 0].numpy()
         assert relative_difference(found, run(decoder, embeddings)) < tolerances.TINY_LOGITS, length
 
 
 def test_angles_keep_their_precision_in_a_narrow_decoder(tiny_llava: Path) -> None:
-    """Half precision has 11 bits: at place 500 a frequency so rounded is off by a tenth of a radian."""
+    """Half precision has 11 bits: at position 500 a frequency so rounded is off by a tenth of a radian."""
     _, decoder = scaled(tiny_llava, "default")
-    places = torch.tensor([[CONTEXT - 1]])
-    wide = PortableDecoder(decoder, fused=False).rotation(places, torch.float32)
-    narrow = PortableDecoder(decoder.half(), fused=False).rotation(places, torch.float32)
+    positions = torch.tensor([[CONTEXT - 1]])
+    wide = PortableDecoder(decoder, fused=False).rotation(positions, torch.float32)
+    narrow = PortableDecoder(decoder.half(), fused=False).rotation(positions, torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(wide, narrow, strict=True))
 
 

@@ -187,15 +187,15 @@ def strike_behind(moment: str, number: int, monkeypatch: pytest.MonkeyPatch) -> 
     for module in ("leanvlm.exporter.pipeline", "leanvlm.calibration.cli", "leanvlm.calibration.study"):
         importlib.import_module(module)
     owner, _, name = moment.rpartition("." if "." in moment.partition(":")[2] else ":")
-    place = pkgutil.resolve_name(owner)
-    function = getattr(place, name)
+    holder = pkgutil.resolve_name(owner)
+    function = getattr(holder, name)
 
     def struck(*arguments: object, **options: object) -> object:
         result = function(*arguments, **options)
         signal.raise_signal(number)
         return result
 
-    monkeypatch.setattr(place, name, struck)
+    monkeypatch.setattr(holder, name, struck)
 
 
 @pytest.mark.parametrize(

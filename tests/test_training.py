@@ -257,7 +257,7 @@ def test_objects_of_an_image_are_favoured_unequally() -> None:
     objects = torch.zeros(576, dtype=torch.long)
     objects[::16], objects[8::16] = 1, 2
     first = choose(made_labels(2000, objects, objects), torch.Generator().manual_seed(0))[:, :64]
-    one, other = ((first % 16 == place).float().sum(1) for place in (0, 8))
+    one, other = ((first % 16 == offset).float().sum(1) for offset in (0, 8))
     uneven = torch.maximum(one, other) > 2 * torch.minimum(one, other)
     assert 0.9 < one.mean() / other.mean() < 1.1
     assert 0.2 < uneven.float().mean() < 0.6
@@ -274,7 +274,7 @@ def test_something_of_every_object_and_of_the_sign_is_kept() -> None:
         assert sorted(objects[row].tolist()) == list(range(13))
         assert (shapes[row] == SHAPE_CLASSES - 1).sum() == 1
     # Whichever token of it: the last object has twelve.
-    assert len({int(place) for place in first.flatten() if objects[place] == 12}) == 12
+    assert len({int(index) for index in first.flatten() if objects[index] == 12}) == 12
 
 
 def test_place_losses_ask_for_each_tokens_place_and_for_the_centre_of_what_it_shows() -> None:

@@ -115,10 +115,10 @@ def edit(name: str, **values: Any) -> Change:
         data = json.loads((folder / name).read_text(encoding="utf-8"))
         for path, value in values.items():
             *outer, key = path.split("__")
-            place = data
+            record = data
             for step in outer:
-                place = place[step]
-            place[key] = value
+                record = record[step]
+            record[key] = value
         (folder / name).write_text(json.dumps(data), encoding="utf-8")
 
     return change

@@ -22,9 +22,9 @@ IMAGE_SIZE, PATCH, GRID, HEADS, BLOCKS = 56, 14, (4, 4), 4, 3
 FOLDED, SHARED = 64, 96
 # Graphs are traced with two images.
 BATCHES = (1, 3)
-# Pass to how many places of such a tower it changes. A sum stands before every norm but the first two: that of the embeddings
+# Pass to how many changes it makes in such a tower. A sum stands before every norm but the first two: that of the embeddings
 # and the first block's.
-PLACES = {"quick_gelu": 3, "attention": 3, "skip_layer_norm": 6, "bias_column": 3}
+CHANGES = {"quick_gelu": 3, "attention": 3, "skip_layer_norm": 6, "bias_column": 3}
 # ONNX Runtime's fused operators.
 QUICK_GELU, ATTENTION, MULTI_HEAD, SKIP_NORM = (
     f"{CONTRIB}.{name}" for name in ("QuickGelu", "Attention", "MultiHeadAttention", "SkipLayerNormalization")

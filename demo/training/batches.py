@@ -2,7 +2,7 @@
 
 A batch depends on the seed and its step alone, however many processes draw it, so a run can be repeated and resumed.
 The questions of an image stand side by side behind it: eight slots of 18 tokens, then the caption's slot of 64. In a slot
-are a prompt's end, the answer and `</s>`; the target of a place is the token that follows it, where that is of the answer.
+are a prompt's end, the answer and `</s>`; the target of a position is the token that follows it, where that is of the answer.
 """
 
 from __future__ import annotations

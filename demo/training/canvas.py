@@ -39,7 +39,7 @@ class PatchLabels:
         shapes: (B, 576) 0 nothing, 1-8 `SHAPES`, 9 the sign.
         colors: (B, 576) 0 nothing or the sign, 1-8 `COLORS`.
         digits: (B, 576) 0 nothing, 1 a sign without a digit, 2-11 the digits.
-        objects: (B, 576) 0 nothing or the sign, else the object's place in drawing order, from 1.
+        objects: (B, 576) 0 nothing or the sign, else the object's number in drawing order, from 1.
         centers: (B, 576) the patch in which the object or the sign has its centre; `NOTHING` where there is neither.
     """
 

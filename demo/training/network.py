@@ -162,12 +162,12 @@ class Decoder(nn.Module):
         self.head_width = size.width // size.heads
 
     def forward(self, prefix: Tensor, answers: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        """Predict the next token at every place of the slots.
+        """Predict the next token at every position of the slots.
 
         Args:
             prefix: (B, P, D) embeddings.
             answers: (B, S, D) embeddings of all slots.
-            positions: (S,) of the slots' places.
+            positions: (S,), counted along each slot.
             visible: (S, P + S) bool, what each of them sees.
 
         Returns:
@@ -249,7 +249,7 @@ def slots(prefix: int) -> tuple[Tensor, Tensor]:
     """Lay out the slots of a batch behind a prefix of P tokens.
 
     Returns:
-        Positions (S,), and what each place sees, bool (S, P + S): the prefix, and what stands before it in its own slot.
+        Positions (S,), and what each position sees, bool (S, P + S): the prefix, and what stands before it in its own slot.
     """
     lengths = [QUESTION_TOKENS] * QUESTIONS + [CAPTION_TOKENS]
     offset = torch.cat([torch.arange(length) for length in lengths])

@@ -40,11 +40,11 @@ class Objective(nn.Module):
         self.row: Tensor
         self.column: Tensor
         self.in_caption: Tensor
-        place = torch.arange(PATCHES)
+        index = torch.arange(PATCHES)
         in_caption = torch.arange(QUESTIONS * QUESTION_TOKENS + CAPTION_TOKENS) >= QUESTIONS * QUESTION_TOKENS
         self.register_buffer("head", torch.tensor(head), persistent=False)
-        self.register_buffer("row", place // _SIDE, persistent=False)
-        self.register_buffer("column", place % _SIDE, persistent=False)
+        self.register_buffer("row", index // _SIDE, persistent=False)
+        self.register_buffer("column", index % _SIDE, persistent=False)
         self.register_buffer("in_caption", in_caption.float(), persistent=False)
 
     def forward(

@@ -9,7 +9,7 @@ modules that are already there, so the weights are read once and no copy reaches
 | in | `position_ids` | (B, S) int64 | only with original positions; else the decoder counts by itself |
 | in | `attention_mask` | (B, past + S) int64 | ones; its length tells the decoder how much of the cache is valid |
 | | on cuda | (B, S_max) int64 | ones for the valid part; of the cache's length, so that all steps have one shape |
-| in | `last_position` | (1,) int64 | only on cuda: the place whose logits are wanted |
+| in | `last_position` | (1,) int64 | only on cuda: the position whose logits are wanted |
 | in | `past_key_values.<l>.key` / `.value` | (B, kv_heads, S_max, head_dim) | the cache; shared with `present` |
 | out | `logits` | (B, 1, V) | of the last position |
 | out | `next_token`, `top_logit` | (B, 1, 1) | only on cuda: the most probable token and its logit |
@@ -110,8 +110,8 @@ def in_memory(base: type, decoder: Any, positions: str) -> type:
             return decoder
 
         def make_rotary_embedding_caches_from_scratch(self) -> tuple[Tensor, Tensor]:
-            places = torch.arange(self.rope_attrs["cache_length"])[None]
-            cos, sin = rotary_embedding(decoder)(torch.zeros(1), places)
+            positions = torch.arange(self.rope_attrs["cache_length"])[None]
+            cos, sin = rotary_embedding(decoder)(torch.zeros(1), positions)
             return cos[0, :, : cos.shape[2] // 2], sin[0, :, : sin.shape[2] // 2]
 
         def make_context_length_init(self, config: Any) -> None:

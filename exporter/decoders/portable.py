@@ -1,19 +1,19 @@
 """The decoder of the TensorRT targets: the checkpoint's language model in standard operators, with its cache in the open.
 
-The caches come in as they are, of any length, with a count of the places that hold something; the new rows go out by
+The caches come in as they are, of any length, with a count of the rows that hold something; the new rows go out by
 themselves. So nothing is copied but them, a decode step has the same shapes every time (which a captured CUDA graph needs),
 and the runtime writes the new rows of all layers into one buffer with one strided copy.
 
 | direction | name | shape | meaning |
 |---|---|---|---|
 | in | `inputs_embeds` | (1, S, D) | text embeddings with the image embeddings spliced between |
-| in | `position_ids` | (1, S) int64 | their places in the sequence |
-| in | `past_length` | (1,) int64 | how many places of the caches hold something, from the first on |
-| in | `last_position` | (1,) int64 | the place among the S whose logits are wanted; what is behind it is padding |
+| in | `position_ids` | (1, S) int64 | their positions in the sequence |
+| in | `past_length` | (1,) int64 | how many rows of the caches hold something, from the first on |
+| in | `last_position` | (1,) int64 | the position among the S whose logits are wanted; what is behind it is padding |
 | in | `past_key_values.<l>.key` / `.value` | (1, kv_heads, P, head_dim) | the caches; P may be 0 |
-| out | `logits` | (1, 1, V) fp32 | of the place asked for |
+| out | `logits` | (1, 1, V) fp32 | of the position asked for |
 | out | `next_token`, `top_logit` | (1, 1) | the most probable token, and its logit in fp32 |
-| out | `new_key_values.<l>.key` / `.value` | (1, kv_heads, S, head_dim) | the rows of the S places |
+| out | `new_key_values.<l>.key` / `.value` | (1, kv_heads, S, head_dim) | the rows of the S positions |
 
 Attention is told what it may see by an additive mask, made in the graph: what a kernel of its own takes "causal" to mean
 where there are more keys than queries has differed between versions. Place, type and order of the operations are those
@@ -34,7 +34,7 @@ from torch.nn import functional
 from leanvlm.exporter.decoders import head_dim, kv_heads, rotary_embedding
 from leanvlm.exporter.trace import trace
 
-# What is added where a place must not be seen. In half precision, together with any score, it stays a number.
+# What is added where a position must not be seen. In half precision, together with any score, it stays a number.
 HIDDEN = -3e4
 PARTS = ("key", "value")
 FUSED_OPSET = 23
@@ -55,7 +55,7 @@ class PortableDecoder(nn.Module):
         self.layers = decoder.model.layers
         self.norm = decoder.model.norm
         rotary = rotary_embedding(decoder)
-        # In fp32, also where the decoder is narrower: half precision would turn the angles of later places by a radian.
+        # In fp32, also where the decoder is narrower: half precision would turn the angles of later positions by a radian.
         self.frequencies: Tensor = rotary.inv_freq
         self.magnitude: float = rotary.attention_scaling
         self.lm_head = decoder.lm_head
@@ -82,18 +82,18 @@ class PortableDecoder(nn.Module):
         return logits, logits.argmax(dim=-1), ranked.amax(dim=-1), *new
 
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of every place's angles, both (1, 1, S, head_dim)."""
+        """Return cosine and sine of every position's angles, both (1, 1, S, head_dim)."""
         angles = position_ids[:, None, :, None].float() * self.frequencies
         angles = torch.cat([angles, angles], dim=3)
         return (angles.cos() * self.magnitude).to(dtype), (angles.sin() * self.magnitude).to(dtype)
 
     @staticmethod
     def _mask(inputs_embeds: Tensor, past_length: Tensor, past: int) -> Tensor:
-        """Return what is added to the scores (1, 1, S, P + S): 0 for filled places and for new ones up to the query's own."""
+        """Return what is added to the scores (1, 1, S, P + S): 0 for filled rows and for new ones up to the query's own."""
         count, device = inputs_embeds.shape[1], inputs_embeds.device
-        places = torch.arange(count, device=device)
+        positions = torch.arange(count, device=device)
         filled = (torch.arange(past, device=device) < past_length)[None].expand(count, -1)
-        seen = torch.cat([filled, places[None] <= places[:, None]], dim=1)[None, None]
+        seen = torch.cat([filled, positions[None] <= positions[:, None]], dim=1)[None, None]
         zero = torch.zeros((), dtype=inputs_embeds.dtype, device=device)
         return torch.where(seen, zero, torch.full_like(zero, HIDDEN))
 
@@ -122,7 +122,7 @@ class PortableDecoder(nn.Module):
 
 
 def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of half a head's width apart by their place's angles: rotary embedding (arXiv 2104.09864)."""
+    """Turn pairs of half a head's width apart by their position's angles: rotary embedding (arXiv 2104.09864)."""
     first, second = states.chunk(2, dim=3)
     return states * cos + torch.cat([-second, first], dim=3) * sin
 

@@ -30,7 +30,7 @@ class Description:
         layers: The hidden states that the projector reads, side by side; 0 = embeddings.
         blocks: Blocks of the tower.
         saliency: What scores the tokens.
-        leading: Tokens in front of the patches that have no place on the grid, such as a class token; they are always kept.
+        leading: Tokens in front of the patches that have no position on the grid, such as a class token; they are always kept.
     """
 
     grid: tuple[int, int]

@@ -1,7 +1,7 @@
 """LLaVA (`model_type: llava`): a CLIP or SigLIP tower, an MLP projector, any causal decoder.
 
 The projector reads one hidden state of the tower or several side by side. With the strategy `default` the class token is left
-out, with `full` it is an image token like the others, but without a place on the grid.
+out, with `full` it is an image token like the others, but without a position on the grid.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class AgilePruner:
     - Distances are measured in fp32, the release's in the model's fp16. Run in fp32, the release centres its features in
       place and measures centred distances, so there it differs from us, and from itself in fp16.
     - Each crop has a rank and distances of its own; the release takes crop 0's.
-    - Equal scores rank by place.
+    - Equal scores rank by index.
     - The gate `entropy` as H / `entropy_ref` is our own choice: the paper has such a variant, no source gives its formula.
       Its ratio spans 0.94 to 1.06 where the rank's spans 0.64 to 1.36.
 
@@ -119,7 +119,7 @@ def select_tokens(
     attention; sweeping from all-alive reaches it, since after n sweeps the first n tokens are final.
 
     Args:
-        attention: (B, N) scores; equal ones rank by place.
+        attention: (B, N) scores; equal ones rank by index.
         features: (B, N, D) tokens compared by un-centred cosine distance.
         ratio: (B,) image complexity over its reference.
         keep: K, at most N.

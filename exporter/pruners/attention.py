@@ -13,7 +13,7 @@ class AttentionPruner:
     """Top-K by class-token attention, averaged over heads.
 
     Uses no text and merges nothing. The release's, but for equal scores: here
-    they go to the lower place.
+    they go to the lower index.
 
     Attributes:
         keep: K, tokens kept of each crop.

@@ -30,7 +30,7 @@ class VisionTokens:
         features: (B, N, D), after the projector.
         seen: The same tokens before the projector, and what the tower tells of them.
         grid: MatrixRows and columns of the patches.
-        leading: How many tokens stand in front of the patches and have no place on the grid; a pruner gets none.
+        leading: How many tokens stand in front of the patches and have no position on the grid; a pruner gets none.
     """
 
     features: Tensor
@@ -40,7 +40,7 @@ class VisionTokens:
 
     @property
     def patches(self) -> VisionTokens:
-        """The tokens that have a place on the grid, which a pruner chooses among."""
+        """The tokens that have a position on the grid, which a pruner chooses among."""
         if not self.leading:
             return self
         return VisionTokens(self.features[:, self.leading :], self.seen.patches(self.leading), self.grid)
@@ -81,7 +81,7 @@ class Kept:
     """The choice of a pruner.
 
     Attributes:
-        indices: (B, K) int64, ascending, unique: the places of the kept tokens in raster order.
+        indices: (B, K) int64, ascending, unique: the indices of the kept tokens in raster order.
         hidden: (B, K, Dv) for methods that merge tokens, still to be projected (an index is then its cluster's centre);
             None for methods that only choose.
         diagnostics: Name to (B,) values that explain the choice, such as `effective_rank`.
@@ -124,7 +124,7 @@ def enforce(holds: bool, rule: str) -> None:
 
 
 def choose(pruner: Pruner, tokens: VisionTokens) -> Kept:
-    """Choose among the patches; tokens without a place on the grid are always kept, in front."""
+    """Choose among the patches; tokens without a position on the grid are always kept, in front."""
     first, kept = tokens.leading, pruner(tokens.patches)
     if not first:
         return kept
@@ -153,17 +153,17 @@ def precedes(scores: Tensor, lower: Tensor | None = None) -> Tensor:
     """Return whether token j comes before token i when `scores` (B, N) fall: (B, N, N) bool at [b, i, j].
 
     Comparing pairs instead of sorting makes ties the same on every backend: the lower index comes first. A caller that ranks
-    many times makes `lower_places` once and hands it over as `lower`.
+    many times makes `lower_index` once and hands it over as `lower`.
     """
-    lower = lower_places(scores) if lower is None else lower
+    lower = lower_index(scores) if lower is None else lower
     mine, other = scores[:, :, None], scores[:, None, :]
     return (other > mine) | ((other == mine) & lower)
 
 
-def lower_places(scores: Tensor) -> Tensor:
+def lower_index(scores: Tensor) -> Tensor:
     """Return whether j < i for `scores` (B, N): (N, N) bool at [i, j]."""
-    place = torch.arange(scores.shape[1], device=scores.device)
-    return place[None, :] < place[:, None]
+    index = torch.arange(scores.shape[1], device=scores.device)
+    return index[None, :] < index[:, None]
 
 
 def rank_by(scores: Tensor, lower: Tensor | None = None) -> Tensor:
@@ -172,20 +172,20 @@ def rank_by(scores: Tensor, lower: Tensor | None = None) -> Tensor:
 
 
 def first_by(rank: Tensor, keep: int) -> Tensor:
-    """Return the places of the `keep` lowest of `rank` (B, N), whose values are all different: (B, K) int64 ascending."""
+    """Return the indices of the `keep` lowest of `rank` (B, N), whose values are all different: (B, K) int64 ascending."""
     return torch.topk(-rank, keep, dim=1).indices.sort(dim=1).values
 
 
 def top_indices(scores: Tensor, keep: int) -> Tensor:
-    """Return the places of the `keep` highest of `scores` (B, N) in raster order: (B, K) int64, ties to the lower index."""
+    """Return the indices of the `keep` highest of `scores` (B, N) in raster order: (B, K) int64, ties to the lower index."""
     return first_by(rank_by(scores), keep)
 
 
 def chosen_indices(chosen: Tensor, keep: int) -> Tensor:
-    """Return the places of the `keep` true values in each row of `chosen` (B, N) bool: (B, K) int64 ascending."""
+    """Return the indices of the `keep` true values in each row of `chosen` (B, N) bool: (B, K) int64 ascending."""
     count = chosen.shape[1]
-    place = torch.arange(count, device=chosen.device, dtype=torch.float32)
-    return first_by(place - count * chosen.float(), keep)
+    index = torch.arange(count, device=chosen.device, dtype=torch.float32)
+    return first_by(index - count * chosen.float(), keep)
 
 
 def diagonal(matrix: Tensor) -> Tensor:
@@ -212,6 +212,6 @@ class MatrixRows:
         self._rows = matrix.flatten(0, 1)
         self._first = torch.arange(batch, device=matrix.device)[:, None] * count
 
-    def take(self, places: Tensor) -> Tensor:
-        """Return row `places[b]` of matrix b, for `places` (B, 1) int64: (B, 1, N)."""
-        return torch.nn.functional.embedding(places + self._first, self._rows)
+    def take(self, index: Tensor) -> Tensor:
+        """Return row `index[b]` of matrix b, for `index` (B, 1) int64: (B, 1, N)."""
+        return torch.nn.functional.embedding(index + self._first, self._rows)

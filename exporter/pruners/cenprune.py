@@ -16,7 +16,7 @@ from torch import Tensor
 from leanvlm.exporter.pruners.base import Kept, MatrixRows, ScoredBlock, Signal, VisionTokens, chosen_indices, keep_all
 from leanvlm.exporter.pruners.divprune import CHOSEN, most_isolated, pair_distance, spread
 
-# A distance below this is rounding: the tokens are equal, and the lower place comes first.
+# A distance below this is rounding: the tokens are equal, and the lower index comes first.
 EQUAL = 1e-6
 
 

@@ -25,7 +25,7 @@ class DivPruner:
 
     Needs no scores, uses no text and merges nothing. The release's: the first token, the rule and the distance. Ours: the
     release selects once over the whole image sequence, here each crop of a batch is a selection of its own; K is given
-    instead of a share of N (0.098 there); equal distances go to the lower place.
+    instead of a share of N (0.098 there); equal distances go to the lower index.
 
     Attributes:
         keep: K, tokens kept of each crop.
@@ -48,11 +48,11 @@ class DivPruner:
 
 def pair_distance(features: Tensor) -> Tensor:
     """Return the cosine distance of every pair of `features` (B, N, D): (B, N, N), 0..2, but `CHOSEN` on the diagonal."""
-    place = torch.arange(features.shape[1], device=features.device)
+    index = torch.arange(features.shape[1], device=features.device)
     similarity = cosine(features)
     # Two tokens that are each other's nearest tie by definition; a product's two halves may differ in the last digit.
     similarity = torch.maximum(similarity, similarity.transpose(1, 2))
-    return torch.where(place[:, None] == place[None, :], CHOSEN, 1.0 - similarity)
+    return torch.where(index[:, None] == index[None, :], CHOSEN, 1.0 - similarity)
 
 
 def most_isolated(distance: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def most_isolated(distance: Tensor) -> Tensor:
 
 
 def spread(distance: MatrixRows, near: Tensor, steps: int, floors: Sequence[Tensor] | None = None) -> Tensor:
-    """Choose `steps` more tokens, each the farthest from those chosen; equal ones by place.
+    """Choose `steps` more tokens, each the farthest from those chosen; equal ones by index.
 
     Args:
         distance: Of `pair_distance`.

@@ -33,7 +33,7 @@ LEAST_SALIENCY = 1e-30
 class ScopePruner:
     """Greedy coverage gain times attention, on the tower's tokens before the projector.
 
-    Uses no text and merges nothing. The release's, but for equal gains: here they go to the lower place.
+    Uses no text and merges nothing. The release's, but for equal gains: here they go to the lower index.
     The release sums the attention over heads, here it is their mean: a common factor, so the choice is the same.
 
     Attributes:
@@ -58,9 +58,9 @@ class ScopePruner:
         similarity = cosine(tokens.hidden)
         saliency = tokens.saliency.float()
         saliency = (saliency if self.alpha == 1.0 else saliency.pow(self.alpha)).clamp(min=LEAST_SALIENCY)
-        place = torch.arange(count, device=saliency.device)
+        index = torch.arange(count, device=saliency.device)
         # A token counts one too much of its own coverage, subtracted again; so a kept one, with nothing to add, is below zero.
-        similarity = torch.where(place[:, None] == place[None, :], similarity + 1.0, similarity)
+        similarity = torch.where(index[:, None] == index[None, :], similarity + 1.0, similarity)
         rows, covered = MatrixRows(similarity), torch.zeros_like(saliency)[:, None, :]
         for _ in range(self.keep):
             gain = (similarity - covered).relu().sum(dim=2) - 1.0

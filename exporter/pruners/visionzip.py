@@ -57,12 +57,12 @@ class VisionZipPruner:
         rank = rank_by(tokens.saliency.float())
         if not contextual:
             return Kept(first_by(rank, self.keep))
-        place = torch.arange(count, device=rank.device, dtype=torch.float32)
-        rest = first_by(torch.where(rank >= dominant, place - count, place), count - dominant)
+        index = torch.arange(count, device=rank.device, dtype=torch.float32)
+        rest = first_by(torch.where(rank >= dominant, index - count, index), count - dominant)
         targets = rest[:, :: rest.shape[1] // contextual][:, :contextual]
-        is_target = (targets[:, :, None] == place).any(dim=1)
+        is_target = (targets[:, :, None] == index).any(dim=1)
         kept = is_target | (rank < dominant)
-        indices = first_by(torch.where(kept, place - count, place), self.keep)
+        indices = first_by(torch.where(kept, index - count, index), self.keep)
         centre = torch.where(kept, -1, targets.gather(1, _nearest_target(tokens.keys, targets)))
         joins = (centre[:, None, :] == indices[:, :, None]).float()  # (B, K, N)
         mean = (joins @ tokens.hidden.float()) / joins.sum(dim=2, keepdim=True).clamp(min=1.0)

@@ -17,7 +17,7 @@ from leanvlm.runtime.preprocess import ImageSpec
 
 
 class Seen(NamedTuple):
-    """What a tower sees of B crops: N tokens, first those that have no place on the grid, then the patches in raster order.
+    """What a tower sees of B crops: N tokens, first those that have no position on the grid, then the patches in raster order.
 
     Attributes:
         hidden: (B, N, Dv), before the projector.
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     unsplit: Tensor | None
 
     def patches(self, leading: int) -> Seen:
-        """Return the same without the first tokens, which have no place on the grid."""
+        """Return the same without the first tokens, which have no position on the grid."""
         return Seen(_behind(leading, self.hidden), *(_behind(leading, part) for part in self[1:]))
 
 

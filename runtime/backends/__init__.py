@@ -99,7 +99,7 @@ def open_backend(
         BackendError: The device, the provider or the engines are not there.
         InputError: A provider for another target, or together with a device; a number of threads below 1.
     """
-    place = BACKENDS[manifest.target]
+    path = BACKENDS[manifest.target]
     options: dict[str, Any] = {"device": device, "threads": _capped(threads), "prepack": prepack}
     if provider is not None and manifest.target not in LIBRARIES:
         targets = " or ".join(LIBRARIES)
@@ -107,8 +107,8 @@ def open_backend(
     if manifest.target in LIBRARIES and (device == "cpu" or provider is not None):
         if device is not None and provider is not None:
             raise InputError(f"--device {device} and --provider {provider} exclude each other; give one")
-        place, options = PORTABLE, {**options, "provider": provider}
-    module, name = place.split(":")
+        path, options = PORTABLE, {**options, "provider": provider}
+    module, name = path.split(":")
     backend: Backend = getattr(import_module(module), name)(folder, manifest, **options)
     return backend
 

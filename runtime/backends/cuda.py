@@ -6,8 +6,8 @@ A cache that goes with its sequence is run without: what was captured for it wou
 Only token ids, their embeddings and a mask cross the bus while an answer is made.
 
 A prompt is read at the next length of a ladder (`bucket`), so that few graphs serve all prompts. The padding is at its
-end, behind everything: attention is causal, so it changes nothing before it; the logits are those of the last real place,
-and the first generated token overwrites the first place of padding in the cache.
+end, behind everything: attention is causal, so it changes nothing before it; the logits are those of the last real position,
+and the first generated token overwrites the first position of padding in the cache.
 
 The same code runs a bundle for cuda on the processor when that is asked for, without graphs and without padding.
 """
@@ -40,7 +40,7 @@ from leanvlm.runtime.prompt import Prompt
 from leanvlm.runtime.specs import DecoderSpec, GraphSpec
 
 Array = npt.NDArray[Any]
-# Prompts up to FINE places are padded to a multiple of 8, which tensor cores like; longer ones to a multiple of COARSE.
+# Prompts up to FINE positions are padded to a multiple of 8, which tensor cores like; longer ones to a multiple of COARSE.
 FINE, COARSE = 256, 64
 # Lengths of prompts whose tensors are kept.
 PROMPT_SLOTS = 8
@@ -51,7 +51,7 @@ GPU_LOCK = threading.RLock()
 
 
 def bucket(length: int) -> int:
-    """Return the padded length at which a prompt of `length` places is read."""
+    """Return the padded length at which a prompt of `length` positions is read."""
     step = 8 if length <= FINE else COARSE
     return -(-length // step) * step
 
@@ -190,7 +190,7 @@ class CudaCache:
         self.length = 0
         shape = (1, spec.kv_heads, capacity, spec.head_dim)
         for name in spec.caches:
-            # Whatever lies in fresh memory may be no number, which even a weight of zero lets through.
+            # Whatever lies in fresh memory may be NaN, which even a weight of zero lets through.
             self._caches[name] = cache = self._memory.empty(shape, self._dtype)
             cache.fill(np.zeros(shape, self._dtype))
 

@@ -149,9 +149,9 @@ class TrtCache:
         self._names = list(spec.caches)
         # Before the memory is there: one that no step could use is not to be kept.
         self._contexts[DECODE].check(self._names[0], (1, spec.kv_heads, capacity, spec.head_dim))
-        ends = {tensor.name: tensor for tensor in spec.graph.outputs}
+        specs = {tensor.name: tensor for tensor in spec.graph.outputs}
         outputs = ("logits", "next_token", "top_logit")
-        self._scores = {name: Buffer(self._device, _sizes(ends[name].shape), ends[name].dtype) for name in outputs}
+        self._scores = {name: Buffer(self._device, _sizes(specs[name].shape), specs[name].dtype) for name in outputs}
         self._counts = {name: Buffer(self._device, (1,), np.int64) for name in ("past_length", "last_position")}
         self._caches = Buffer(self._device, (len(self._names), spec.kv_heads, capacity, spec.head_dim), self._dtype)
         self._device.zero(self._caches.address, self._caches.bytes)
@@ -169,17 +169,17 @@ class TrtCache:
             target.fill(prompt.embeddings(self._dtype))
             return
         width = self._spec.hidden_size * self._dtype.itemsize
-        # Rows as `places` numbers them: the text's first, then each image's.
+        # Rows as `index` numbers them: the text's first, then each image's.
         rows, text = np.asarray(prompt.index), prompt.text.astype(self._dtype, copy=False)
         starts = np.cumsum([len(text), *(crop.embeddings.shape[0] for crop in prompt.crops)])
         for begin, end in _runs(rows):
-            row, place = int(rows[begin]), target.address + begin * width
+            row, address = int(rows[begin]), target.address + begin * width
             if row < len(text):
-                self._device.upload(place, text[row : row + end - begin])
+                self._device.upload(address, text[row : row + end - begin])
                 continue
             image = int(np.searchsorted(starts, row, side="right")) - 1
             source = int(addresses[image] or 0) + (row - int(starts[image])) * width
-            self._device.copy(place, source, (end - begin) * width)
+            self._device.copy(address, source, (end - begin) * width)
 
     def prefill(self) -> DeviceScores:
         """Read the loaded prompt, with an empty cache."""
@@ -206,8 +206,8 @@ class TrtCache:
             context.binding = binding
         context.run(replayed=profile == DECODE and self._captured)
         size, rows = self._spec.head_dim * self._dtype.itemsize, len(self._names) * self._spec.kv_heads
-        place = self._caches.address + self.length * size
-        self._device.copy_rows(place, self.capacity * size, buffers["new"].address, count * size, count * size, rows)
+        address = self._caches.address + self.length * size
+        self._device.copy_rows(address, self.capacity * size, buffers["new"].address, count * size, count * size, rows)
         self.length += count
         return DeviceScores(self._scores)
 
@@ -251,7 +251,7 @@ def _sizes(shape: Sequence[int | str]) -> list[int]:
 
 
 def _runs(rows: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Return the stretches (begin, end) of places whose rows follow one another."""
+    """Return the stretches (begin, end) of positions whose rows follow one another."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     edges = [0, *breaks.tolist(), len(rows)]
     return [(begin, end) for begin, end in pairwise(edges) if end > begin]

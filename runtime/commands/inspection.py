@@ -96,6 +96,6 @@ def _verified(manifest: Manifest) -> str:
     except (AttributeError, KeyError, TypeError, ValueError):
         return "the record cannot be read"
     where = manifest.verification.get("device")
-    alike = " with its weights rounded alike" if any("unrounded" in t for t in tokens.values()) else ""
+    alike = " with its weights quantised alike" if any("unrounded" in t for t in tokens.values()) else ""
     prefix = f"on {where}: " if where else ""
     return f"{prefix}features within {worst:.1e}; greedy tokens equal to the checkpoint's{alike}: {equal}"

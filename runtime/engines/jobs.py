@@ -137,7 +137,7 @@ def plan_build(config: BuildConfig, manifest: Manifest, module: Any) -> BuildPla
     memory = max(int((COPIES + COPIES_A_PROFILE * count) * size) for count, size in sizes) + BESIDE
     disk = sum(count * size + ENGINE_BESIDE for count, size in sizes)
     plan = BuildPlan(config, manifest, tuple(jobs), memory, disk)
-    _check_places(plan)
+    _check_paths(plan)
     _check_room(plan)
     return plan
 
@@ -191,12 +191,12 @@ def _weights(manifest: Manifest, graph: GraphSpec) -> int:
     return manifest.files[data].bytes
 
 
-def _check_places(plan: BuildPlan) -> None:
+def _check_paths(plan: BuildPlan) -> None:
     """Check that engines and timings can be written."""
     bundle, cache = plan.config.bundle, plan.config.timing_cache
     check_folder(bundle, "engines")
     for folder in {bundle / job.file.parent for job in plan.jobs}:
-        check_folder(next(place for place in (folder, *folder.parents) if place.exists()), "engines")
+        check_folder(next(path for path in (folder, *folder.parents) if path.exists()), "engines")
     if cache is None:
         return
     if cache.is_dir() or not cache.absolute().parent.is_dir():
