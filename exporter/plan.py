@@ -16,7 +16,7 @@ from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint, hub_id, open_checkpoint
 from leanvlm.exporter.config import ExportConfig
-from leanvlm.exporter.decoders import check_decoder, context_length, token_rows
+from leanvlm.exporter.decoders import check_decoder, context_length, decoder_for, token_rows
 from leanvlm.exporter.families import Description
 from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.output import check_output
@@ -186,7 +186,7 @@ def _estimate(config: ExportConfig, checkpoint: Checkpoint, model: nn.Module, bu
     sizes = {f"vision_{budget}.onnx": 250_000 for budget in budgets}
     sizes[VISION_DATA] = vision_dtype(config).itemsize * (count(parts.tower("feature", None)) + count(parts.project))
     sizes["decoder.onnx.data"] = int(weights * per_weight)
-    half = checkpoint.config.dtype == torch.float16 and rows.dtype != torch.float32
+    half = checkpoint.config.dtype == torch.float16 and not decoder_for(decoder.config).is_scaled
     sizes[EMBED_TOKENS] = rows.numel() * (2 if half else 4)
     return sizes
 

@@ -201,7 +201,7 @@ def test_decoder_refuses_more_than_its_cache(session: Session) -> None:
 
 def test_logits_that_are_not_finite_are_an_error(session: Session) -> None:
     sequence = session.backend.decoder().sequence(8)
-    sequence.load(text_prompt(np.full((3, session.table.width), np.nan, np.float16)))
+    sequence.load(text_prompt(np.full((3, session.manifest.decoder.hidden_size), np.nan, np.float16)))
     with pytest.raises(BackendError, match="cannot be sampled"):
         sequence.prefill().greedy()
 

@@ -132,12 +132,12 @@ def test_greedy_tokens_equal_generate(original: Original, images: list[Image.Ima
                 inputs = original.inputs(prompt, image)
                 assert int((inputs["input_ids"] == session.manifest.image_token_id).sum()) == full
                 encoded = session.encode_images([image], BUDGET)
-                ids = session.splice(session.prompt_ids([user_message(prompt, 1)], 1), encoded).ids
+                ids = session.prompt(session.prompt_ids([user_message(prompt, 1)], 1), encoded).ids
                 assert list(ids) == inputs["input_ids"][0].tolist()
                 wanted = original.greedy(**inputs)
                 assert ours(full) == wanted
                 seen.add(tuple(wanted))
-                assert encoded[0].pruning.indices.tolist() == original.choice(inputs["pixel_values"], BUDGET)
+                assert encoded[0].crops[0].pruning.indices.tolist() == original.choice(inputs["pixel_values"], BUDGET)
                 embeddings = original.pruned(inputs, BUDGET)
                 pruned = original.greedy(inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2]))
                 assert ours(BUDGET) == pruned
