@@ -160,6 +160,9 @@ def test_a_folder_that_cannot_be_written_is_seen_before_the_work(
 ) -> None:
     folder, protect = protected
     (folder / "report.json").write_bytes(OURS)
+    # What commands import is imported now: another user may not be able to read where Python is installed.
+    for command in ("profile nowhere --json", "export --model demo -o"):
+        assert leanvlm(*command.split(), folder).returncode == 2
     protect()
     for name in ("new.json", "report.json"):
         refused(leanvlm, folder, "profile nowhere --json", f"{folder}/{name}", "cannot be written: Permission denied")
