@@ -10,7 +10,7 @@ OLDEST_TRANSFORMERS := 5.2.*
 BIN := .venv/bin
 READY := .venv/.ready
 LIBRARY := calibration demo exporter runtime
-CHECKED := $(LIBRARY) bench tests
+CHECKED := $(LIBRARY) leanvlm bench tests
 
 IMAGE := demo/samples/complex-9003.png
 QUESTION := What is below the green ring?
@@ -18,7 +18,7 @@ BUNDLE := out/demo-64
 OVERLAY := out/kept.png
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train evaluate test test-slow test-gpu test-transformers lint types wheel clean
+.PHONY: help demo train evaluate test test-fast test-slow test-gpu test-transformers lint types wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,13 +39,16 @@ demo: $(READY) ## export the built-in model, ask it about a sample image, profil
 	@echo 'Ask something else: $(BIN)/leanvlm run $(BUNDLE) --image $(IMAGE)'
 
 train: $(READY) ## train the built-in model anew, from its seed, into out/trained (an NVIDIA GPU, minutes)
-	$(BIN)/python -m leanvlm.demo.train --seed 2 --output out/trained
+	$(BIN)/python -m leanvlm.demo.training.train --seed 2 --output out/trained
 
 evaluate: $(READY) ## measure again what the built-in model's card says (minutes)
-	$(BIN)/python -m leanvlm.demo.evaluate
+	$(BIN)/python -m leanvlm.calibration.model_card
 
 test: $(READY) ## run the tests
 	$(BIN)/pytest
+
+test-fast: $(READY) ## run the tests without exports and processes (two minutes)
+	$(BIN)/pytest -m fast
 
 test-slow: $(READY) ## run the tests that take minutes
 	$(BIN)/pytest -m slow
@@ -63,7 +66,7 @@ lint: $(READY) ## check style and format
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 
-# Type checkers do not follow an editable install's import hook; this tree of links stands in for leanvlm/.
+# Type checkers do not follow an editable install's import hook; these links stand in for what it maps into leanvlm.
 types: $(READY) ## check types; the runtime also as Python 3.10
 	@mkdir -p .types/leanvlm
 	@for folder in $(LIBRARY); do ln -sfn ../../$$folder .types/leanvlm/$$folder; done

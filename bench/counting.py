@@ -21,10 +21,10 @@ from torch import Tensor
 from bench.study import RESULTS, conditions, default_methods, described, open_examinee, write_lines
 from leanvlm.calibration.evaluate import Exam
 from leanvlm.calibration.study import BATCH, Examinee, pruners_of
-from leanvlm.demo.canvas import PATCH, PATCHES, Canvas
 from leanvlm.demo.packing import pack
 from leanvlm.demo.render import render
 from leanvlm.demo.scenes import Question, Scene
+from leanvlm.demo.training.canvas import PATCH, PATCHES, Canvas
 from leanvlm.exporter.pruners.base import ScoredBlock, gather_tokens
 
 COUNTING = RESULTS / "counting-demo.json"

@@ -15,7 +15,8 @@ from typing import Any
 
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.config import ExportConfig
-from leanvlm.exporter.decoder import BUILDERS, in_memory, write_text_checkpoint
+from leanvlm.exporter.decoders import decoder_for
+from leanvlm.exporter.decoders.genai import in_memory, write_text_checkpoint
 from leanvlm.runtime.optional import require
 
 PROMPT_TOKENS = 104
@@ -24,11 +25,11 @@ PROMPT_TOKENS = 104
 def build(checkpoint: Path, folder: Path, precision: str, target: str) -> Path:
     """Write a decoder with `genai_config.json` into a new folder."""
     source = open_checkpoint(ExportConfig(str(checkpoint)))
-    decoder = source.family.decoder(load_model(source))
-    architecture, class_name = BUILDERS[source.config.text_config.model_type]
+    decoder = source.family.parts(load_model(source)).decoder
+    class_name = decoder_for(source.config.text_config).builder
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         text = Path(scratch) / "decoder"
-        write_text_checkpoint(source, architecture, text)
+        write_text_checkpoint(source, text)
         builder = require("onnxruntime_genai.models.builder", "gpu-export")
         options = ["prune_lm_head=true", "enable_cuda_graph=true"] if target == "cuda" else ["prune_lm_head=true"]
         extra = builder.parse_extra_options(str(text), str(text), str(folder), precision, target, scratch, options)

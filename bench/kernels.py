@@ -36,7 +36,7 @@ def stage_kernels(bundle: Path, budget: int) -> dict[str, Kernels]:
     image = np.random.default_rng(0).integers(0, 256, (960, 1280, 3)).astype(np.uint8)
     with load(bundle) as session:
         features = session.encode_images([image], budget)
-        plan = session.splice(session.prompt_ids([user_message(prompt_of(session, TEXT_TOKENS), 1)], 1), features)
+        plan = session.prompt(session.prompt_ids([user_message(prompt_of(session, TEXT_TOKENS), 1)], 1), features)
         graph: Any = session.vision(budget)
         sequence = session.decoder().sequence(256)
         cache: Any = sequence.cache

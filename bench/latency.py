@@ -168,7 +168,7 @@ def _keep_stages(kept: dict[str, list[float]], times: Timings) -> None:
 def _decoder(session: Session, precision: str, prompt: str, pixels: Any, options: LatencyOptions, samples: Samples) -> None:
     """Time prefill and decode step by themselves, and the step's captured graph alone."""
     features = session.encode_images([pixels], options.budget)
-    plan = session.splice(session.prompt_ids([user_message(prompt, 1)], 1), features)
+    plan = session.prompt(session.prompt_ids([user_message(prompt, 1)], 1), features)
     sequence = session.decoder().sequence(len(plan) + 2 * (options.runs + options.warmup) + 8)
     cache: Any = sequence.cache
 
@@ -178,11 +178,11 @@ def _decoder(session: Session, precision: str, prompt: str, pixels: Any, options
 
     times = [read() for _ in range(options.warmup + options.runs)]
     samples[f"prefill_{len(plan)}_{precision}"] = times[options.warmup :]
-    token, place = cache.prefill().greedy(), plan.next_position
+    token, position = cache.prefill().greedy(), plan.next_position
     steps = []
     for count in range(options.warmup + options.runs):
         begin = perf_counter()
-        token = cache.step(session.table.rows([token])[0], place + count).greedy()
+        token = cache.step(session.table.rows([token])[0], position + count).greedy()
         steps.append(1e3 * (perf_counter() - begin))
     samples[f"decode_{precision}"] = steps[options.warmup :]
     samples[f"decode_{precision}_graph_only"] = repeated(cache.replay, options)
@@ -220,8 +220,8 @@ def _preprocessing(session: Session, jpeg: bytes, options: LatencyOptions, sampl
 
 
 def _agreement(session: Session, peer: Transformers, prompt: str, pixels: Any, budget: int) -> dict[str, Any]:
-    """Compare the first place's logits with transformers', which reads the same embeddings."""
-    plan = session.splice(session.prompt_ids([user_message(prompt, 1)], 1), session.encode_images([pixels], budget))
+    """Compare the first position's logits with transformers', which reads the same embeddings."""
+    plan = session.prompt(session.prompt_ids([user_message(prompt, 1)], 1), session.encode_images([pixels], budget))
     sequence = session.decoder().sequence(len(plan))
     sequence.load(plan)
     ours, theirs = sequence.prefill().logits().astype(np.float64), peer.logits(plan.embeddings()).astype(np.float64)

@@ -60,7 +60,7 @@ def save_bars(path: Path, chart: Bars) -> None:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Values from 0 to `high`, between two places on the canvas."""
+    """Values from 0 to `high`, between two points on the canvas."""
 
     left: float
     right: float

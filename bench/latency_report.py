@@ -14,7 +14,7 @@ import numpy as np
 from bench.latency_plot import Bars, save_bars
 from bench.roofline import Shapes, arithmetic_ms, floors, memory_ms, work
 from leanvlm.calibration.plot import COLOURS, Lines, save_plot
-from leanvlm.runtime.profile_report import COLOURS as STAGE_COLOURS
+from leanvlm.runtime.commands.profile_report import COLOURS as STAGE_COLOURS
 
 FLOOR = "floor of "
 SIZES = ("peak_device_bytes_64", "weights_bytes")

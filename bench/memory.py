@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from leanvlm.runtime.gpu import free_memory, process_memory
+from leanvlm.runtime.machine.gpu import free_memory, process_memory
 
 PERIOD_S = 0.01
 PROMPT, NEW_TOKENS = "What is in the image?", 32

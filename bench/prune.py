@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from leanvlm.exporter.graphs import VisionGraph
-from leanvlm.exporter.models.llava import ClipTower
-from leanvlm.exporter.passes import PASSES
 from leanvlm.exporter.pruners import parse
 from leanvlm.exporter.pruners.base import gather_tokens, top_indices
-from leanvlm.exporter.trace import OPSET, trace
+from leanvlm.exporter.targets import TARGETS
+from leanvlm.exporter.towers.base import Seen
+from leanvlm.exporter.towers.clip import ClipTower
+from leanvlm.exporter.trace import trace
 from leanvlm.runtime.manifest import VISION_OUTPUTS
 from leanvlm.runtime.optional import require
 
@@ -62,11 +63,10 @@ class TopK(nn.Module):
         super().__init__()
         self.keep = keep
 
-    def forward(
-        self, features: Tensor, hidden: Tensor, keys: Tensor, attention: Tensor, *more: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """Return the kept features, their places, and no merged tokens."""
-        indices = top_indices(attention, self.keep)
+    def forward(self, features: Tensor, seen: Seen) -> tuple[Tensor | None, ...]:
+        """Return the kept features, their indices, and no merged tokens."""
+        assert seen.saliency is not None
+        indices = top_indices(seen.saliency, self.keep)
         return gather_tokens(features, indices), indices, None
 
 
@@ -82,7 +82,7 @@ def vision_graphs(options: PruneOptions) -> dict[str, tuple[nn.Module, tuple[str
     projector = nn.Sequential(nn.Linear(1024, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)).eval()
     graphs: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
     for name in ("agile", "attention"):
-        tower = ClipTower(getattr(clip, "vision_model", clip), 23, 22)
+        tower = ClipTower(getattr(clip, "vision_model", clip), (23,), 22)
         graph = VisionGraph(tower, projector, parse(name, keep=options.budget), GRID).eval()
         graphs[name] = (graph, VISION_OUTPUTS)
         if name == "attention":
@@ -98,9 +98,9 @@ def measure_prune(options: PruneOptions) -> Path:
         dtype = torch.float16 if options.device == "cuda" else torch.float32
         for name, (graph, outputs) in vision_graphs(options).items():
             example = torch.zeros(2, 3, SIDE, SIDE, dtype=dtype)
-            opset = OPSET[options.device]
+            opset = TARGETS[options.device].opset
             model = trace(graph.to(dtype), {"pixel_values": example}, output_names=outputs, opset=opset)
-            for rewrite in PASSES[options.device].values():
+            for rewrite in TARGETS[options.device].passes.values():
                 rewrite(model)
             paths[name] = Path(folder) / f"{name}.onnx"
             ir.save(model, paths[name], external_data=f"{name}.data")

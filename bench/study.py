@@ -122,13 +122,14 @@ def open_examinee(model: str) -> Examinee:
     """Load a built-in model, or one that training wrote with a reference of its own for the gate."""
     from leanvlm.calibration.gate import TrainingScenes, measure
     from leanvlm.calibration.study import Examinee
-    from leanvlm.demo import BUILT_IN
+    from leanvlm.demo.built_in import resolved
     from leanvlm.exporter.checkpoint import load_model, open_checkpoint
     from leanvlm.exporter.config import ExportConfig
 
-    checkpoint = open_checkpoint(ExportConfig(model))
+    config = resolved(ExportConfig(model))
+    checkpoint = open_checkpoint(config)
     examinee = Examinee(checkpoint, load_model(checkpoint))
-    if model in BUILT_IN:
+    if config.known is not None:
         return examinee
     ranks = measure(examinee.side, TrainingScenes(REFERENCE_SCENES), lambda count: None).exact
     return Examinee(replace(checkpoint, erank_ref=float(ranks.mean())), load_model(checkpoint))

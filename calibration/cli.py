@@ -1,4 +1,4 @@
-"""`leanvlm calibrate` and `leanvlm eval`: options to one library call. Imports torch only when a command runs."""
+"""`leanvlm calibrate` and `leanvlm eval`: options to one library call. Imports what is heavy only when a command runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from leanvlm.demo import BUILT_IN
-from leanvlm.exporter.config import ExportConfig, parse_budgets
 from leanvlm.runtime.console import help_without_command, stderr_console
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.optional import require
@@ -20,7 +17,7 @@ from leanvlm.runtime.outputs import check_outputs, check_picture, json_bytes, wr
 
 DEMO_SCENES = 200
 
-calibrate = typer.Typer(help="Fit to a model what belongs to it.", rich_markup_mode=None)
+calibrate = typer.Typer(help="Fit to a model what belongs to it.", add_completion=False, rich_markup_mode=None)
 
 Scenes = Annotated[int | None, typer.Option(min=1, help="Built-in scenes to use; for --model demo and demo-small.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
@@ -46,10 +43,14 @@ def gate_command(
     offline: Offline = False,
 ) -> None:
     """Fit the pruning gate's references to a model's images; `export --gate-file` uses them."""
-    config = ExportConfig(model=model, budgets=parse_budgets(budget), revision=revision, token=token, offline=offline)
+    from leanvlm.demo.built_in import resolved
+    from leanvlm.exporter.config import ExportConfig, parse_budgets
+
+    asked = ExportConfig(model=model, budgets=parse_budgets(budget), revision=revision, token=token, offline=offline)
+    config = resolved(asked)
     picture = output.with_suffix(".png")
     check_outputs({"--output": output, "its picture": picture}, (*_read_of(model), *_files_in(images)))
-    if images is None and model not in BUILT_IN:
+    if images is None and config.known is None:
         raise InputError("--images is missing; give a folder with at least 8 images such as the model will see")
     if images is not None and scenes is not None:
         raise InputError("--scenes and --images exclude each other")
@@ -74,6 +75,8 @@ def gate_command(
 
 def _read_of(model: str | None) -> tuple[Path, ...]:
     """Return the folder that a model's files are read from, if it is one on this machine that the user may write to."""
+    from leanvlm.demo.built_in import BUILT_IN
+
     return () if model is None or model in BUILT_IN or not Path(model).is_dir() else (Path(model),)
 
 
@@ -114,6 +117,8 @@ def eval_command(
         raise InputError("give bundles, or --model with --pruner")
     if bool(pruner) != (model is not None):
         raise InputError("--pruner goes with --model, and --model with --pruner; a bundle has its pruner inside")
+    from leanvlm.exporter.config import parse_budgets
+
     budgets = None if budget is None else parse_budgets(budget)
     require("torch", "export", "drawing the scenes")
     from leanvlm.calibration.evaluate import Exam, parse_kinds
@@ -142,9 +147,11 @@ def _run_bundles(bundles: list[Path], budgets: tuple[int, ...] | None, exam: Any
 def _run_model(model: str, pruners: list[str], budgets: tuple[int, ...] | None, exam: Any) -> list[Any]:
     require("transformers", "export", "evaluating a checkpoint")
     from leanvlm.calibration.study import Examinee, pruners_of, run_study
+    from leanvlm.demo.built_in import resolved
     from leanvlm.exporter.checkpoint import load_model, open_checkpoint
+    from leanvlm.exporter.config import ExportConfig
 
-    checkpoint = open_checkpoint(ExportConfig(model=model))
+    checkpoint = open_checkpoint(resolved(ExportConfig(model=model)))
     chosen = budgets or (64,)
     rounds = len(pruners_of(checkpoint, pruners, chosen))
     with _progress(rounds * exam.scenes * len(exam.kinds)) as advance:
@@ -154,6 +161,8 @@ def _run_model(model: str, pruners: list[str], budgets: tuple[int, ...] | None, 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
     """Show a bar on standard error; yields what moves it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description:<24}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = stderr_console()
     # Without a terminal the bar would still leave an empty line.

@@ -14,10 +14,10 @@ from PIL import Image
 
 from leanvlm.calibration.scores import CAPTION, Result, Scores, score_caption
 from leanvlm.demo.scenes import KINDS, PHOTO_KINDS, TRAINING_SEED, Question, Scene, held_out_questions, make_scene
+from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.manifest import read_manifest
+from leanvlm.runtime.prompt import ImageFeatures
 from leanvlm.runtime.session import Session, load, user_message
-from leanvlm.runtime.splice import ImageFeatures
 
 BATCH = 8
 # The longest short answer takes 6 tokens of the built-in model; the longest caption, of 13 objects, 52.
@@ -108,7 +108,7 @@ def budgets_of(bundle: Path, budgets: Sequence[int] | None) -> list[int]:
         LeanVLMError: It is no bundle, or does not hold a budget.
     """
     manifest = read_manifest(bundle)
-    asked = manifest.vision if budgets is None else budgets
+    asked: Sequence[int] = manifest.budgets if budgets is None else budgets
     return sorted({manifest.budget(budget) for budget in asked}, reverse=True)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from leanvlm.calibration.plot import Histogram, draw_plot
 from leanvlm.calibration.vision import VisionSide
-from leanvlm.demo.batches import Mixture, draw_scenes
+from leanvlm.demo.mixture import Mixture, draw_scenes
 from leanvlm.demo.scenes import Scene
 from leanvlm.exporter.gate_file import GateFile
 from leanvlm.exporter.pruners.agile import select_tokens
@@ -176,10 +176,10 @@ def measure(side: VisionSide, images: Folder | TrainingScenes, on_images: Callab
     tokens: list[VisionTokens] = []
     seen = 0
     for batch in _batches(images.pictures(side.checkpoint.image_spec)):
-        found = side.tokens(batch)
+        found = side.tokens(batch).patches
         exact.append(exact_effective_rank(found.features))
         estimated.append(effective_rank(found.features))
-        entropy.append(attention_entropy(found.attention))
+        entropy.append(attention_entropy(found.saliency))
         if len(tokens) * BATCH < COMPARED:
             tokens.append(found)
         on_images(len(batch) + len(images.unreadable) - seen)
@@ -260,14 +260,14 @@ def _overlap(found: Measured, erank_ref: float, budget: int) -> dict[str, float]
     """Share of kept tokens that are the same with the estimated as with the exact rank: mean and worst image."""
     shares: list[float] = []
     for batch in found.tokens:
-        rows = slice(len(shares), len(shares) + len(batch.attention))
+        rows = slice(len(shares), len(shares) + len(batch.features))
         exact, rough = (_choose(batch, ranks[rows] / erank_ref, budget) for ranks in (found.exact, found.estimated))
         shares += [len(set(a) & set(b)) / budget for a, b in zip(exact, rough, strict=True)]
     return {"images": len(shares), "mean": round(float(np.mean(shares)), 5), "worst": round(min(shares), 5)}
 
 
 def _choose(tokens: VisionTokens, ratio: Array, keep: int) -> list[list[int]]:
-    indices, *_ = select_tokens(tokens.attention, tokens.features, torch.from_numpy(ratio), keep=keep)
+    indices, *_ = select_tokens(tokens.saliency, tokens.features, torch.from_numpy(ratio), keep=keep)
     chosen: list[list[int]] = indices.tolist()
     return chosen
 

@@ -197,21 +197,21 @@ def _draw_frame(canvas: Canvas, frame: _Frame, panel: Lines | Histogram, y_label
 
 
 def _draw_lines(canvas: Canvas, left: float, panel: Lines, names: Sequence[str]) -> None:
-    places = {x: k for k, x in enumerate(sorted({x for points in panel.series.values() for x, _ in points}))}
+    columns = {x: k for k, x in enumerate(sorted({x for points in panel.series.values() for x, _ in points}))}
     values = [y for points in panel.series.values() for _, y in points] + ([panel.level[1]] if panel.level else [])
     values += [end for bars in panel.ranges.values() for _, *ends in bars for end in ends]
-    frame = _Frame(left, (-0.3, len(places) - 0.7), _span(values))
-    _draw_frame(canvas, frame, panel, panel.y_label, {k: f"{x:g}" for x, k in places.items()})
+    frame = _Frame(left, (-0.3, len(columns) - 0.7), _span(values))
+    _draw_frame(canvas, frame, panel, panel.y_label, {k: f"{x:g}" for x, k in columns.items()})
     if panel.level is not None:
         canvas.line([frame.place(x, panel.level[1]) for x in frame.x], INK, 1.2, dash=3)
     for name, points in panel.series.items():
         colour, marker, dash = _style(name, names)
-        placed = [frame.place(places[x], y) for x, y in sorted(points)]
+        placed = [frame.place(columns[x], y) for x, y in sorted(points)]
         canvas.line(placed, colour, 1.8, dash)
         for point in placed:
             canvas.marker(point, marker, colour)
         for x, low, high in panel.ranges.get(name, []):
-            canvas.line([frame.place(places[x], low), frame.place(places[x], high)], colour, 1.2)
+            canvas.line([frame.place(columns[x], low), frame.place(columns[x], high)], colour, 1.2)
 
 
 def _draw_histogram(canvas: Canvas, left: float, panel: Histogram, names: Sequence[str]) -> None:

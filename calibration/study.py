@@ -2,7 +2,7 @@
 
 A scene's image is encoded once and serves every method. For one method and budget all questions about a scene go through the
 decoder in one pass, side by side behind the same image tokens, with their right answers appended: if the most likely token is
-the right one at every place of an answer, its end included, then greedy decoding gives exactly that answer, and only then.
+the right one at every position of an answer, its end included, then greedy decoding gives exactly that answer, and only then.
 Captions that fail this test are generated, since how they fail counts.
 """
 
@@ -24,6 +24,8 @@ from leanvlm.calibration.vision import VisionSide
 from leanvlm.demo.render import render
 from leanvlm.demo.scenes import Question, Scene
 from leanvlm.exporter.checkpoint import Checkpoint
+from leanvlm.exporter.decoders import token_rows
+from leanvlm.exporter.plan import pruner_for
 from leanvlm.exporter.pruners import parse
 from leanvlm.exporter.pruners.base import Pruner, ScoredBlock
 from leanvlm.exporter.pruners.gates import attention_entropy, exact_effective_rank
@@ -58,8 +60,8 @@ class Script:
     Attributes:
         ids: (T,) the questions' endings and right answers, one after the other.
         targets: (T,) the right next token where an answer is being given, `IGNORED` elsewhere.
-        question: (T,) which question each place belongs to, from 1.
-        offset: (T,) how far each place is from its question's beginning.
+        question: (T,) which question each position belongs to, from 1.
+        offset: (T,) how far each position is from its question's beginning.
     """
 
     ids: Tensor
@@ -77,8 +79,8 @@ class Examinee:
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         self.side = VisionSide(checkpoint, model.float())
-        self._decoder: Any = checkpoint.family.decoder(model)
-        self._table = checkpoint.family.embed_tokens(model)
+        self._decoder: Any = checkpoint.family.parts(model).decoder
+        self._table = token_rows(self._decoder)
         self._tokenizer = TextTokenizer.from_folder(checkpoint.folder)
         self._template = Template.from_folder(checkpoint.folder)
         self._image_token = checkpoint.spec.image_token_id
@@ -171,11 +173,11 @@ def user_prompt(template: Template, question: str) -> str:
 
 
 def _side_by_side(question: Tensor, prefix: int) -> Tensor:
-    """Attention mask (B, 1, S, S) to add: places see the prefix and, of the rest, only their own question's earlier places."""
+    """Attention mask (B, 1, S, S) to add: a token sees the prefix and, of the rest, only its own question up to itself."""
     number = nn.functional.pad(question, (prefix, 0))  # 0 in the prefix
-    place = torch.arange(number.shape[1])
-    shared = (place < prefix)[None, None, :]
-    visible = (place[None, :] <= place[:, None]) & (shared | (number[:, :, None] == number[:, None, :]))
+    position = torch.arange(number.shape[1])
+    shared = (position < prefix)[None, None, :]
+    visible = (position[None, :] <= position[:, None]) & (shared | (number[:, :, None] == number[:, None, :]))
     return torch.where(visible, 0.0, torch.finfo(torch.float32).min)[:, None]
 
 
@@ -220,8 +222,8 @@ def _study_kind(examinee: Examinee, exam: Exam, pruners: dict[tuple[str, int], P
     for kind, scenes in exam.batches(BATCH):
         images = render(scenes)
         tokens = {block: examinee.side.tokens(images, block) for block in blocks}
-        complexity["effective_rank"] += exact_effective_rank(tokens["feature"].features).tolist()
-        complexity["entropy"] += attention_entropy(tokens["feature"].attention).tolist()
+        complexity["effective_rank"] += exact_effective_rank(tokens["feature"].patches.features).tolist()
+        complexity["entropy"] += attention_entropy(tokens["feature"].patches.saliency).tolist()
         asked = [exam.questions(scene) for scene in scenes]
         scripts = [examinee.script([*short, caption] if caption else short) for short, caption in asked]
         for (name, budget), pruner in pruners.items():
@@ -239,11 +241,11 @@ def pruners_of(checkpoint: Checkpoint, methods: Sequence[str], budgets: Sequence
     for budget in budgets:
         if not 1 <= budget < count:
             raise InputError(f"budget {budget} is not possible in a comparison; give numbers from 1 to {count - 1}")
-    pruners: dict[tuple[str, int], Pruner] = {("none", count): parse("none", keep=count)}
+    pruners: dict[tuple[str, int], Pruner] = {("none", count): parse("none", keep=count - checkpoint.spec.leading)}
     for method in methods:
         if method.partition(":")[0] != "none":
             for budget in budgets:
-                pruners[method, budget] = parse(method, keep=budget, erank_ref=checkpoint.erank_ref)
+                pruners[method, budget] = pruner_for(method, checkpoint.spec, budget, erank_ref=checkpoint.erank_ref)
     return pruners
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from leanvlm.exporter.checkpoint import Checkpoint
-from leanvlm.exporter.pruners.base import Pruner, ScoredBlock, VisionTokens, gather_tokens
+from leanvlm.exporter.pruners.base import Pruner, ScoredBlock, VisionTokens, choose, gather_tokens
+from leanvlm.exporter.towers.base import Seen
 from leanvlm.runtime.preprocess import preprocess
 
 
@@ -23,21 +24,22 @@ class VisionSide:
 
     def __init__(self, checkpoint: Checkpoint, model: nn.Module) -> None:
         self.checkpoint = checkpoint
-        self._model = model
-        self._projector = checkpoint.family.projector(model).to(torch.float32)
+        self._parts = checkpoint.family.parts(model)
+        self._projector = self._parts.project.to(torch.float32)
         self._towers: dict[ScoredBlock, nn.Module] = {}
 
     @torch.no_grad()
     def tokens(self, images: Sequence[Image.Image], scored: ScoredBlock = "feature") -> VisionTokens:
         """Return the unpruned tokens of B images, with the attention of the block that a method scores."""
         pixels = torch.from_numpy(preprocess(images, self.checkpoint.image_spec))
-        hidden, keys, attention, unsplit = self._tower(scored)(pixels)
-        return VisionTokens(self._projector(hidden), hidden, keys, attention, unsplit, self.checkpoint.spec.grid)
+        seen: Seen = self._tower(scored)(pixels)
+        spec = self.checkpoint.spec
+        return VisionTokens(self._projector(seen.hidden), seen, spec.grid, spec.leading)
 
     @torch.no_grad()
     def keep(self, pruner: Pruner, tokens: VisionTokens) -> Tensor:
         """Return the embeddings (B, K, D) that a pruner hands to the decoder."""
-        kept = pruner(tokens)
+        kept = choose(pruner, tokens)
         if kept.hidden is None:
             return gather_tokens(tokens.features, kept.indices)
         projected: Tensor = self._projector(kept.hidden)
@@ -45,5 +47,5 @@ class VisionSide:
 
     def _tower(self, scored: ScoredBlock) -> Any:
         if scored not in self._towers:
-            self._towers[scored] = self.checkpoint.family.tower(self._model, scored).to(torch.float32).eval()
+            self._towers[scored] = self._parts.tower(scored, None).to(torch.float32).eval()
         return self._towers[scored]

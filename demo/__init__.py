@@ -8,7 +8,7 @@ of `leanvlm.demo.scenes`, which `leanvlm.demo.render` draws. `SMALL_DIR` is its 
 
 from pathlib import Path
 
-__all__ = ["BUILT_IN", "ERANK_REF", "MODEL_DIR", "SAMPLES_DIR", "SMALL_DIR", "SMALL_ERANK_REF"]
+__all__ = ["ERANK_REF", "MODEL_DIR", "SAMPLES_DIR", "SMALL_DIR", "SMALL_ERANK_REF"]
 
 MODEL_DIR = Path(__file__).parent / "model"
 SMALL_DIR = Path(__file__).parent / "small"
@@ -18,6 +18,3 @@ SAMPLES_DIR = Path(__file__).parent / "samples"
 # `leanvlm calibrate gate --model demo --scenes 2000` finds it.
 ERANK_REF = 64.24
 SMALL_ERANK_REF = 42.94
-
-# What `--model` calls them, to their folders and references.
-BUILT_IN = {"demo": (MODEL_DIR, ERANK_REF), "demo-small": (SMALL_DIR, SMALL_ERANK_REF)}

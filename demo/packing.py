@@ -97,9 +97,9 @@ def photo_row(photo: Photo) -> tuple[float, ...]:
 
 
 def object_row(item: SceneObject) -> tuple[float, ...]:
-    """The numbers of an object; those of shape and colour are their places in `SHAPES` and `COLORS`."""
-    place = (item.cx, item.cy, item.radius, math.cos(item.rotation), math.sin(item.rotation))
-    return (*place, SHAPES.index(item.shape), COLORS.index(item.color), *item.rgb)
+    """The numbers of an object; those of shape and colour are their indices in `SHAPES` and `COLORS`."""
+    pose = (item.cx, item.cy, item.radius, math.cos(item.rotation), math.sin(item.rotation))
+    return (*pose, SHAPES.index(item.shape), COLORS.index(item.color), *item.rgb)
 
 
 def sign_row(sign: Sign) -> tuple[float, ...]:

@@ -15,19 +15,19 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoImageProcessor
 
-from leanvlm.demo import BUILT_IN
 from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, ExportConfig
-from leanvlm.exporter.models import ARCHITECTURES, Family, FamilySpec, family_for
+from leanvlm.exporter.families import ARCHITECTURES, Description, Family, family_for
 from leanvlm.exporter.weights import ADAPTER, adapter_alone, find_weights, load_weights
+from leanvlm.runtime.bundle import file_sha256
 from leanvlm.runtime.console import check_utf8
 from leanvlm.runtime.errors import CheckpointError, LeanVLMError, LeanVLMWarning, UnsupportedModelError
-from leanvlm.runtime.manifest import SourceSpec, file_sha256
 from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.records import load_json, shorten
+from leanvlm.runtime.specs import SourceSpec
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
 PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
-# What marks weights that are stored rounded; the last is MLX's.
+# What marks weights that are stored quantised; the last is MLX's.
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 PARTS = ("text_config", "vision_config")
 # transformers makes a table of names from this number, whatever the model.
@@ -49,7 +49,7 @@ class Checkpoint:
         revision: The Hub's commit, where known.
         config: The transformers configuration.
         family: The family that handles it.
-        spec: The family's numbers.
+        spec: What the family reads of it.
         image_spec: The image processor as data.
         erank_ref: Reference effective rank declared for this model.
         weight_files: The safetensors files that count, in order.
@@ -60,7 +60,7 @@ class Checkpoint:
     revision: str | None
     config: Any
     family: Family
-    spec: FamilySpec
+    spec: Description
     image_spec: ImageSpec
     erank_ref: float
     weight_files: tuple[Path, ...]
@@ -71,7 +71,7 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self.weight_files)
 
     def source(self) -> SourceSpec:
-        """Return the manifest's record of this checkpoint; reads every weight file once for its sum."""
+        """Return the manifest's record of this checkpoint; reads every weight file once for its checksum."""
         digest = hashlib.sha256("".join(file_sha256(file) for file in self.weight_files).encode())
         return SourceSpec(self.name, self.revision, digest.hexdigest(), _licence(self.folder), self.licence_file)
 
@@ -82,9 +82,9 @@ class Checkpoint:
 
 
 def hub_id(config: ExportConfig) -> str | None:
-    """Return the Hub's name of the model that an export names, or None for a built-in one and for a folder."""
+    """Return the Hub's name of the model that an export names, or None for one that is known and for a folder."""
     model = config.model
-    if model in BUILT_IN or model.startswith((".", "/", "~")) or Path(model).exists():
+    if config.known is not None or model.startswith((".", "/", "~")) or Path(model).exists():
         return None
     return ALIASES.get(model, model)
 
@@ -100,9 +100,8 @@ def open_checkpoint(config: ExportConfig, *, weights: bool = True) -> Checkpoint
         CheckpointError: It is not there, or has no safetensors weights or no readable configuration.
         UnsupportedModelError: No family handles it.
     """
-    if config.model in BUILT_IN:
-        folder, erank_ref = BUILT_IN[config.model]
-        return _read(folder, f"leanvlm-{config.model}", None, erank_ref)
+    if config.known is not None:
+        return _read(config.known.folder, config.known.name, None, config.known.erank_ref)
     name = hub_id(config)
     if name is None:
         folder = Path(config.model).expanduser()
@@ -208,13 +207,13 @@ def _architectures(raw: dict[str, Any]) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def _configuration(folder: Path, family: Family) -> tuple[Any, FamilySpec]:
+def _configuration(folder: Path, family: Family) -> tuple[Any, Description]:
     """Read `config.json` as transformers does, and the family's numbers from it."""
     try:
         config: Any = CONFIG_MAPPING[family.model_type].from_pretrained(folder, local_files_only=True)
         # Which kernel computes attention is ours to choose, and one that is named may not be installed.
         config._attn_implementation = None
-        return config, family.spec(config)
+        return config, family.describe(config)
     except LeanVLMError:
         raise
     except Exception as error:  # A configuration's own checks raise nearly anything.
@@ -232,7 +231,7 @@ def _check_dtype(path: Path, value: object) -> None:
         raise CheckpointError(f"{path}: dtype is {shorten(repr(value))}; it must be float32, float16 or bfloat16")
 
 
-def _image_spec(folder: Path, spec: FamilySpec) -> ImageSpec:
+def _image_spec(folder: Path, spec: Description) -> ImageSpec:
     """Read the image processor as transformers does and compare its size with the tower's.
 
     What `processor_config.json` nests counts before `preprocessor_config.json`.

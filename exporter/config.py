@@ -15,6 +15,8 @@ ALIASES = {
     "llava": "llava-hf/llava-1.5-7b-hf",
     "llava-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
+    "bakllava": "llava-hf/bakLlava-v1-hf",
+    "llava-llama3": "xtuner/llava-llama-3-8b-v1_1-transformers",
 }
 # The gate's reference is the mean effective rank of a model's training images, so it belongs to a model.
 DEFAULT_ERANK_REF = 90.0
@@ -23,17 +25,32 @@ NO_TEMPLATE = "none"
 
 
 @dataclass(frozen=True)
+class KnownCheckpoint:
+    """A checkpoint on this machine that a short name stands for, such as a built-in one.
+
+    Attributes:
+        name: How manifests name the source.
+        folder: Where its files are.
+        erank_ref: Mean effective rank over the images that it was trained on.
+    """
+
+    name: str
+    folder: Path
+    erank_ref: float
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """One export, as the command line's options spell it.
 
     Attributes:
-        model: `demo`, `demo-small`, an alias, a Hub id or a folder with a Hugging Face checkpoint.
+        model: An alias, a Hub id or a folder with a Hugging Face checkpoint; or the name of the checkpoint in `known`.
         budgets: Image tokens kept per crop, at least 1; the first is the bundle's default. N is always added.
         output: Folder to write; None means `<model's name>-<budgets>` in the current folder.
         pruner: Spec string, such as `agile:gate=entropy`.
         target: What the graphs are written for.
         precision: None takes the target's default.
-        positions: `compact` numbers the kept tokens in a row, as the method was published; `original` keeps the places that
+        positions: `compact` numbers the kept tokens in a row, as the method was published; `original` keeps the positions that
             they have in the unpruned sequence (arXiv 2506.21873 found grounding lost without them).
         force: Replace an existing output folder.
         revision: Branch, tag or commit on the Hub.
@@ -42,6 +59,7 @@ class ExportConfig:
         gate_file: What `leanvlm calibrate gate` wrote for this model; sets the gate's references where `pruner` does not.
         template: File with a chat template (jinja) to use instead of the checkpoint's; `none` exports without one, for prompts
             that are written whole.
+        known: The checkpoint that `model` is the name of; `leanvlm.export` and the commands set it for `demo` and `demo-small`.
         here: The folder that a relative `output` is in, whatever the current folder becomes.
 
     Raises:
@@ -61,6 +79,7 @@ class ExportConfig:
     offline: bool = False
     gate_file: Path | None = None
     template: str | Path | None = None
+    known: KnownCheckpoint | None = None
     here: Path = field(default_factory=Path.cwd, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -93,9 +112,9 @@ class ExportConfig:
     @property
     def output_folder(self) -> Path:
         """The folder to write, as an absolute path; only its last part may be a link."""
-        place = self.here / self.named_output
+        path = self.here / self.named_output
         # Unlike Path.resolve, this leaves a link that leads to itself for whoever opens it.
-        return Path(os.path.realpath(place.parent), place.name)
+        return Path(os.path.realpath(path.parent), path.name)
 
     @property
     def named_output(self) -> Path:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import onnx_ir as ir
 
-from leanvlm.exporter.trace import OPSET
+from leanvlm.exporter.targets import TARGETS
 from leanvlm.runtime.engines.library import FUSED, number
 from leanvlm.runtime.errors import UnsupportedModelError
 
@@ -42,12 +42,17 @@ TENSORRT_10_14: Mapping[str, tuple[str, ...]] = {**TENSORRT_10_3, "Attention": F
 CONSTANT_INPUTS = {"Squeeze": 1, "Unsqueeze": 1, "Slice": 3, "Pad": 3, **dict.fromkeys(("ReduceMax", "ReduceMin"), 1)}
 CONSTANT_INPUTS |= dict.fromkeys(("ReduceSum", "ReduceMean", "ReduceProd", "ReduceL1", "ReduceL2", "CumSum"), 1)
 TOPK_LIMIT = 3840
+# From here on attention is one operator.
+FUSED_OPSET = 23
 
 
 def target_opset(target: str) -> int:
     """Return the opset of a target's graphs; for `tensorrt` it depends on the TensorRT that this machine has, if it has one."""
-    found = installed_tensorrt() if target == "tensorrt" else None
-    return OPSET["tensorrt-rtx"] if found is not None and found >= FUSED else OPSET[target]
+    record = TARGETS[target]
+    if record.newer_opset is None:
+        return record.opset
+    found = installed_tensorrt()
+    return record.newer_opset if found is not None and found >= FUSED else record.opset
 
 
 def installed_tensorrt() -> tuple[int, ...] | None:
@@ -72,7 +77,7 @@ def check_dialect(model: ir.Model, file: str) -> None:
 def foreign_nodes(model: ir.Model) -> Iterator[str]:
     """Yield each node outside the dialect of the model's opset, as `name: what is wrong`."""
     opset = model.opset_imports.get("", 0)
-    known = TENSORRT_10_14 if opset >= OPSET["tensorrt-rtx"] else TENSORRT_10_3
+    known = TENSORRT_10_14 if opset >= FUSED_OPSET else TENSORRT_10_3
     for node in model.graph.all_nodes():
         problem = _problem(node, known)
         if problem is not None:
@@ -86,9 +91,9 @@ def _problem(node: ir.Node, known: Mapping[str, tuple[str, ...]]) -> str | None:
     data = node.inputs[1 if node.op_type == "Where" else 0] if node.inputs else None
     if data is not None and data.dtype is not None and data.dtype.name not in known[node.op_type]:
         return f"its parser does not take {name} of {data.dtype.name}"
-    place = CONSTANT_INPUTS.get(node.op_type)
-    if place is not None and place < len(node.inputs):
-        axes = node.inputs[place]
+    index = CONSTANT_INPUTS.get(node.op_type)
+    if index is not None and index < len(node.inputs):
+        axes = node.inputs[index]
         made = None if axes is None else axes.producer()
         if axes is not None and axes.const_value is None and (made is None or made.op_type != "Constant"):
             return f"the axes of {name} must be a constant"

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from leanvlm.runtime.bundle import file_sha256
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.manifest import SourceSpec, file_sha256
 from leanvlm.runtime.outputs import json_bytes
 from leanvlm.runtime.records import Between, load_json, read
+from leanvlm.runtime.specs import SourceSpec
 
 # 2: without constants of the rank estimator, which holds for every model now.
 SCHEMA = 2
@@ -28,7 +29,7 @@ class GateFile:
 
     Attributes:
         model: Name of the checkpoint.
-        sha256: Sum over its weight files, as a manifest records it.
+        sha256: Checksum over its weight files, as a manifest records it.
         images: How many images were measured, at least 1.
         source: What they were, in words.
         erank_ref: Mean exact effective rank of the centred projector features, over 0.

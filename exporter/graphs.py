@@ -4,12 +4,12 @@
 |---|---|---|---|---|
 | in | `pixel_values` | float32 | (B, 3, H, W) | normalised as the checkpoint's processor does |
 | out | `image_features` | float32 | (B, K, D) | embeddings of the kept tokens, raster order |
-| out | `keep_indices` | int64 | (B, K) | their places among the N tokens, ascending |
+| out | `keep_indices` | int64 | (B, K) | their indices among the N tokens, ascending |
 | out | `effective_rank` | float32 | (B,) | of the centred features, estimated; 0 where the pruner's gate does not want it |
 | out | `num_selected` | int64 | (B,) | kept on merit, before the back-fill |
 | out | `converged` | bool | (B,) | whether the selection reached its fixed point |
 | out | `feature_sum` | float32 | (B,) | sum of all features (or squares) and attentions: not finite if one of them is not |
-| out | `attention` | float32 | (B, N) | the class token's attention, for pictures |
+| out | `attention` | float32 | (B, N) | how much each token is attended to, for pictures; 0 if the tower does not tell |
 
 B is free; N and K are fixed. Each stage is a submodule, so the nodes of a stage share a scope: /vision, /project, /prune.
 """
@@ -19,31 +19,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from leanvlm.exporter.pruners.base import Kept, Pruner, VisionTokens, gather_tokens
+from leanvlm.exporter.pruners.base import Kept, Pruner, VisionTokens, choose, gather_tokens
+from leanvlm.exporter.towers.base import Seen
 
 
 class PruneStage(nn.Module):
     """Runs a pruner, applies its choice and completes the diagnostics that it left out."""
 
-    def __init__(self, pruner: Pruner, grid: tuple[int, int]) -> None:
+    def __init__(self, pruner: Pruner, grid: tuple[int, int], leading: int = 0) -> None:
         super().__init__()
         self.pruner = pruner
         self.grid = grid
+        self.leading = leading
 
-    def forward(
-        self, features: Tensor, hidden: Tensor, keys: Tensor, attention: Tensor, unsplit: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def forward(self, features: Tensor, seen: Seen) -> tuple[Tensor | None, ...]:
         """Map the tokens of B crops to the `VISION_OUTPUTS`, with merged tokens still to be projected at the end.
 
         Returns:
             The outputs of the vision graph and the merged tokens (B, K, Dv); either the first or the last is None.
         """
-        kept = self.pruner(VisionTokens(features, hidden, keys, attention, unsplit, self.grid))
+        kept = choose(self.pruner, VisionTokens(features, seen, self.grid, self.leading))
         chosen = gather_tokens(features, kept.indices) if kept.hidden is None else None
+        attention = torch.zeros_like(features[:, :, 0], dtype=torch.float32) if seen.saliency is None else seen.saliency
         return chosen, kept.indices, *self._diagnostics(kept, features, attention), kept.hidden
 
-    @staticmethod
-    def _diagnostics(kept: Kept, features: Tensor, attention: Tensor) -> tuple[Tensor, ...]:
+    def _diagnostics(self, kept: Kept, features: Tensor, attention: Tensor) -> tuple[Tensor, ...]:
         given = kept.diagnostics
         every = torch.ones_like(kept.indices[:, 0])
         return (
@@ -51,22 +51,29 @@ class PruneStage(nn.Module):
             given.get("effective_rank", torch.zeros_like(attention[:, 0])),
             given.get("num_selected", every * kept.indices.shape[1]),
             given.get("converged", every > 0),
-            (given["energy"] if "energy" in given else features.float().sum((1, 2))) + attention.sum(1),
+            self._energy(kept, features) + attention.sum(1),
             attention,
         )
+
+    def _energy(self, kept: Kept, features: Tensor) -> Tensor:
+        """Return a sum (B,) that is finite only if all features are; what a pruner measures is of the patches alone."""
+        measured = kept.diagnostics.get("energy")
+        if measured is None:
+            return features.float().sum((1, 2))
+        return measured + features[:, : self.leading].float().sum((1, 2)) if self.leading else measured
 
 
 class VisionGraph(nn.Module):
     """Tower, projector and pruner as one traceable module."""
 
-    def __init__(self, tower: nn.Module, projector: nn.Module, pruner: Pruner, grid: tuple[int, int]) -> None:
+    def __init__(self, tower: nn.Module, projector: nn.Module, pruner: Pruner, grid: tuple[int, int], leading: int = 0) -> None:
         super().__init__()
         self.vision = tower
         self.project = projector
-        self.prune = PruneStage(pruner, grid)
+        self.prune = PruneStage(pruner, grid, leading)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Map pixel values (B, 3, H, W) to the outputs named in `VISION_OUTPUTS`."""
-        hidden, keys, attention, unsplit = self.vision(pixel_values)
-        chosen, *others, merged = self.prune(self.project(hidden), hidden, keys, attention, unsplit)
+        seen: Seen = self.vision(pixel_values)
+        chosen, *others, merged = self.prune(self.project(seen.hidden), seen)
         return (chosen if merged is None else self.project(merged)), *others

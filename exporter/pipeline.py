@@ -1,6 +1,6 @@
 """A planned export, step by step: load, trace, write, build, verify, put in place.
 
-A bundle is written to a temporary folder beside its place and renamed when it is complete and verified; whatever goes wrong
+A bundle is written to a temporary folder beside its path and renamed when it is complete and verified; whatever goes wrong
 before, the temporary folder is removed and an older bundle stays.
 """
 
@@ -25,45 +25,38 @@ from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint, load_model
 from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
-from leanvlm.exporter.decoder import DECODER, build_decoder, head_dim
+from leanvlm.exporter.decoders import context_length, head_dim, kv_heads, token_rows
+from leanvlm.exporter.decoders.genai import DECODER, build_decoder
+from leanvlm.exporter.decoders.portable import save_decoder, trace_decoder
 from leanvlm.exporter.dialect import check_dialect, target_opset
+from leanvlm.exporter.families import Parts
 from leanvlm.exporter.graphs import VisionGraph
-from leanvlm.exporter.passes import DECODER_PASSES, PASSES
+from leanvlm.exporter.output import files_replaced, put_in_place, scratch_folder, warn_of_losses
 from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import save_sharing
 from leanvlm.exporter.passes.stage_names import STAGES
-from leanvlm.exporter.place import files_replaced, put_in_place, scratch_folder, warn_of_losses
 from leanvlm.exporter.plan import DTYPES, EMBED_TOKENS, VISION_DATA, Plan, vision_dtype
-from leanvlm.exporter.portable_decoder import save_decoder, trace_decoder
 from leanvlm.exporter.pruners import PRUNERS, NoPruner
 from leanvlm.exporter.reference import Reference
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
+from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.text_files import write_text_files
 from leanvlm.exporter.trace import trace
 from leanvlm.exporter.verify import verify
 from leanvlm.runtime.backends.ort import PROVIDERS
+from leanvlm.runtime.bundle import file_sha256, write_manifest
+from leanvlm.runtime.crops import CropRule, CropShape
 from leanvlm.runtime.embeddings import TENSOR
-from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.errors import LeanVLMWarning
-from leanvlm.runtime.gpu import free_memory
-from leanvlm.runtime.manifest import (
-    MANIFEST,
-    VISION_OUTPUTS,
-    DecoderSpec,
-    FileSpec,
-    GraphSpec,
-    Manifest,
-    PrunerSpec,
-    TensorSpec,
-    file_sha256,
-    write_manifest,
-)
+from leanvlm.runtime.machine.gpu import free_memory
+from leanvlm.runtime.manifest import MANIFEST, VISION_OUTPUTS, Manifest
 from leanvlm.runtime.optional import require
+from leanvlm.runtime.positions import PositionRule
+from leanvlm.runtime.prompt import Layout
 from leanvlm.runtime.session import Session, load
+from leanvlm.runtime.specs import DecoderSpec, FileSpec, GraphSpec, PrunerSpec, Role, TensorSpec, VisionSpec
 
 MIN_ONNXRUNTIME = "1.23"
-# Where the host's clock cannot time a stage.
-CUT_TARGETS = ("cuda",)
 COPIED = ("preprocessor_config.json", "processor_config.json")
 TOOLS = ("leanvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
 
@@ -96,15 +89,15 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     checkpoint, config = request.checkpoint, request.config
     on_step("read weights")
     model = load_model(checkpoint, lambda file: on_step(f"map {file.name}"))
-    vision, stages = _write_vision(request, model, folder, on_step)
+    parts = checkpoint.family.parts(model)
+    vision, stages = _write_vision(request, parts, folder, on_step)
     gc.collect()
     on_step("build decoder")
-    decoder = checkpoint.family.decoder(model)
-    if config.target in LIBRARIES:
-        _write_portable(decoder, config, folder)
+    if TARGETS[config.target].decoder == "portable":
+        _write_portable(parts.decoder, config, folder)
     else:
         build_decoder(
-            decoder,
+            parts.decoder,
             checkpoint,
             target=config.target,
             precision=config.resolved_precision,
@@ -112,14 +105,13 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
             folder=folder,
             scratch=scratch,
         )
-    del decoder
     gc.collect()
     on_step("write token table")
-    _write_table(checkpoint, model, folder)
+    _write_table(parts.decoder, folder)
     _write_small_files(request, folder)
     manifest = _manifest(request, vision, stages, folder)
     write_manifest(folder, manifest)
-    # Unpacked weights are the files' own pages, so that the check needs no second copy of the model.
+    # Weights that are not prepacked are the files' own pages, so that the check needs no second copy of the model.
     with _open(folder, config.target) as session:
         reference = Reference(checkpoint, model, _reference_device(checkpoint, config.target))
         measured = verify(session, reference, request.pruners, on_step, raw=config.template == NO_TEMPLATE)
@@ -130,7 +122,7 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
 
 def _open(folder: Path, target: str) -> Session:
     """Open a bundle for its verification, on its own device if this machine has it, else on the processor."""
-    runtime = require("onnxruntime", "gpu-export" if target == "cuda" else "export")
+    runtime = require("onnxruntime", TARGETS[target].extra)
     here = PROVIDERS.get(target) in runtime.get_available_providers()
     with warnings.catch_warnings():
         # Verifying on the processor is slow; the manifest says where it was done.
@@ -140,36 +132,34 @@ def _open(folder: Path, target: str) -> Session:
 
 def _reference_device(checkpoint: Checkpoint, target: str) -> str:
     """Return where the checkpoint itself runs: on a GPU if it has room for it beside the bundle, of about the same size."""
-    if target != "cuda" or not torch.cuda.is_available():
+    if not TARGETS[target].is_gpu or not torch.cuda.is_available():
         return "cpu"
     found = free_memory()
     return "cuda" if found is not None and found[0] > 3 * checkpoint.weight_bytes else "cpu"
 
 
-def _write_vision(
-    request: Plan, model: nn.Module, folder: Path, on_step: Step
-) -> tuple[dict[int, GraphSpec], dict[str, GraphSpec]]:
+def _write_vision(request: Plan, parts: Parts, folder: Path, on_step: Step) -> tuple[list[VisionSpec], dict[str, GraphSpec]]:
     """Trace one vision graph per budget and save them over one weights file, on a GPU with cuts to time their stages by."""
-    spec, family, target = request.checkpoint.spec, request.checkpoint.family, request.config.target
-    dtype, image = vision_dtype(request.config), request.image
-    projector = _in_dtype(family.projector(model), dtype)
+    spec, target = request.checkpoint.spec, request.config.target
+    dtype, image, record = vision_dtype(request.config), request.image, TARGETS[target]
+    projector = _in_dtype(parts.project, dtype)
     example = torch.zeros(2, 3, *spec.image_size, dtype=torch.uint8 if image.layout == "uint8" else dtype)
     models: dict[str, ir.Model] = {}
-    specs: dict[int, GraphSpec] = {}
+    specs: list[VisionSpec] = []
     for budget, pruner in request.pruners.items():
         on_step(f"trace vision {budget}")
-        tower = family.tower(model, pruner.scored_block, image if image.layout == "uint8" else None)
-        graph = VisionGraph(_in_dtype(tower, dtype), projector, pruner, spec.grid).eval()
+        tower = parts.tower(pruner.scored_block, image if image.layout == "uint8" else None)
+        graph = VisionGraph(_in_dtype(tower, dtype), projector, pruner, spec.grid, spec.leading).eval()
         traced = trace(graph, {"pixel_values": example}, output_names=VISION_OUTPUTS, opset=target_opset(target))
-        for rewrite in PASSES[target].values():
+        for rewrite in record.passes.values():
             rewrite(traced)
         name = f"vision_{budget}.onnx"
-        if target in LIBRARIES:
+        if record.dialect:
             check_dialect(traced, name)
         models[name] = traced
-        specs[budget] = GraphSpec(name, _tensors(traced.graph.inputs), _tensors(traced.graph.outputs))
+        specs.append(VisionSpec(name, _tensors(traced.graph.inputs), _tensors(traced.graph.outputs), 0, budget))
     cuts = {}
-    if target in CUT_TARGETS:
+    if record.cut_stages:
         default = f"vision_{next(iter(request.pruners))}.onnx"
         for stage in STAGES[:-1]:
             name = f"stage_{stage}.onnx"
@@ -185,7 +175,7 @@ def _write_portable(decoder: nn.Module, config: ExportConfig, folder: Path) -> N
     dtype = DTYPES[config.resolved_precision]
     narrow = copy.deepcopy(decoder).to(dtype)
     model = trace_decoder(narrow, opset=target_opset(config.target), dtype=dtype)
-    for rewrite in DECODER_PASSES[config.target].values():
+    for rewrite in TARGETS[config.target].decoder_passes.values():
         rewrite(model)
     check_dialect(model, DECODER)
     save_decoder(model, folder / DECODER)
@@ -197,8 +187,8 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
 
 
-def _write_table(checkpoint: Checkpoint, model: nn.Module, folder: Path) -> None:
-    table = checkpoint.family.embed_tokens(model)
+def _write_table(decoder: nn.Module, folder: Path) -> None:
+    table = token_rows(decoder)
     if table.dtype not in (torch.float16, torch.float32):
         table = table.float()  # NumPy has no bfloat16.
     (folder / EMBED_TOKENS).write_bytes(save({TENSOR: table.contiguous()}))
@@ -212,8 +202,8 @@ def _write_small_files(request: Plan, folder: Path) -> None:
             shutil.copyfile(request.checkpoint.folder / name, folder / name)
 
 
-def _manifest(request: Plan, vision: dict[int, GraphSpec], stages: dict[str, GraphSpec], folder: Path) -> Manifest:
-    checkpoint, config = request.checkpoint, request.config
+def _manifest(request: Plan, vision: list[VisionSpec], stages: dict[str, GraphSpec], folder: Path) -> Manifest:
+    checkpoint, config, spec = request.checkpoint, request.config, request.checkpoint.spec
     first = request.pruners[config.budgets[0]] if config.budgets[0] in request.pruners else NoPruner()
     # As JSON holds them, so that a manifest that is read back is equal.
     values: Any = first
@@ -222,25 +212,26 @@ def _manifest(request: Plan, vision: dict[int, GraphSpec], stages: dict[str, Gra
     for leftover in ("genai_config.json",):
         (folder / leftover).unlink(missing_ok=True)
     decoder = _decoder_spec(checkpoint, folder)
-    splice = _write_splice(decoder, folder) if config.target == "cuda" else None
+    splice = _write_splice(decoder, folder) if TARGETS[config.target].splice else None
     files = {f.name: FileSpec(f.stat().st_size, file_sha256(f)) for f in sorted(folder.iterdir()) if f.name != MANIFEST}
     return Manifest(
         source=checkpoint.source(),
         family=checkpoint.family.model_type,
         pruner=PrunerSpec(name, params, request.gate),
-        budgets=(*config.budgets, *(b for b in vision if b not in config.budgets)),
-        tokens_per_crop=checkpoint.spec.tokens_per_crop,
-        grid=checkpoint.spec.grid,
+        budgets=(*config.budgets, *(graph.budget for graph in vision if graph.budget not in config.budgets)),
+        crops=CropRule("whole", (CropShape(spec.image_size, spec.grid, spec.leading),)),
+        layout=Layout(),
+        saliency=spec.saliency,
         target=config.target,
         precision=config.resolved_precision,
-        vision=vision,
+        vision=tuple(vision),
         stages=stages,
         decoder=decoder,
         splice=splice,
         embed_tokens=EMBED_TOKENS,
         image=request.image,
-        image_token_id=checkpoint.spec.image_token_id,
-        positions=config.positions,
+        image_token_id=spec.image_token_id,
+        positions=PositionRule(config.positions),
         min_onnxruntime=MIN_ONNXRUNTIME,
         versions={tool: found for tool in TOOLS if (found := _version(tool))},
         files=files,
@@ -255,14 +246,29 @@ def _decoder_spec(checkpoint: Checkpoint, folder: Path) -> DecoderSpec:
     return DecoderSpec(
         graph=GraphSpec(DECODER, _tensors(graph.inputs), _tensors(graph.outputs)),
         layers=text.num_hidden_layers,
-        kv_heads=text.num_key_value_heads,
+        kv_heads=kv_heads(text),
         head_dim=head_dim(text),
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
-        context_length=text.max_position_embeddings,
+        context_length=context_length(text),
         kv_dtype="float16" if kv_dtype == ir.DataType.FLOAT16 else "float32",
+        roles={str(value.name): _role(str(value.name)) for value in graph.inputs},
         cache="shared" if any(str(value.name).startswith("present.") for value in graph.outputs) else "appended",
     )
+
+
+ROLES: dict[str, Role] = {
+    "inputs_embeds": "embeddings",
+    "attention_mask": "mask",
+    "position_ids": "positions",
+    "past_length": "past_length",
+    "last_position": "last_position",
+}
+
+
+def _role(name: str) -> Role:
+    """Return what an input of a decoder's graph is for."""
+    return ROLES.get(name) or ("key" if name.endswith(".key") else "value")
 
 
 def _write_splice(decoder: DecoderSpec, folder: Path) -> GraphSpec:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from leanvlm.exporter.checkpoint import Checkpoint
+from leanvlm.exporter.decoders import token_rows
 from leanvlm.exporter.pruners.base import ScoredBlock, VisionTokens
 from leanvlm.exporter.rounding import weights_rounded
+from leanvlm.exporter.towers.base import Seen
 
 Array = npt.NDArray[Any]
 
@@ -27,6 +29,7 @@ class Reference:
     Attributes:
         checkpoint: Where the model came from.
         model: The transformers model; its tower and projector in fp32.
+        parts: The same, taken apart by its family.
         device: Where it runs; what goes in and comes out is in the processor's memory.
     """
 
@@ -34,33 +37,41 @@ class Reference:
         self.checkpoint = checkpoint
         self.model: Any = model.to(device)
         self.device = device
+        self.parts = checkpoint.family.parts(model)
+        # Also what lies behind the cut of the exported tower, which runs here.
+        self.parts.vision.to(torch.float32)
+        self.parts.project.to(torch.float32)
 
     @torch.no_grad()
     def vision(self, pixel_values: Array, scored: ScoredBlock = "feature") -> VisionTokens:
-        """Return the unpruned tokens of pixel values (B, 3, H, W), with eager attention for the class token's row."""
-        spec, core = self.checkpoint.spec, self.model.model
-        block = spec.scored_block(scored)
-        attn = next(m for n, m in core.vision_tower.named_modules() if n.endswith(f"encoder.layers.{block}.self_attn"))
-        # The blocks behind the cut are still in the checkpoint's dtype.
+        """Return the unpruned tokens of pixel values (B, 3, H, W), scored by eager attention's probabilities."""
+        spec, parts = self.checkpoint.spec, self.parts
+        attention = parts.attention(spec.scored_block(scored))
         with (
-            _eager_attention(core.vision_tower),
-            computed_in(core.vision_tower, torch.float32),
-            _output(attn.q_proj) as query,
-            _output(attn.k_proj) as keys,
+            _eager(attention.config),
+            _returned(attention.module) as mixed,
+            _returned(attention.query) as queries,
+            _returned(attention.keys) as keys,
+            _given(parts.project) as hidden,
         ):
-            pixels = torch.from_numpy(pixel_values).to(self.device)
-            out = core.vision_tower(pixels, output_hidden_states=True, output_attentions=True, return_dict=True)
-        hidden = out.hidden_states[spec.feature_layer][:, 1:]
-        attention = out.attentions[block].float().mean(dim=1)[:, 0, 1:]
-        whole = torch.einsum("bd,bnd->bn", query[0][:, 0], keys[0]) / keys[0].shape[2] ** 0.5
-        split = keys[0][:, 1:].reshape(*hidden.shape[:2], attn.num_heads, -1)
-        unsplit = whole.softmax(dim=1)[:, 1:]
-        return VisionTokens(self.project(hidden), hidden.cpu(), split.cpu(), attention.cpu(), unsplit.cpu(), spec.grid)
+            found = self.model.get_image_features(torch.from_numpy(pixel_values).to(self.device), return_dict=True)
+        features = torch.stack(list(found.pooler_output))
+        probabilities = mixed[0][1].float().mean(dim=1)  # (B, N, N)
+        query, key = queries[0], keys[0]
+        unsplit = None
+        if spec.saliency == "class":
+            saliency = probabilities[:, 0]
+            unsplit = (torch.einsum("bd,bnd->bn", query[:, 0], key) / key.shape[2] ** 0.5).softmax(dim=1)
+        else:
+            saliency = probabilities.mean(dim=1)
+        scores = (key.unflatten(2, (attention.heads, -1)), saliency, unsplit)
+        told = (None if part is None else part[:, parts.skipped :].cpu() for part in scores)
+        return VisionTokens(features.cpu(), Seen(hidden[0].cpu(), *told), spec.grid, spec.leading)
 
     @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:
         """Return the features (B, N, D) of hidden states (B, N, Dv) of the tower."""
-        features: Tensor = self.model.model.multi_modal_projector(hidden.to(self.device))
+        features: Tensor = self.parts.project(hidden.to(self.device))
         return features.cpu()
 
     @torch.no_grad()
@@ -69,24 +80,23 @@ class Reference:
 
         Another graph of the same model is as far off in its own way: see `tolerances.ROUNDING`.
         """
-        family = self.checkpoint.family
-        tower, projector = family.tower(self.model), family.projector(self.model)
-        with computed_in(tower, torch.float64), computed_in(projector, torch.float64):
-            hidden = tower(torch.from_numpy(pixel_values).to(self.device, torch.float64))[0]
-            exact: Array = projector(hidden).cpu().numpy()
+        tower, project = self.parts.tower("feature", None), self.parts.project
+        with computed_in(tower, torch.float64), computed_in(project, torch.float64):
+            hidden = tower(torch.from_numpy(pixel_values).to(self.device, torch.float64)).hidden
+            exact: Array = project(hidden).cpu().numpy()
         return relative_difference(features, exact)
 
     @torch.no_grad()
-    def embed(self, ids: Sequence[int]) -> Array:
+    def rows(self, ids: Sequence[int]) -> Array:
         """Return the token table's rows (len(ids), D) in fp32."""
-        table = self.checkpoint.family.embed_tokens(self.model)
-        rows: Array = table[torch.tensor(list(ids), dtype=torch.long, device=self.device)].float().cpu().numpy()
-        return rows
+        rows = token_rows(self.parts.decoder, torch.tensor(list(ids), dtype=torch.long, device=self.device))
+        found: Array = rows.float().cpu().numpy()
+        return found
 
     @torch.no_grad()
     def logits(self, embeddings: Array, positions: Array, last: int) -> Array:
         """Return the logits (last, V) of the last of a sequence of embeddings (S, D) at positions (S,)."""
-        decoder: Any = self.checkpoint.family.decoder(self.model)
+        decoder: Any = self.parts.decoder
         with computed_in(decoder, torch.float32):
             out = decoder(
                 inputs_embeds=torch.from_numpy(embeddings)[None].to(self.device),
@@ -101,9 +111,9 @@ class Reference:
 
     @contextlib.contextmanager
     def weights_rounded(self, bits: int, dtype: torch.dtype) -> Iterator[None]:
-        """Let `logits` compute with weights rounded to `bits`, as a graph that computes in `dtype` has them."""
+        """Let `logits` compute with weights quantised to `bits`, as a graph that computes in `dtype` has them."""
         # Entered before the weights are widened, so that what comes back is what the checkpoint holds.
-        with weights_rounded(self.checkpoint.family.decoder(self.model), bits, dtype):
+        with weights_rounded(self.parts.decoder, bits, dtype):
             yield
 
 
@@ -140,9 +150,9 @@ def _restore(narrow: dict[str, Tensor]) -> Any:
 
 
 @contextlib.contextmanager
-def _output(module: nn.Module) -> Iterator[list[Tensor]]:
+def _returned(module: nn.Module) -> Iterator[list[Any]]:
     """Collect what a module returns, in the order of its calls."""
-    seen: list[Tensor] = []
+    seen: list[Any] = []
     handle = module.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
         yield seen
@@ -151,14 +161,25 @@ def _output(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def _eager_attention(tower: Any) -> Iterator[None]:
-    """Let a tower return attention probabilities, which fused kernels do not."""
-    before = tower.config._attn_implementation
-    tower.set_attn_implementation("eager")
+def _given(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the first argument of a module, in the order of its calls."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _eager(config: Any) -> Iterator[None]:
+    """Let attention of a configuration return its probabilities, which fused kernels do not."""
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
     try:
         yield
     finally:
-        tower.set_attn_implementation(before)
+        config._attn_implementation = before
 
 
 def relative_difference(found: Array, expected: Array) -> float:

@@ -1,4 +1,4 @@
-"""Weights rounded to 8 or 4 bits, in torch: the model that a decoder with rounded weights is compared with.
+"""Weights quantised to 8 or 4 bits and dequantised, in torch: the model that a quantised decoder is compared with.
 
 The rounding is that of ONNX Runtime's `MatMulNBits` without zero points, written from the operator's documentation: blocks
 of 32 along the input axis, each with one scale, set so that its value of largest magnitude becomes the lowest level. Its
@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Precision of a decoder to bits of a weight, where weights are rounded.
+# Precision of a decoder to bits of a weight, where weights are quantised.
 BITS = {"int8": 8, "int4": 4}
 BLOCK = 32
 
 
 def rounded(weight: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Return a weight as a graph with rounded weights sees it.
+    """Return a weight quantised and dequantised, as a graph with quantised weights computes with it.
 
     Args:
         weight: Matrix (outputs, inputs).
         bits: Bits of one level, 2 to 8.
-        dtype: In which the graph computes; weights are brought to it before they are rounded, and scales are kept in it.
+        dtype: In which the graph computes; weights are brought to it before they are quantised, and scales are kept in it.
 
     Returns:
         Matrix of the same shape, fp32.
@@ -47,7 +47,7 @@ def rounded(weight: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def weights_rounded(module: nn.Module, bits: int, dtype: torch.dtype) -> Iterator[None]:
-    """Round the weights of all linear layers of a module, each only while it runs; see `rounded`."""
+    """Quantise and dequantise the weights of all linear layers of a module, each only while it runs; see `rounded`."""
     handles = []
     for leaf in module.modules():
         if isinstance(leaf, nn.Linear):

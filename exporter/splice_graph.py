@@ -4,7 +4,7 @@
 |---|---|---|---|
 | in | `text` | (T, D) | embeddings of the text's tokens |
 | in | `images` | (R, D) | embeddings of the kept image tokens, as the vision graph left them |
-| in | `places` | (S,) int64 | for each place of the prompt, its row among the text's followed by the images' |
+| in | `index` | (S,) int64 | for each position of the prompt, its row among the text's followed by the images' |
 | out | `inputs_embeds` | (1, S, D) | what the decoder reads |
 
 The decoder's own graph knows nothing of images, and an index is all that the host has to work out.
@@ -28,14 +28,14 @@ def write_splice_graph(folder: Path, width: int, dtype: ir.DataType) -> ir.Graph
         return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(of))
 
     text, images = value("text", ("T", width), dtype), value("images", ("R", width), dtype)
-    places, output = value("places", ("S",), ir.DataType.INT64), value("inputs_embeds", (1, "S", width), dtype)
+    index, output = value("index", ("S",), ir.DataType.INT64), value("inputs_embeds", (1, "S", width), dtype)
     axis = value("axis", (1,), ir.DataType.INT64)
     axis.const_value = ir.Tensor(np.array([0], np.int64), name="axis")
     rows = ir.node("Concat", [text, images], {"axis": 0}, name="/splice/Concat")
-    taken = ir.node("Gather", [rows.outputs[0], places], {"axis": 0}, name="/splice/Gather")
+    taken = ir.node("Gather", [rows.outputs[0], index], {"axis": 0}, name="/splice/Gather")
     shaped = ir.node("Unsqueeze", [taken.outputs[0], axis], outputs=[output], name="/splice/Unsqueeze")
     graph = ir.Graph(
-        [text, images, places],
+        [text, images, index],
         [output],
         nodes=[rows, taken, shaped],
         initializers=[axis],

@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 
 from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
+from leanvlm.exporter.decoders import context_length
 from leanvlm.exporter.generation import generation_config
 from leanvlm.exporter.tokenizer import PROBES, load_tokenizer, write_tokenizer
 from leanvlm.exporter.verify import NEW_TOKENS
@@ -181,7 +182,7 @@ def _check_template(folder: Path, checkpoint: Checkpoint, origin: str) -> None:
 
 def _check_context(checkpoint: Checkpoint, words: int) -> None:
     """Refuse a model whose context does not hold one unpruned image with a short question and its answer."""
-    context, image = int(checkpoint.config.text_config.max_position_embeddings), checkpoint.spec.tokens_per_crop
+    context, image = context_length(checkpoint.config.text_config), checkpoint.spec.tokens_per_crop
     if image + words + NEW_TOKENS > context:
         raise CheckpointError(
             f"{checkpoint.name}'s context of {context} tokens (max_position_embeddings) does not hold an image of {image}, "

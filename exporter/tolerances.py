@@ -33,12 +33,12 @@ BATCHED = {"fp16": 1e-3}
 # Least share of kept tokens that agree with the reference's choice (a tie broken by a rounding error swaps a token).
 KEPT_OVERLAP = {"fp32": 0.98, "fp16": 0.90}
 
-# Largest |logits - reference| / max |reference| at the first position, by the precision that the decoder computes in. Rounded
-# weights are no exception: the reference's are rounded alike (`exporter/rounding.py`).
+# Largest |logits - reference| / max |reference| at the first position, by the precision that the decoder computes in. Quantised
+# weights are no exception: the reference's are quantised alike (`exporter/rounding.py`).
 LOGITS = {"fp32": 1e-4, "fp16": 3e-2}
 
-# Least cosine between first-position logits and the reference's. A tiny random model rounded to int4 gives 0.9999999 in fp32;
-# against weights that were not rounded it is 0.81 to 0.91: what rounding costs a model is reported, and no bound judges it.
+# Least cosine between first-position logits and the reference's. A tiny random model quantised to int4 gives 0.9999999 in fp32;
+# against the unquantised weights it is 0.81 to 0.91: what quantisation costs a model is reported, and no bound judges it.
 LOGITS_COSINE = {"fp32": 0.99999, "fp16": 0.999}
 
 # Greedy tokens must be the reference's, unless the two best logits of the reference are nearer to each other than this share of

@@ -1,4 +1,4 @@
-"""From a torch module to an ONNX model: the one place that calls torch.onnx."""
+"""From a torch module to an ONNX model: the one module that calls torch.onnx."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-
-OPSET = {"cpu": 18, "cuda": 23, "tensorrt-rtx": 23, "tensorrt": 20}
 
 
 def trace(

@@ -2,9 +2,9 @@
 
 Per budget: the image features and the kept tokens of two probe images in one batch, against the unmodified checkpoint. For the
 decoder: first-position logits. For the whole chain: greedy tokens, by one pass of the checkpoint over the same sequence,
-which is the same event as decoding greedily step by step. A decoder with rounded weights is judged by the checkpoint with
-its weights rounded alike, and what rounding costs against the checkpoint as it is, is measured beside it. The figures go into
-the manifest; a failure leaves no bundle.
+which is the same event as decoding greedily step by step. A decoder with quantised weights is judged by the checkpoint with
+its weights quantised alike, and what quantisation costs against the checkpoint as it is, is measured beside it. The figures
+go into the manifest; a failure leaves no bundle.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import torch
 from PIL import Image
 
 from leanvlm.exporter import tolerances
-from leanvlm.exporter.pruners.base import Pruner
+from leanvlm.exporter.pruners.base import Pruner, choose
 from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.exporter.reference import Reference, cosine, relative_difference
 from leanvlm.exporter.rounding import BITS
 from leanvlm.runtime.errors import LeanVLMWarning, VerificationError
 from leanvlm.runtime.generation import GenerateOptions
-from leanvlm.runtime.manifest import GraphSpec
 from leanvlm.runtime.preprocess import preprocess
+from leanvlm.runtime.prompt import ImageFeatures, assemble, compose
 from leanvlm.runtime.session import Session, user_message
-from leanvlm.runtime.splice import ImageFeatures, splice
-from leanvlm.runtime.text import Message, split_on_image
+from leanvlm.runtime.specs import GraphSpec
+from leanvlm.runtime.text import Message
 
 Array = npt.NDArray[Any]
-# A graph's dtype to the precision that it computes in. Rounded weights are exact numbers of it.
+# A graph's dtype to the precision that it computes in. Dequantised weights are exact numbers of it.
 COMPUTED = {"float16": "fp16", "float32": "fp32"}
 PROMPT = "Describe the image."
 NEW_TOKENS = 8
@@ -70,19 +70,19 @@ def verify(
     for budget, pruner in pruners.items():
         on_step(f"verify vision {budget}")
         outputs = fetched(session.vision(budget).run({"pixel_values": pixels}))
-        _check_placement(budget, session.backend.misplaced(budget, pixels))
+        _check_placement(budget, session.backend.misplaced(session.manifest.vision_graph(budget), pixels))
         unpruned = tokens[pruner.scored_block]
         with torch.no_grad():
-            expected = pruner(unpruned)
+            expected = choose(pruner, unpruned)
         merged = None if expected.hidden is None else reference.project(expected.hidden).numpy()
         measured = _compare_vision(outputs, unpruned.features.numpy(), expected.indices.numpy(), merged)
-        precision = _vision_precision(session.manifest.vision[budget])
+        precision = _vision_precision(session.manifest.vision_graph(budget))
         if merged is None and precision == "fp32" and measured["features"] > tolerances.FEATURES[precision]:
             # A pass in double precision, only where it decides.
             measured["rounding"] = reference.rounding(normal, unpruned.features.numpy())
         results["vision"][str(budget)] = measured
         _check_vision(budget, measured, precision)
-        measured |= _compare_rank(outputs["effective_rank"], unpruned.features)
+        measured |= _compare_rank(outputs["effective_rank"], unpruned.patches.features)
     on_step("verify decoder")
     whole = next(iter(tokens.values())).features[0].numpy()
     question = f"{session.image_token}\n{PROMPT}" if raw else [user_message(PROMPT, 1)]
@@ -170,7 +170,7 @@ def _compare_rank(estimated: Array, features: torch.Tensor) -> dict[str, Any]:
 
 
 def _vision_precision(graph: GraphSpec) -> str:
-    """Return the precision of a vision graph; a decoder with rounded weights has an ordinary one beside it."""
+    """Return the precision of a vision graph; a decoder with quantised weights has an ordinary one beside it."""
     dtype = next(tensor.dtype for tensor in graph.outputs if tensor.name == "image_features")
     return COMPUTED[dtype]
 
@@ -220,13 +220,13 @@ def _compare_chain(
 
     Returns:
         Differences of the first logits, and how many tokens are equal or wrong; `unrounded` holds the same against the
-        checkpoint's own weights, where the bundle's are rounded.
+        checkpoint's own weights, where the bundle's are quantised.
     """
     encoded = session.encode_images([image], budget)[0]
     # The most probable tokens, whatever the checkpoint's generation settings would make of the logits.
     answer = session.respond(question, [encoded], GenerateOptions(NEW_TOKENS, ignore_end=True)).answer
     ids = session.prompt_ids(question, 1)
-    prompt = session.splice(ids, [encoded])
+    prompt = session.prompt(ids, [encoded])
     precision, dtype = session.manifest.precision, session.manifest.decoder.kv_dtype
     expected = exact = _judged(reference, session, ids, encoded, features, answer.token_ids)
     if precision in BITS:
@@ -260,12 +260,14 @@ def _judged(
     answer: Sequence[int],
 ) -> Array:
     """Return the checkpoint's logits (len(answer), V) for every token of an answer, from its own embeddings."""
-    image = encoded if features is None else replace(encoded, embeddings=features[encoded.pruning.indices])
-    segments = [reference.embed(segment) for segment in split_on_image(ids, session.manifest.image_token_id)]
-    prompt = splice(segments, [image], session.manifest.positions)
-    sequence = np.concatenate([prompt.embeddings(), reference.embed(answer[:-1])])
-    places = np.concatenate([prompt.positions, prompt.next_position + np.arange(len(answer) - 1)])
-    return reference.logits(sequence, places, len(answer))
+    (crop,) = encoded.crops
+    whole = crop if features is None else replace(crop, embeddings=features[crop.pruning.indices])
+    manifest = session.manifest
+    runs = compose(ids, manifest.image_token_id, [ImageFeatures((whole,))], manifest.layout)
+    prompt = assemble(runs, reference, manifest.positions, manifest.image_token_id)
+    sequence = np.concatenate([prompt.embeddings(), reference.rows(answer[:-1])])
+    positions = np.concatenate([prompt.positions[0], prompt.next_position + np.arange(len(answer) - 1)])
+    return reference.logits(sequence, positions, len(answer))
 
 
 def _check_chain(budget: int, measured: Mapping[str, Any], precision: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from leanvlm.exporter.models import Family
+from leanvlm.exporter.families import Family
 from leanvlm.runtime.errors import CheckpointError
 from leanvlm.runtime.records import load_json, read, shorten
 
@@ -31,7 +31,7 @@ ADAPTER = "adapter_config.json"
 OLD_BUFFERS = re.compile(r"rotary_emb\.inv_freq|(^|\.)position_ids$")
 # Bytes of a file's header. 700 weights have 0.1 MB, and one byte takes some of memory when it is parsed.
 MAX_HEADER = 4 << 20
-# Not float8 and less, which are rounded with scales of their own; as safetensors spells them.
+# Not float8 and less, which are quantised with scales of their own; as safetensors spells them.
 DTYPES = ("F64", "F32", "F16", "BF16")
 LORA = re.compile(r"\blora_|\.base_layer\.|^base_model\.")
 NOT_ONE_SAVE = (
@@ -129,12 +129,12 @@ def outline(family: Family, config: Any) -> nn.Module:
     """Build a checkpoint's model without its weights: names, shapes and structure, and what is computed from numbers only.
 
     Raises:
-        CheckpointError: transformers cannot build it, or computes what is no number.
+        CheckpointError: transformers cannot build it, or computes NaN or infinity.
     """
     try:
         model = family.empty(config)
-        family.materialise_buffers(model)
-        family.decoder(model)  # Which has a shell of its own.
+        family.finish(model)
+        family.parts(model)  # Whose decoder has a shell of its own.
     except Exception as error:  # A configuration can be wrong in any way.
         why = shorten(error) or type(error).__name__
         raise CheckpointError(f"transformers cannot build the model that config.json describes: {why}") from error
@@ -159,21 +159,21 @@ def match_weights(family: Family, model: nn.Module, files: Sequence[Path]) -> di
         CheckpointError: A weight that is missing, unexpected or of another shape; or a file that cannot be read.
     """
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    places = {family.canonical_key(key): key for key in shapes}
+    names = {family.canonical_key(key): key for key in shapes}
     found: dict[str, Stored] = {}
     unexpected: list[str] = []
     for file in files:
         for key, shape, dtype in _header(file):
-            place = places.get(family.canonical_key(key))
-            if place is None:
+            name = names.get(family.canonical_key(key))
+            if name is None:
                 unexpected.append(key)
                 continue
-            _check(file, key, shape, dtype, shapes[place])
-            if place in found and found[place].key != key:
-                raise CheckpointError(f"the checkpoint stores one weight under two names: {found[place].key} and {key}")
-            found[place] = Stored(file, key)
+            _check(file, key, shape, dtype, shapes[name])
+            if name in found and found[name].key != key:
+                raise CheckpointError(f"the checkpoint stores one weight under two names: {found[name].key} and {key}")
+            found[name] = Stored(file, key)
     _tie(model, found)
-    _refuse("misses", [place for place in shapes if place not in found])
+    _refuse("misses", [name for name in shapes if name not in found])
     _refuse("has unexpected", [key for key in unexpected if not OLD_BUFFERS.search(key)])
     return found
 
@@ -200,7 +200,7 @@ def load_weights(
         with _opened(file) as weights:
             tensors |= {stored: weights.get_tensor(stored.key) for stored in found.values() if stored.file == file}
         on_file(file)
-    model.load_state_dict({place: tensors[stored] for place, stored in found.items()}, strict=True, assign=True)
+    model.load_state_dict({name: tensors[stored] for name, stored in found.items()}, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
 
@@ -227,7 +227,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _check(file: Path, key: str, shape: tuple[int, ...], dtype: str, expected: tuple[int, ...]) -> None:
-    """Check that a stored weight is of the shape that the configuration gives it, and of numbers that are not rounded."""
+    """Check that a stored weight is of the shape that the configuration gives it, and not quantised."""
     if shape != expected:
         raise CheckpointError(f"{file.name}: {key} has shape {shorten(list(shape))}, expected {list(expected)}; {NOT_ONE_SAVE}")
     if dtype not in DTYPES:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from leanvlm.runtime.crops import CropShape
 from leanvlm.runtime.errors import InputError
 
 STAGES = ("preprocess", "vision", "project", "prune", "splice", "prefill", "sample", "decode")
@@ -17,25 +18,30 @@ STAGES = ("preprocess", "vision", "project", "prune", "splice", "prefill", "samp
 
 @dataclass(frozen=True)
 class Pruning:
-    """What pruning kept of one image, and why.
+    """What pruning kept of one crop of an image, and why.
 
     Attributes:
-        kept: K, image tokens handed to the decoder.
-        total: N, image tokens before pruning.
+        kept: K, image tokens of the crop handed to the decoder.
         effective_rank: Of the image's features, a measure of its variety; None where the pruner's gate does not want it.
         num_selected: Tokens kept on merit; the other `kept - num_selected` were filled up by attention.
         converged: Whether the selection reached its fixed point, which makes it exact.
-        indices: (K,) places of the kept tokens on the patch grid, in raster order.
-        attention: (N,) the class token's attention to each patch.
+        indices: (K,) which of the crop's N tokens are kept, ascending: raster order behind any prefix.
+        attention: (N,) what the tokens were ranked by: the class token's attention, or that received.
+        shape: Of the crop.
     """
 
     kept: int
-    total: int
     effective_rank: float | None
     num_selected: int
     converged: bool
     indices: npt.NDArray[np.int64]
     attention: npt.NDArray[np.float32]
+    shape: CropShape
+
+    @property
+    def total(self) -> int:
+        """N, the crop's image tokens before pruning."""
+        return self.shape.tokens
 
     @property
     def attention_entropy(self) -> float:
@@ -90,7 +96,7 @@ class Answer:
         prompt_tokens: Positions that the prompt took, kept image tokens included.
         finish_reason: `stop` (end token or stop string) or `length`.
         timings: Wall times.
-        pruning: One entry an image, in order.
+        pruning: One entry a crop, in order; an image that is taken whole is one crop.
     """
 
     text: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,14 @@ TENSOR = "embed_tokens.weight"
 DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 # The file begins with its header's length in 8 bytes; a header of one tensor has a hundred.
 LENGTH, MAX_HEADER = 8, 1 << 20
+
+
+class TokenRows(Protocol):
+    """Looks the embeddings of token ids up."""
+
+    def rows(self, ids: Sequence[int]) -> npt.NDArray[np.floating[Any]]:
+        """Return the embeddings, (len(ids), D)."""
+        ...
 
 
 class TokenTable:
@@ -46,7 +54,7 @@ class TokenTable:
                 table = file.get_slice(TENSOR)
                 shape, dtype = table.get_shape(), table.get_dtype()
             if dtype not in DTYPES:
-                raise ValueError(f"its numbers are {dtype}, which is none of {', '.join(DTYPES)}")
+                raise ValueError(f"its dtype is {dtype}, which is none of {', '.join(DTYPES)}")
             if shape != [vocab_size, width]:
                 raise ValueError(f"its shape is {shape}, where the model's is {[vocab_size, width]}")
             self._rows = np.memmap(path, DTYPES[dtype], mode="r", offset=LENGTH + header, shape=(vocab_size, width))
@@ -61,16 +69,16 @@ class TokenTable:
         Raises:
             BundleError: A token without a row, or a row with a value that is not finite.
         """
-        places = np.asarray(ids, dtype=np.int64)
-        beyond = places[places >= len(self._rows)]
+        wanted = np.asarray(ids, dtype=np.int64)
+        beyond = wanted[wanted >= len(self._rows)]
         if len(beyond):
             raise BundleError(
                 f"the token table {self._name} ends at {len(self._rows) - 1}, and the prompt has token {beyond[0]}: "
                 "the tokenizer is another model's; copy or export the bundle again"
             )
-        rows = np.asarray(self._rows[places])
+        rows = np.asarray(self._rows[wanted])
         if not _finite(rows):
-            token = places[~np.isfinite(rows).all(axis=1)][0]
+            token = wanted[~np.isfinite(rows).all(axis=1)][0]
             raise BundleError(
                 f"the token table {self._name} has a value for token {token} that is not finite (NaN or infinity): "
                 "copy or export the bundle again"

@@ -54,7 +54,7 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[Path] = (
             if _one_file(path, taken):
                 raise InputError(f"{other} {taken} and {option} {path} are one file; each needs its own")
         seen[option] = path
-        _check_place(option, path)
+        _check_path(option, path)
 
 
 def check_picture(option: str, path: Path | None) -> None:
@@ -72,7 +72,7 @@ def check_folder(folder: Path, what: str) -> None:
         raise InputError(f"{what} cannot be written: {error.strerror} in {folder}") from error
 
 
-def _check_place(option: str, path: Path) -> None:
+def _check_path(option: str, path: Path) -> None:
     """Check that a file can be written, and that none of the user's own is there."""
     if _is_special(path):
         return
@@ -87,7 +87,7 @@ def _check_place(option: str, path: Path) -> None:
             path.open("ab").close()
     except OSError as error:
         raise InputError(f"{option} {path} cannot be written: {error.strerror}") from error
-    check_folder(_place(path).parent, f"{option} {path}")
+    check_folder(_real(path).parent, f"{option} {path}")
 
 
 def write_outputs(contents: Mapping[Path, bytes]) -> None:
@@ -104,10 +104,10 @@ def write_outputs(contents: Mapping[Path, bytes]) -> None:
             new = _unfinished(path)
             stack.callback(new.unlink, missing_ok=True)
             new.write_bytes(content)
-            whole[new] = _place(path)
+            whole[new] = _real(path)
         with deferred_signals():
-            for new, place in whole.items():
-                new.replace(place)
+            for new, path in whole.items():
+                new.replace(path)
 
 
 def png_bytes(picture: Image) -> bytes:
@@ -145,13 +145,13 @@ def _is_special(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
-def _place(path: Path) -> Path:
+def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
 def _unfinished(path: Path) -> Path:
-    place = _place(path)
-    return place.with_name(f".{place.name}.new")
+    real = _real(path)
+    return real.with_name(f".{real.name}.new")
 
 
 def _one_file(first: Path, second: Path) -> bool:

@@ -1,7 +1,7 @@
 """JSON to records, strictly: a dataclass is read by its own type hints, and whatever does not fit is named in one line.
 
 A file from elsewhere may hold anything. Its size is checked before it is parsed, unknown and missing keys are named, a truth
-value is no number, a number is finite and within its range, an enumerated word is one of its `Literal`.
+value is not a number, a number is finite and within its range, an enumerated word is one of its `Literal`.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _printable(text: str) -> str:
 
 
 def _value(kind: Any, data: Any, where: str) -> Any:
-    """Return `data` as `kind`; raises _Misfit, which names the place."""
+    """Return `data` as `kind`; raises _Misfit, which names the path."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return _in_range(_value(args[0], data, where), args[1], where)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -18,15 +17,17 @@ import numpy as np
 
 from leanvlm.runtime.answer import Answer, Generation, Pruning, Timings
 from leanvlm.runtime.backends import Backend, Decoder, Graph, open_backend
+from leanvlm.runtime.bundle import read_manifest, verify_files
+from leanvlm.runtime.crops import crop
 from leanvlm.runtime.embeddings import TokenTable
 from leanvlm.runtime.errors import BackendError, ContextOverflowError, InputError, SessionClosedError
 from leanvlm.runtime.generation import MAX_NEW_TOKENS, Chooser, GenerateOptions, GenerationSettings
-from leanvlm.runtime.manifest import Manifest, read_manifest, verify_files
-from leanvlm.runtime.preprocess import ImageSource, image_list, preprocess
+from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.preprocess import ImageSource, PixelValues, image_list
+from leanvlm.runtime.prompt import CropFeatures, ImageFeatures, Prompt, assemble, compose
 from leanvlm.runtime.sandbox import sandbox
-from leanvlm.runtime.splice import ImageFeatures, Prompt, splice
 from leanvlm.runtime.streaming import AnswerText
-from leanvlm.runtime.text import Message, Template, TextTokenizer, check_image_tokens, split_on_image
+from leanvlm.runtime.text import Message, Template, TextTokenizer, check_image_tokens
 
 # A cache a little larger than needed serves the next turns and prompts too.
 CACHE_STEP = 64
@@ -55,11 +56,11 @@ class Session:
         self.template = Template.from_folder(folder)
         self.tokenizer = TextTokenizer.from_folder(folder)
         self.tokenizer.check(manifest.decoder.vocab_size, manifest.image_token_id)
-        self.table = TokenTable(folder / manifest.embed_tokens, manifest.decoder.vocab_size, manifest.decoder.hidden_size)
+        self.table = TokenTable(folder / manifest.embed_tokens, manifest.decoder.table_rows, manifest.decoder.hidden_size)
         self.settings = GenerationSettings.from_folder(folder)
         self.settings.check(manifest.decoder.vocab_size)
         self.end_ids = self.settings.end_ids
-        self._graphs: dict[int, Graph] = {}
+        self._graphs: dict[str, Graph] = {}
         self._decoder: Decoder | None = None
         self._closed = False
 
@@ -100,7 +101,7 @@ class Session:
 
         Args:
             prompt: The user's text, or messages as in Hugging Face chat templates (an image part for each image).
-            images: One image or several in the order of their places; each as `load_image` takes it: a path, the bytes of
+            images: One image or several in the order of their image tokens; each as `load_image` takes it: a path, the bytes of
                 an image file, an open file, a Pillow image or levels (H, W, 3) uint8.
             budget: Image tokens kept per crop; one of the bundle's, None for its default.
             raw: The prompt is the whole text as it is, with the image token (`image_token`) once for each image; no template.
@@ -144,18 +145,26 @@ class Session:
         if not images:
             return []
         start = perf_counter()
-        pixels = preprocess(images, self.manifest.image)
+        cropped = crop(images, self.manifest.image, self.manifest.crops)
         timings.preprocess += 1e3 * (perf_counter() - start)
+        encoded = {shape: self._encode(pixels, budget, shape, timings) for shape, pixels in cropped.pixels.items()}
+        return [ImageFeatures(tuple(encoded[shape][row] for shape, row in crops)) for crops in cropped.images]
+
+    def _encode(self, pixels: PixelValues, budget: int, shape: int, timings: Timings) -> list[CropFeatures]:
+        """Run the vision graph on crops of one shape, (C, 3, H, W)."""
+        spec = self.manifest.vision_graph(budget, shape)
         with self.backend.lock:
             self._check_open()
             start = perf_counter()
-            outputs = self.vision(budget).run({"pixel_values": pixels})
+            outputs = self.vision(budget, shape).run({"pixel_values": pixels})
             timings.vision += 1e3 * (perf_counter() - start)
         kept = {outputs["keep_indices"].shape[1], outputs["image_features"][0].shape[0]}
-        if kept != {budget}:
-            file, found = self.manifest.vision[budget].file, " and ".join(map(str, sorted(kept)))
-            raise BackendError(f"{file} returned {found} tokens where its budget is {budget}: export the bundle again")
-        return [self._features(outputs, row) for row in range(len(images))]
+        if kept != {spec.budget}:
+            found = " and ".join(map(str, sorted(kept)))
+            raise BackendError(
+                f"{spec.file} returned {found} tokens where its budget is {spec.budget}: export the bundle again"
+            )
+        return [self._features(outputs, row, shape) for row in range(len(pixels))]
 
     def respond(
         self,
@@ -191,7 +200,7 @@ class Session:
     ) -> Generation:
         begin = perf_counter()
         options.logits.check_ids(self.manifest.decoder.vocab_size)
-        prompt = self.splice(ids, features)
+        prompt = self.prompt(ids, features)
         self._check_fit(prompt.next_position, options.max_new_tokens)
         timings.splice += 1e3 * (perf_counter() - begin)
         return Generation(self._pieces(prompt, features, options, timings, start))
@@ -208,13 +217,19 @@ class Session:
         """The text that stands for an image in a raw prompt."""
         return str(self.tokenizer.tokenizer.id_to_token(self.manifest.image_token_id))
 
-    def vision(self, budget: int) -> Graph:
-        """Return the vision graph of a budget, opened on first use. Beside other threads, run it under `backend.lock`."""
+    def vision(self, budget: int, shape: int = 0) -> Graph:
+        """Return the vision graph of a budget, opened on first use. Beside other threads, run it under `backend.lock`.
+
+        Args:
+            budget: Image tokens kept per crop.
+            shape: Index of the crop shape.
+        """
+        spec = self.manifest.vision_graph(budget, shape)
         with self.backend.lock:
             self._check_open()
-            if budget not in self._graphs:
-                self._graphs[budget] = self.backend.graph(budget)
-            return self._graphs[budget]
+            if spec.file not in self._graphs:
+                self._graphs[spec.file] = self.backend.graph(spec)
+            return self._graphs[spec.file]
 
     def decoder(self) -> Decoder:
         """Return the decoder, opened on first use. Beside other threads, use it under `backend.lock`."""
@@ -228,29 +243,31 @@ class Session:
         if self._closed:
             raise SessionClosedError("this session is closed; load the bundle again")
 
-    def _features(self, outputs: Mapping[str, Any], row: int) -> ImageFeatures:
-        embeddings = outputs["image_features"][row]
+    def _features(self, outputs: Mapping[str, Any], row: int, shape: int) -> CropFeatures:
         # One value that is not finite spoils the sum, so features that stay on the device need not be fetched to be checked.
         if not np.isfinite(outputs["feature_sum"][row]):
             raise BackendError("the vision graph returned features or attention that are not finite (NaN or infinity)")
-        rank = float(outputs["effective_rank"][row])
+        embeddings, rank = outputs["image_features"][row], float(outputs["effective_rank"][row])
         pruning = Pruning(
             kept=embeddings.shape[0],
-            total=self.manifest.tokens_per_crop,
             effective_rank=rank if rank > 0 else None,
             num_selected=int(outputs["num_selected"][row]),
             converged=bool(outputs["converged"][row]),
             indices=outputs["keep_indices"][row],
             attention=outputs["attention"][row],
+            shape=self.manifest.crops.shapes[shape],
         )
-        return ImageFeatures(embeddings, pruning)
+        return CropFeatures(embeddings, pruning)
 
-    def splice(self, ids: Sequence[int], features: Sequence[ImageFeatures]) -> Prompt:
-        """Plan a prompt: image embeddings in the places of the image tokens."""
-        image, count = self.manifest.image_token_id, self.manifest.tokens_per_crop
-        segments = [self.table.rows(segment) for segment in split_on_image(ids, image)]
-        expanded = tuple(token for found in ids for token in ([image] * count if found == image else [found]))
-        return replace(splice(segments, features, self.manifest.positions), ids=expanded)
+    def prompt(self, ids: Sequence[int], images: Sequence[ImageFeatures]) -> Prompt:
+        """Plan a prompt: the images' crops in place of the image tokens.
+
+        Args:
+            ids: As `prompt_ids` returns them.
+            images: One entry for each image token, in order.
+        """
+        image = self.manifest.image_token_id
+        return assemble(compose(ids, image, images, self.manifest.layout), self.table, self.manifest.positions, image)
 
     def check_context(self, ids: Sequence[int], budget: int, new: int) -> None:
         """Raise ContextOverflowError if a prompt does not fit the model's context with its answer, before images are encoded.
@@ -260,9 +277,9 @@ class Session:
             budget: Image tokens kept per crop.
             new: Tokens of the answer at most.
         """
-        width = budget if self.manifest.positions == "compact" else self.manifest.tokens_per_crop
-        images = ids.count(self.manifest.image_token_id)
-        self._check_fit(len(ids) + images * (width - 1), new)
+        shape, layout = self.manifest.crops.shapes[0], self.manifest.layout
+        width = self.manifest.positions.width(shape, min(budget, shape.tokens)) + len(layout.before) + len(layout.after)
+        self._check_fit(len(ids) + ids.count(self.manifest.image_token_id) * (width - 1), new)
 
     def _check_fit(self, prompt: int, new: int) -> None:
         context = self.manifest.decoder.context_length
@@ -295,7 +312,7 @@ class Session:
                     break
         if rest := text.flush():
             yield rest
-        pruning = tuple(image.pruning for image in features)
+        pruning = tuple(crop.pruning for image in features for crop in image.crops)
         return Answer(text.text, tuple(ids), len(prompt), reason, timings, pruning)
 
     def _tokens(self, prompt: Prompt, options: GenerateOptions, timings: Timings, start: float) -> Generator[int, None, None]:

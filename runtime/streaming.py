@@ -1,4 +1,4 @@
-"""The text of an answer while it comes: tokens to pieces of text, and the strings that end it."""
+"""The text of an answer while it comes: tokens detokenised piece by piece, and the strings that end it."""
 
 from __future__ import annotations
 
@@ -134,10 +134,10 @@ class AnswerText:
         """Hand text to the stop strings, with the special tokens that stand in it, and return what can be shown."""
         shown, at = "", 0
         while self._waiting and self._waiting[0][0] <= len(piece):
-            place, special = self._waiting.pop(0)
-            shown += self._stops.push(piece[at:place]) + self._stops.push(special, shown=False)
-            at = place
-        self._waiting = [(place - len(piece), special) for place, special in self._waiting]
+            offset, special = self._waiting.pop(0)
+            shown += self._stops.push(piece[at:offset]) + self._stops.push(special, shown=False)
+            at = offset
+        self._waiting = [(offset - len(piece), special) for offset, special in self._waiting]
         return shown + self._stops.push(piece[at:])
 
     def _give(self, piece: str) -> str:

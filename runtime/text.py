@@ -1,4 +1,4 @@
-"""Prompts to token ids and token ids back to text, with `tokenizers` and `jinja2` only."""
+"""Prompts tokenised and answers detokenised, with `tokenizers` and `jinja2` only."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -237,7 +237,7 @@ def split_on_image(ids: Sequence[int], image_token_id: int) -> list[list[int]]:
 
 
 def check_image_tokens(ids: Sequence[int], image_token_id: int, images: int, raw: str | None = None) -> None:
-    """Make sure that a prompt has a place for every image.
+    """Make sure that a prompt has an image token for every image.
 
     Args:
         ids: Token ids of the whole prompt.

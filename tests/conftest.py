@@ -21,6 +21,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 BUDGET = 64
 
+# `make test-fast` runs these files, but for what exports a bundle or runs a command.
+FAST_FILES = {
+    "bench", "decoder_passes", "decoders", "doctor", "facade", "frame", "gates", "hostile_checkpoint", "kernels",
+    "latency_report", "layering", "loading", "logits", "manifest", "models", "optional", "output", "packaging",
+    "pass_cases", "passes", "patches", "positions", "preprocess", "promises", "pruners", "records", "rope", "rounding",
+    "sampling", "scenes", "size", "streaming", "tegrastats", "text", "text_files", "text_records",
+}  # fmt: skip
+SLOW_FIXTURES = {"cuda_bundle", "demo_bundle", "leanvlm", "leanvlm_process", "tensorrt_bundle", "tiny_bundle"}
+
 
 def pytest_configure() -> None:
     """Test files import ONNX Runtime themselves; the tests report nothing either."""
@@ -30,6 +39,14 @@ def pytest_configure() -> None:
     # A run in the background or under nohup ignores these, and would hand that down to the processes that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the fast tests."""
+    for item in items:
+        is_slow = SLOW_FIXTURES & {*getattr(item, "fixturenames", ())} or item.get_closest_marker("slow")
+        if item.path.stem.removeprefix("test_") in FAST_FILES and not is_slow:
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +60,7 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint, exported at 16 of 121 image tokens; no test may change it."""
-    from leanvlm.exporter import ExportConfig, export
+    from leanvlm import ExportConfig, export
 
     output = tmp_path_factory.mktemp("tiny") / "tiny-16"
     export(ExportConfig(str(tiny_llava), (16,), output))
@@ -53,7 +70,7 @@ def tiny_bundle(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model, exported at 64 of 576 image tokens; no test may change it."""
-    from leanvlm.exporter import ExportConfig, export
+    from leanvlm import ExportConfig, export
 
     output = tmp_path_factory.mktemp("demo") / "demo-64"
     export(ExportConfig("demo", (BUDGET,), output))
@@ -63,7 +80,7 @@ def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cuda_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model for cuda in fp16, at 64 of 576 image tokens; no test may change it."""
-    from leanvlm.exporter import ExportConfig, export
+    from leanvlm import ExportConfig, export
 
     output = tmp_path_factory.mktemp("cuda") / "demo-cuda"
     export(ExportConfig("demo", (BUDGET,), output, target="cuda"))
@@ -73,7 +90,7 @@ def cuda_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tensorrt_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model for TensorRT in fp16, at 64 of 576 image tokens, without engines; no test may change it."""
-    from leanvlm.exporter import ExportConfig, export
+    from leanvlm import ExportConfig, export
 
     output = tmp_path_factory.mktemp("demo") / "demo-trt"
     export(ExportConfig("demo", (BUDGET,), output, target="tensorrt"))
@@ -96,15 +113,15 @@ def protected() -> Iterator[tuple[Path, Callable[[], None]]]:
     user = os.geteuid()
 
     def protect() -> None:
-        for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-            place.chmod(0o555)
+        for path in (folder, *(inner for inner in folder.rglob("*") if inner.is_dir())):
+            path.chmod(0o555)
         if user == 0:
             os.seteuid(65534)
 
     yield folder, protect
     os.seteuid(user)
-    for place, _, _ in os.walk(folder):
-        os.chmod(place, 0o755)
+    for root, _, _ in os.walk(folder):
+        os.chmod(root, 0o755)
     shutil.rmtree(folder)
 
 
@@ -113,7 +130,7 @@ def leanvlm_process() -> Command:
     """A function that runs `leanvlm …` in a process of its own."""
 
     def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "leanvlm.runtime.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "leanvlm", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
     return run
@@ -126,7 +143,7 @@ def leanvlm(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     What libraries write past Python's streams is captured too, and warnings are treated as Python does by default: what a
     user would see on the terminal is in the result.
     """
-    from leanvlm.runtime.cli import main
+    from leanvlm.__main__ import main
 
     def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", ["leanvlm", *map(str, arguments)])

@@ -20,8 +20,10 @@ import onnxruntime
 import pytest
 
 from leanvlm.runtime.backends import trt
+from leanvlm.runtime.bundle import file_sha256
 from leanvlm.runtime.engines.profiles import Limits, decoder_profiles, usual_limits, vision_profile, whole_profile
-from leanvlm.runtime.manifest import EngineSpec, GraphSpec, Manifest, file_sha256
+from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.specs import EngineSpec, GraphSpec
 
 VERSION = "10.9.0"
 NUMPY = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}
@@ -37,7 +39,7 @@ class FakeDevice:
         self.launches = 0
 
     def allocate(self, size: int) -> int:
-        block = np.full(max(size, 1), 0xFF, np.uint8)  # As fp16 and fp32 that is no number.
+        block = np.full(max(size, 1), 0xFF, np.uint8)  # As fp16 and fp32 that is NaN.
         self.blocks[block.ctypes.data] = block
         return block.ctypes.data
 
@@ -176,7 +178,7 @@ def add_engines(
     single = changes.pop("single", False)
     shapes = (manifest.decoder, sizes, manifest.default_budget)
     profiles = (whole_profile(*shapes),) if single else decoder_profiles(*shapes)
-    jobs = [(graph, budget, (vision_profile(graph, sizes),)) for budget, graph in manifest.vision.items()]
+    jobs = [(graph, graph.budget, (vision_profile(graph, sizes),)) for graph in manifest.vision]
     for graph, budget, found in [*jobs, (manifest.decoder.graph, None, profiles)]:
         entries.append(_engine(bundle, graph, budget, found, sm, changes))
     return tuple(entries)

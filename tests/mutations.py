@@ -19,16 +19,16 @@ TEXTS = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 20_000, "{",
 """What stands in JSON's text in the place of a value, and is none or not a finite one."""
 
 
-def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def paths(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yield the path of every value in nested JSON."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in items:
         yield (*path, key)
-        yield from places(value, (*path, key))
+        yield from paths(value, (*path, key))
 
 
 def replaced(data: Any, path: tuple[Any, ...], value: object) -> Any:
-    """Return a copy of nested JSON with another value in one place."""
+    """Return a copy of nested JSON with another value at one path."""
     data = copy.deepcopy(data)
     parent = at(data, path[:-1])
     parent[path[-1]] = value
@@ -36,7 +36,7 @@ def replaced(data: Any, path: tuple[Any, ...], value: object) -> Any:
 
 
 def at(data: Any, path: tuple[Any, ...]) -> Any:
-    """Return the value in one place of nested JSON."""
+    """Return the value at one path of nested JSON."""
     for key in path:
         data = data[key]
     return data
@@ -47,8 +47,8 @@ def damaged_json(draw: st.DrawFn, data: Any) -> str:
     """Text of JSON with one to three values replaced, removed, renamed, doubled or exchanged, or put in as no JSON."""
     mark = None
     for _ in range(draw(st.integers(1, 3))):
-        # All places are as likely, and sampled_from shrinks to the first.
-        path = draw(st.sampled_from(list(places(data)) or [()]))
+        # All paths are as likely, and sampled_from shrinks to the first.
+        path = draw(st.sampled_from(list(paths(data)) or [()]))
         if not path:
             break
         how = draw(st.sampled_from(["value", "value", "number", "remove", "rename", "exchange", "double", "text"]))
@@ -57,7 +57,7 @@ def damaged_json(draw: st.DrawFn, data: Any) -> str:
         elif how == "number":
             data = replaced(data, path, draw(st.integers() | st.floats(allow_nan=False, allow_infinity=False)))
         elif how == "exchange":
-            data = replaced(data, path, copy.deepcopy(at(data, draw(st.sampled_from(list(places(data)))))))
+            data = replaced(data, path, copy.deepcopy(at(data, draw(st.sampled_from(list(paths(data)))))))
         elif how == "text":
             mark = "\x01mark"
             data = replaced(data, path, mark)
@@ -76,13 +76,13 @@ def damaged_json(draw: st.DrawFn, data: Any) -> str:
 @st.composite
 def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
     """Bytes that were cut, or of which some were overwritten, removed or doubled."""
-    place = draw(st.integers(0, max(len(content) - 1, 0)))
+    start = draw(st.integers(0, max(len(content) - 1, 0)))
     count = draw(st.sampled_from([1, 2, 8, 64, 4096]))
     how = draw(st.sampled_from(["cut", "overwrite", "remove", "double"]))
     if how == "cut":
-        return content[:place]
+        return content[:start]
     if how == "overwrite":
-        return content[:place] + draw(st.sampled_from([b"\0", b"\xff", b"{", b'"', b"\x80"])) * count + content[place + count :]
+        return content[:start] + draw(st.sampled_from([b"\0", b"\xff", b"{", b'"', b"\x80"])) * count + content[start + count :]
     if how == "remove":
-        return content[:place] + content[place + count :]
-    return content[: place + count] + content[place:]
+        return content[:start] + content[start + count :]
+    return content[: start + count] + content[start:]

@@ -1,7 +1,7 @@
 """Every pruning method once more, slowly: plain loops over one crop in float64, after the papers' descriptions.
 
-Nothing of the library is imported. Each function takes a `Crop` and K and returns the kept places in raster order, with the
-merged tokens (K, Dv) where the method merges. Equal scores go to the lower place.
+Nothing of the library is imported. Each function takes a `Crop` and K and returns the kept indices in raster order, with the
+merged tokens (K, Dv) where the method merges. Equal scores go to the lower index.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Crop:
 
 
 def falling(scores: Sequence[float] | Array) -> list[int]:
-    """Return the places from the highest to the lowest score."""
+    """Return the indices from the highest to the lowest score."""
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
 
 
@@ -149,13 +149,13 @@ def prumerge(crop: Crop, keep: int, neighbours: int = 32, sample: str = "even", 
 
 
 def outliers_of(weights: Array) -> list[int]:
-    """Return the places over Q3 + 1.5 (Q3 - Q1), the highest first."""
+    """Return the indices over Q3 + 1.5 (Q3 - Q1), the highest first."""
     first, third = np.percentile(weights, 25), np.percentile(weights, 75)
     return [i for i in falling(weights) if weights[i] > third + 1.5 * (third - first)]
 
 
 def release_grid(outliers: int, count: int) -> list[int]:
-    """Return PruMerge+'s evenly spaced places as its release lays them: a third of 1 / r apart, the last place left out."""
+    """Return PruMerge+'s evenly spaced indices as its release lays them: a third of 1 / r apart, the last index left out."""
     ratio = outliers / count
     return list(range(0, count - 1, max(int(int(1 / ratio) / 3), 1)))
 
@@ -207,7 +207,7 @@ def visionzip(crop: Crop, keep: int, contextual: float = 10 / 64) -> Result:
 
 
 def vispruner(crop: Crop, keep: int, ratio: float = 0.5, drop: int = 8) -> Result:
-    """VisPruner: top attention, and the rest thinned by comparing even with odd places of a list."""
+    """VisPruner: top attention, and the rest thinned by comparing even with odd positions of a list."""
     similarity = cosines(crop.hidden)
     order = falling(crop.attention)
     important = int(ratio * keep)

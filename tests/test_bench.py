@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from leanvlm.calibration.scores import CaptionScore, Result, Scores
-from leanvlm.demo import BUILT_IN, MODEL_DIR
-from leanvlm.demo.canvas import Canvas
+from leanvlm.demo import MODEL_DIR
+from leanvlm.demo.built_in import BUILT_IN, resolved
 from leanvlm.demo.packing import pack
 from leanvlm.demo.scenes import held_out_questions, make_scene
+from leanvlm.demo.training.canvas import Canvas
 from leanvlm.exporter import ExportConfig
 from leanvlm.exporter.checkpoint import open_checkpoint
 
@@ -53,20 +54,20 @@ def test_results_and_cards_are_of_the_shipped_models() -> None:
         return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
     evaluated = read("evaluation-demo")["runs"]
-    for model, (folder, reference) in BUILT_IN.items():
-        sha256 = open_checkpoint(ExportConfig(model)).source().sha256
+    for model, known in BUILT_IN.items():
+        sha256 = open_checkpoint(resolved(ExportConfig(model))).source().sha256
         gate = read(f"gate-{model}")
-        assert (gate["sha256"], round(gate["erank_ref"], 2)) == (sha256, reference)
+        assert (gate["sha256"], round(gate["erank_ref"], 2)) == (sha256, known.erank_ref)
         # The card's columns, in order: the first 200 scenes, then 1,000 for the larger model.
         runs = [run["right"] for run in evaluated if run["sha256"] == sha256 and "--first" not in run["conditions"]["command"]]
         runs.sort(key=len, reverse=True)
-        card = (folder / "README.md").read_text(encoding="utf-8")
+        card = (known.folder / "README.md").read_text(encoding="utf-8")
         rows = re.findall(r"^\| (answers|recall|absent), ([a-z-]+), (none 576|attention 64) \| (.+) \|$", card, re.MULTILINE)
         assert len(rows) == 4 * 2 * 3
         for quantity, kind, method, cells in rows:
             expected = [f"{run[kind][method][quantity]:.2f}" if kind in run else "" for run in runs]
             assert [cell.strip() for cell in cells.split("|")] == expected
-    demo = open_checkpoint(ExportConfig("demo")).source().sha256
+    demo = open_checkpoint(resolved(ExportConfig("demo"))).source().sha256
     for name in ("study-demo", "counting-demo", "positions-demo"):
         assert read(name)["model"]["sha256"] == demo
 

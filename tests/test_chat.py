@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from leanvlm.runtime.answer import Generation
-from leanvlm.runtime.ask import Request
-from leanvlm.runtime.chat import chat
+from leanvlm.runtime.commands.ask import Request
+from leanvlm.runtime.commands.chat import chat
 from leanvlm.runtime.console import one_line_errors
 from leanvlm.runtime.session import Session
 from leanvlm.runtime.text import Message
@@ -168,7 +168,7 @@ class Terminal:
         self._master, slave = pty.openpty()
         environment = {**os.environ, "HOME": str(home), "TERM": "xterm", "INPUTRC": os.devnull}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "leanvlm.runtime.cli", *map(str, command)],
+            [sys.executable, "-m", "leanvlm", *map(str, command)],
             stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
         )  # fmt: skip
         os.close(slave)

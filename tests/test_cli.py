@@ -17,10 +17,11 @@ from conftest import Command
 from PIL import Image
 
 from leanvlm.demo import ERANK_REF
-from leanvlm.runtime import Session, doctor
+from leanvlm.runtime import Session
 from leanvlm.runtime.answer import STAGES
 from leanvlm.runtime.backends.ort import OrtGraph
-from leanvlm.runtime.manifest import read_manifest
+from leanvlm.runtime.bundle import read_manifest
+from leanvlm.runtime.commands import doctor
 from leanvlm.runtime.text import Message
 
 ROOT = Path(__file__).parents[1]
@@ -155,7 +156,7 @@ def test_ctrl_c_ends_a_run(leanvlm: Command, demo_bundle: Path, options: list[st
 
 
 def test_a_reader_that_is_gone_is_no_error(demo_bundle: Path) -> None:
-    command = [sys.executable, "-m", "leanvlm.runtime.cli", "inspect", str(demo_bundle)]
+    command = [sys.executable, "-m", "leanvlm", "inspect", str(demo_bundle)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -328,7 +329,7 @@ def test_commands_are_listed_in_the_order_of_use(leanvlm: Command) -> None:
 )
 def test_a_shell_completes_commands_and_options(words: str, offered: list[str]) -> None:
     line = {"_LEANVLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
-    command = [sys.executable, "-c", "from leanvlm.runtime.cli import main; main()"]
+    command = [sys.executable, "-m", "leanvlm"]
     done = subprocess.run(command, env={**os.environ, **line}, capture_output=True, text=True, check=False)
     assert done.stdout.split() == offered
     assert done.stderr == ""
@@ -356,7 +357,7 @@ def test_optimum_takes_the_options_of_export(monkeypatch: pytest.MonkeyPatch) ->
 
     import typer
 
-    from leanvlm.exporter import cli
+    from leanvlm import export_command as cli
 
     registered: Any = import_module("optimum.commands.register.leanvlm").LeanVLMExportCommand
     parser = ArgumentParser(add_help=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Command
 
-from leanvlm.runtime.ask import Request, ask
+from leanvlm.runtime.commands.ask import Request, ask
 from leanvlm.runtime.console import one_line_errors
 from leanvlm.runtime.session import Session
 
@@ -54,7 +54,7 @@ def test_commands_run_without_utf8(leanvlm_process: Command, demo_bundle: Path, 
 
 def closed(redirection: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run `leanvlm …` as a shell does with streams closed."""
-    command = ["sh", "-c", f'"$@" {redirection}', "sh", sys.executable, "-m", "leanvlm.runtime.cli", *map(str, arguments)]
+    command = ["sh", "-c", f'"$@" {redirection}', "sh", sys.executable, "-m", "leanvlm", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

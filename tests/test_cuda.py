@@ -13,17 +13,18 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from prompts import text_prompt
 
 from leanvlm.demo import MODEL_DIR, SAMPLES_DIR
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.backends import cuda
 from leanvlm.runtime.backends.placement import misplaced_nodes
+from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.errors import BackendError, LeanVLMWarning, VerificationError
 from leanvlm.runtime.generation import GenerateOptions
-from leanvlm.runtime.manifest import FileSpec, read_manifest
 from leanvlm.runtime.preprocess import preprocess
 from leanvlm.runtime.session import user_message
-from leanvlm.runtime.splice import splice
+from leanvlm.runtime.specs import FileSpec
 
 BUDGET, NEW_TOKENS = 64, 32
 PROMPT = "Describe the image."
@@ -91,9 +92,9 @@ def test_greedy_tokens_equal_transformers_with_the_same_pruned_features(
         for image in images:
             encoded = session.encode_images([image], budget)[0]
             ids = session.prompt_ids([user_message(prompt, 1)], 1)
-            plan = session.splice(ids, [encoded])
-            rows = np.concatenate([plan.text, _features(session, model, image)[encoded.pruning.indices]])
-            wanted = _greedy(model, rows[plan.places], NEW_TOKENS)
+            plan = session.prompt(ids, [encoded])
+            rows = np.concatenate([plan.text, _features(session, model, image)[encoded.crops[0].pruning.indices]])
+            wanted = _greedy(model, rows[plan.index], NEW_TOKENS)
             found = _answer(session, [image], prompt, budget=budget)
             # Behind the end of an answer a model is asked for nothing that it learned, and nearly equal logits are common.
             ends = [count for count, token in enumerate(wanted) if token in session.end_ids]
@@ -131,12 +132,12 @@ def test_eight_threads_get_the_answers_that_each_gets_alone(session: Session, im
 
 def test_two_images_at_once_equal_one_by_one(session: Session, images: list[Image.Image]) -> None:
     together = session.encode_images(images, BUDGET)
-    rows = [np.asarray(features.embeddings) for features in together]
-    indices = [features.pruning.indices for features in together]
+    rows = [np.asarray(features.crops[0].embeddings) for features in together]
+    indices = [features.crops[0].pruning.indices for features in together]
     for image, row, kept in zip(images, rows, indices, strict=True):
         alone = session.encode_images([image], BUDGET)[0]
-        np.testing.assert_array_equal(alone.pruning.indices, kept)
-        np.testing.assert_allclose(np.asarray(alone.embeddings), row, atol=2e-2 * np.abs(row).max())
+        np.testing.assert_array_equal(alone.crops[0].pruning.indices, kept)
+        np.testing.assert_allclose(np.asarray(alone.crops[0].embeddings), row, atol=2e-2 * np.abs(row).max())
 
 
 def test_images_of_one_run_and_of_several_give_the_same_answer(session: Session, images: list[Image.Image]) -> None:
@@ -145,7 +146,7 @@ def test_images_of_one_run_and_of_several_give_the_same_answer(session: Session,
     once = session.encode_images(images, BUDGET)
     twice = [session.encode_images([image], BUDGET)[0] for image in images]
     for one, other in zip(once, twice, strict=True):
-        np.testing.assert_array_equal(one.pruning.indices, other.pruning.indices)
+        np.testing.assert_array_equal(one.crops[0].pruning.indices, other.crops[0].pruning.indices)
     options = GenerateOptions(max_new_tokens=8, ignore_end=True)
     assert (
         session.respond(messages, once, options).answer.token_ids == session.respond(messages, twice, options).answer.token_ids
@@ -195,12 +196,12 @@ def test_sampling_reads_the_logits(session: Session, images: list[Image.Image]) 
 def test_decoder_refuses_more_than_its_cache(session: Session) -> None:
     sequence = session.backend.decoder().sequence(4)
     with pytest.raises(BackendError, match="5 positions do not fit a cache of 4"):
-        sequence.load(splice([session.table.rows([1, 2, 3, 4, 5])], [], "compact"))
+        sequence.load(text_prompt(session.table.rows([1, 2, 3, 4, 5])))
 
 
-def test_logits_that_are_no_numbers_are_an_error(session: Session) -> None:
+def test_logits_that_are_not_finite_are_an_error(session: Session) -> None:
     sequence = session.backend.decoder().sequence(8)
-    sequence.load(splice([np.full((3, session.table.width), np.nan, np.float16)], [], "compact"))
+    sequence.load(text_prompt(np.full((3, session.manifest.decoder.hidden_size), np.nan, np.float16)))
     with pytest.raises(BackendError, match="cannot be sampled"):
         sequence.prefill().greedy()
 
@@ -224,7 +225,7 @@ def test_nodes_off_the_device_are_named(bundle: Path) -> None:
     with load(bundle, device="cpu") as session:
         backend: Any = session.backend
         pixels = np.zeros((1, 3, *session.manifest.image.size), np.uint8)
-        events = backend.node_events(session.manifest.vision[BUDGET], {"pixel_values": pixels})
+        events = backend.node_events(session.manifest.vision_graph(BUDGET), {"pixel_values": pixels})
     found = misplaced_nodes(events, "CUDAExecutionProvider")
     assert any(entry.endswith("(MatMul on CPU)") for entry in found)
     assert any("/vision/blocks/0/self_attn" in entry for entry in found)
@@ -251,19 +252,19 @@ def test_without_a_gpu_a_bundle_runs_only_where_it_is_asked_to(bundle: Path, dem
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_rounded_decoders_export_for_cuda(tiny_llava: Path, tmp_path: Path, precision: str) -> None:
+def test_quantised_decoders_export_for_cuda(tiny_llava: Path, tmp_path: Path, precision: str) -> None:
     from leanvlm.exporter import ExportConfig, export
 
     manifest = export(ExportConfig(str(tiny_llava), (16,), tmp_path / "out", target="cuda", precision=precision))
-    assert manifest.vision[16].inputs[0].dtype == "uint8"
-    assert manifest.vision[16].outputs[0].dtype == manifest.decoder.kv_dtype == "float16"
+    assert manifest.vision_graph(16).inputs[0].dtype == "uint8"
+    assert manifest.vision_graph(16).outputs[0].dtype == manifest.decoder.kv_dtype == "float16"
     assert {tensor.name for tensor in manifest.decoder.graph.outputs} >= {"logits", "next_token", "top_logit"}
     with load(tmp_path / "out", device=DEVICE) as session:
         assert len(_answer(session, [np.zeros((50, 70, 3), np.uint8)])) == NEW_TOKENS
 
 
 def test_original_positions_equal_the_other_backend(tiny_llava: Path, tmp_path: Path) -> None:
-    """The graph for cuda in half precision against the processor's in fp32, with gaps between the kept tokens' places."""
+    """The graph for cuda in half precision against the processor's in fp32, with gaps between the kept tokens' positions."""
     from leanvlm.exporter import ExportConfig, export
 
     answers = []

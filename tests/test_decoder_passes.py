@@ -13,10 +13,10 @@ import onnxruntime
 import pytest
 from onnx_models import assert_equal, run, types
 
-from leanvlm.exporter.passes import DECODER_PASSES
 from leanvlm.exporter.passes.greedy_token import add_greedy_token
 from leanvlm.exporter.passes.last_position import GATHER, add_last_position
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
+from leanvlm.exporter.targets import TARGETS
 
 Array = npt.NDArray[Any]
 
@@ -28,7 +28,7 @@ NUMPY = {"fp32": np.float32, "fp16": np.float16}
 def head(table: Array, *, gather: bool = False) -> ir.Model:
     """Return a decoder that is its last product: hidden (B, S, D) and the table (D, V) give logits (B, 1, V).
 
-    With `gather` it takes the last place as the model builder's decoders do, else S must be 1.
+    With `gather` it takes the last position as the model builder's decoders do, else S must be 1.
     """
     dtype = ir.DataType.from_numpy(table.dtype)
     width, vocabulary = table.shape
@@ -86,7 +86,7 @@ def test_greedy_token_is_the_first_of_the_best(row: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", NUMPY)
-def test_top_logit_shows_that_logits_are_not_numbers(dtype: str) -> None:
+def test_top_logit_shows_that_logits_are_not_finite(dtype: str) -> None:
     """A hidden state of NaN makes every logit NaN; the other row of the batch keeps its token."""
     table = np.array([ROWS["one maximum"]], NUMPY[dtype])
     model = head(table)
@@ -100,10 +100,10 @@ def test_top_logit_shows_that_logits_are_not_numbers(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", NUMPY)
-@pytest.mark.parametrize("place", [0, 1, 4])
-def test_top_logit_shows_a_single_logit_that_is_not_a_number(place: int, dtype: str) -> None:
+@pytest.mark.parametrize("column", [0, 1, 4])
+def test_top_logit_shows_a_single_logit_that_is_nan(column: int, dtype: str) -> None:
     table = np.array([ROWS["one maximum"]], NUMPY[dtype])
-    table[0, place] = np.nan
+    table[0, column] = np.nan
     model = head(table)
     add_greedy_token(model)
     for optimise in (False, True):
@@ -111,7 +111,7 @@ def test_top_logit_shows_a_single_logit_that_is_not_a_number(place: int, dtype: 
         assert not np.isfinite(found["top_logit"]).any()
 
 
-def test_last_position_chooses_the_place() -> None:
+def test_last_position_chooses_the_position() -> None:
     random = np.random.default_rng(4)
     table = random.standard_normal((6, 11), dtype=np.float32)
     hidden = random.standard_normal((2, 5, 6), dtype=np.float32)
@@ -122,10 +122,10 @@ def test_last_position_chooses_the_place() -> None:
     (product,) = (node for node in model.graph if node.op_type == "MatMul")
     assert product.inputs[0] is not None
     assert list(product.inputs[0].shape or ()) == ["batch_size", 1, 6]
-    for place in range(5):
-        found = run(model, {"hidden": hidden, "last_position": np.array([place])})["logits"]
+    for position in range(5):
+        found = run(model, {"hidden": hidden, "last_position": np.array([position])})["logits"]
         assert found.shape == (2, 1, 11)
-        assert_equal({"logits": found}, {"logits": hidden[:, place : place + 1] @ table})
+        assert_equal({"logits": found}, {"logits": hidden[:, position : position + 1] @ table})
     assert_equal(run(model, {"hidden": hidden, "last_position": np.array([4])}), run(plain, {"hidden": hidden}))
 
 
@@ -141,7 +141,10 @@ def test_decoder_passes_work_together() -> None:
     table = random.standard_normal((6, 11), dtype=np.float32)
     hidden = random.standard_normal((2, 5, 6), dtype=np.float32)
     model = head(table, gather=True)
-    assert {name: rewrite(model) for name, rewrite in DECODER_PASSES["cuda"].items()} == {"last_position": 1, "greedy_token": 1}
+    assert {name: rewrite(model) for name, rewrite in TARGETS["cuda"].decoder_passes.items()} == {
+        "last_position": 1,
+        "greedy_token": 1,
+    }
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     found = run(model, {"hidden": hidden, "last_position": np.array([2])})
     np.testing.assert_array_equal(found["next_token"], (hidden[:, 2:3] @ table).argmax(axis=-1, keepdims=True))
@@ -149,30 +152,30 @@ def test_decoder_passes_work_together() -> None:
 
 # --- The splice graph ---------------------------------------------------------------------------------------------------
 
-# Rows of the text, rows of the images, places: an index of T or more is a row of the images.
-PLACES_OF = {
+# Rows of the text, rows of the images, index: one of T or more is a row of the images.
+SPLICES = {
     "images in the middle": (5, 3, [0, 1, 5, 6, 7, 2, 3, 4]),
     "images first": (2, 3, [2, 3, 4, 0, 1]),
     "two images apart": (3, 4, [0, 3, 4, 1, 5, 6, 2]),
-    "repeated places": (3, 2, [0, 3, 3, 4, 1, 1, 2, 0, 4, 4]),
-    "one place": (1, 1, [1]),
+    "repeated rows": (3, 2, [0, 3, 3, 4, 1, 1, 2, 0, 4, 4]),
+    "one row": (1, 1, [1]),
     "no images": (3, 0, [2, 0, 1]),
 }
 
 
 @pytest.mark.parametrize("dtype", NUMPY)
-@pytest.mark.parametrize("case", PLACES_OF)
+@pytest.mark.parametrize("case", SPLICES)
 def test_splice_graph_takes_rows_in_the_order_of_the_prompt(case: str, dtype: str, tmp_path: Path) -> None:
-    texts, images, places = PLACES_OF[case]
+    texts, images, index = SPLICES[case]
     write_splice_graph(tmp_path, 8, ir.DataType.from_numpy(np.dtype(NUMPY[dtype])))
     onnx.checker.check_model(tmp_path / SPLICE, full_check=True)
     random = np.random.default_rng(6)
     feeds = {
         "text": random.standard_normal((texts, 8)).astype(NUMPY[dtype]),
         "images": random.standard_normal((images, 8)).astype(NUMPY[dtype]),
-        "places": np.array(places, np.int64),
+        "index": np.array(index, np.int64),
     }
     session = onnxruntime.InferenceSession(tmp_path / SPLICE, providers=["CPUExecutionProvider"])
     (found,) = session.run(["inputs_embeds"], feeds)
     assert found.dtype == NUMPY[dtype]
-    np.testing.assert_array_equal(found, np.concatenate([feeds["text"], feeds["images"]]).take(places, axis=0)[None])
+    np.testing.assert_array_equal(found, np.concatenate([feeds["text"], feeds["images"]]).take(index, axis=0)[None])

@@ -16,8 +16,8 @@ from leanvlm.demo.scenes import Question, Scene, held_out_questions, make_scene
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.generation import GenerateOptions
 from leanvlm.runtime.preprocess import preprocess
+from leanvlm.runtime.prompt import ImageFeatures
 from leanvlm.runtime.session import user_message
-from leanvlm.runtime.splice import ImageFeatures
 
 SCENES = [(kind, seed) for kind in ("simple", "complex") for seed in range(8)]
 PER_SCENE = 7
@@ -66,7 +66,7 @@ def test_pruned_answers_equal_transformers_with_the_same_tokens(session: Session
     asked = list(_asked(scenes))[:100]
     same = 0
     for index, question in asked:
-        kept = whole[index][torch.from_numpy(features[index].pruning.indices)]
+        kept = whole[index][torch.from_numpy(features[index].crops[0].pruning.indices)]
         same += _answer(session, features[index], question.text) == _theirs(session, model, kept, question.text)
     assert len(asked) == 100
     assert same >= 99

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from leanvlm.runtime import doctor, gpu
-from leanvlm.runtime.gpu import Gpu
+from leanvlm.runtime.commands import doctor
+from leanvlm.runtime.machine import gpu
+from leanvlm.runtime.machine.gpu import Gpu
 
 H200 = Gpu("NVIDIA H200", 150_754_820_096, (9, 0))
 A2000 = Gpu("NVIDIA RTX A2000", 6_225_002_496, (8, 6))

@@ -18,33 +18,24 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from leanvlm.exporter.decoders.portable import save_decoder, trace_decoder
 from leanvlm.exporter.dialect import check_dialect
+from leanvlm.exporter.families.llava import LlavaFamily
 from leanvlm.exporter.graphs import VisionGraph
-from leanvlm.exporter.models.llava import LlavaFamily
-from leanvlm.exporter.passes import DECODER_PASSES, PASSES
-from leanvlm.exporter.portable_decoder import save_decoder, trace_decoder
 from leanvlm.exporter.pruners import parse
-from leanvlm.exporter.trace import OPSET, trace
+from leanvlm.exporter.targets import TARGETS
+from leanvlm.exporter.trace import trace
+from leanvlm.runtime.bundle import file_sha256, read_manifest, write_manifest
+from leanvlm.runtime.engines import jobs as planning
 from leanvlm.runtime.engines import library
-from leanvlm.runtime.engines import plan as planning
 from leanvlm.runtime.engines.build import Builder, build_engines, check_ends, write_whole
-from leanvlm.runtime.engines.plan import BuildConfig, EngineJob, command_line, parse_sms, plan_build
+from leanvlm.runtime.engines.jobs import BuildConfig, EngineJob, command_line, parse_sms, plan_build
 from leanvlm.runtime.engines.profiles import Limits, decoder_profiles, shapes_text, vision_profile
 from leanvlm.runtime.errors import BackendError, GraphError, InputError, LeanVLMError, MissingExtraError
-from leanvlm.runtime.manifest import (
-    VISION_OUTPUTS,
-    DecoderSpec,
-    EngineSpec,
-    FileSpec,
-    GraphSpec,
-    Manifest,
-    TensorSpec,
-    file_sha256,
-    read_manifest,
-    write_manifest,
-)
+from leanvlm.runtime.manifest import VISION_OUTPUTS, Manifest
 from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.signals import Terminated, raised_when_terminated
+from leanvlm.runtime.specs import DecoderSpec, EngineSpec, FileSpec, GraphSpec, TensorSpec
 
 SMS = (80, 86, 89, 120)
 SECONDS = 60.0
@@ -85,7 +76,7 @@ def test_every_graph_for_every_gpu_of_the_built_in_model(bundle: Path) -> None:
         assert engine.sha256 == file_sha256(path)
         assert 0 < engine.seconds < SECONDS
         assert (engine.engine, engine.version, engine.precision) == ("tensorrt-rtx", builder.module.__version__, "fp16")
-        graph = manifest.decoder.graph if engine.budget is None else manifest.vision[engine.budget]
+        graph = manifest.decoder.graph if engine.budget is None else manifest.vision_graph(engine.budget)
         assert set(engine.inputs) == set(graph.inputs)
         assert set(engine.outputs) == set(graph.outputs)
         assert len(engine.profiles) == (2 if engine.budget is None else 1)
@@ -145,21 +136,22 @@ def image_spec() -> ImageSpec:
 @pytest.mark.slow
 def test_a_full_width_llava(tmp_path: Path, tensorrt_bundle: Path) -> None:
     """Vision engines for every GPU, and a decoder engine with two profiles, each in under a minute."""
-    family, model, image = LlavaFamily(), full_width(), image_spec()
-    opset, config = OPSET["tensorrt"], model.config
-    tower = family.tower(model, "feature", image)
-    graph = VisionGraph(tower, family.projector(model), parse("agile", keep=64), (24, 24)).eval()
+    model, image = full_width(), image_spec()
+    parts = LlavaFamily().parts(model)
+    opset, config = TARGETS["tensorrt"].opset, model.config
+    tower = parts.tower("feature", image)
+    graph = VisionGraph(tower, parts.project, parse("agile", keep=64), (24, 24)).eval()
     pixels = torch.zeros(2, 3, 336, 336, dtype=torch.uint8)
     vision = trace(graph, {"pixel_values": pixels}, output_names=VISION_OUTPUTS, opset=opset)
-    for rewrite in PASSES["tensorrt"].values():
+    for rewrite in TARGETS["tensorrt"].passes.values():
         rewrite(vision)
     check_dialect(vision, "vision_64.onnx")
     ir.save(vision, tmp_path / "vision_64.onnx", external_data="vision.data", size_threshold_bytes=1024)
-    decoder = trace_decoder(family.decoder(model), opset=opset, dtype=torch.float16)
-    for rewrite in DECODER_PASSES["tensorrt"].values():
+    decoder = trace_decoder(parts.decoder, opset=opset, dtype=torch.float16)
+    for rewrite in TARGETS["tensorrt"].decoder_passes.values():
         rewrite(decoder)
     save_decoder(decoder, tmp_path / "decoder.onnx")
-    del model, graph, tower
+    del model, graph, parts, tower
 
     manifest = _manifest_of(read_manifest(tensorrt_bundle), vision, decoder, config, tmp_path)
     write_manifest(tmp_path, manifest)
@@ -172,14 +164,14 @@ def test_a_full_width_llava(tmp_path: Path, tensorrt_bundle: Path) -> None:
 
 def _manifest_of(like: Manifest, vision: ir.Model, decoder: ir.Model, config: Any, folder: Path) -> Manifest:
     def graph(name: str, model: ir.Model) -> GraphSpec:
-        ends = [
+        tensors = [
             tuple(
                 TensorSpec(str(v.name), v.dtype.numpy().name, tuple(d if isinstance(d, int) else str(d) for d in v.shape))  # type: ignore[union-attr]
                 for v in values
             )
             for values in (model.graph.inputs, model.graph.outputs)
         ]
-        return GraphSpec(name, *ends)
+        return GraphSpec(name, *tensors)
 
     text = config.text_config
     spec = DecoderSpec(
@@ -288,7 +280,7 @@ def test_compute_capabilities_are_read_as_people_write_them() -> None:
 
 def test_profiles_and_their_text(tensorrt_bundle: Path) -> None:
     manifest = read_manifest(tensorrt_bundle)
-    profile = vision_profile(manifest.vision[64], Limits(images=3))
+    profile = vision_profile(manifest.vision_graph(64), Limits(images=3))
     assert shapes_text(profile, 2) == "pixel_values:3x3x336x336"
     prefill, decode = decoder_profiles(manifest.decoder, Limits(prompt=50, positions=60), 64)
     assert prefill["inputs_embeds"] == ((1, 1, 256), (1, 50, 256), (1, 50, 256))
@@ -434,7 +426,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_engines_outside_of_the_manifests_words_are_refused(tensorrt_bundle: Path) -> None:
     manifest = read_manifest(tensorrt_bundle)
-    graph = manifest.vision[64]
+    graph = manifest.vision_graph(64)
     engine = EngineSpec(
         "engines/86/vision_64.engine", "tensorrt-rtx", "1.7", 86, "fp16", graph.file, 64, graph.inputs, graph.outputs,
         (vision_profile(graph, LIMITS),), "none", False, 5, "0" * 64, 1.0,

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from fake_builder import NAMES, Settings, tensorrt
 
-from leanvlm.runtime.engines import plan as planning
+from leanvlm.runtime.bundle import read_manifest
+from leanvlm.runtime.engines import jobs as planning
 from leanvlm.runtime.engines.build import Builder, build_engines
+from leanvlm.runtime.engines.jobs import BuildConfig, plan_build
 from leanvlm.runtime.engines.library import network_flags, quiet_logger
-from leanvlm.runtime.engines.plan import BuildConfig, plan_build
 from leanvlm.runtime.engines.profiles import Limits
 from leanvlm.runtime.errors import BackendError, LeanVLMWarning
-from leanvlm.runtime.manifest import read_manifest
 
 
 @pytest.fixture

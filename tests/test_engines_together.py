@@ -19,14 +19,14 @@ import pytest
 from conftest import Command
 from fake_builder import Settings, tensorrt
 
+from leanvlm.runtime.bundle import file_sha256, read_manifest, write_manifest
 from leanvlm.runtime.engines import build as building
-from leanvlm.runtime.engines import plan as planning
+from leanvlm.runtime.engines import jobs as planning
 from leanvlm.runtime.engines.build import Builder, build_engines
+from leanvlm.runtime.engines.jobs import BuildConfig, BuildPlan, plan_build
 from leanvlm.runtime.engines.library import quiet_logger
-from leanvlm.runtime.engines.plan import BuildConfig, BuildPlan, plan_build
 from leanvlm.runtime.engines.profiles import Limits
 from leanvlm.runtime.errors import BundleError, InputError, LeanVLMWarning
-from leanvlm.runtime.manifest import file_sha256, read_manifest, write_manifest
 from leanvlm.runtime.signals import Terminated, raised_when_terminated
 
 LIMITS = Limits(2, 700, 1000)
@@ -277,7 +277,7 @@ def test_kernels_beside_an_engine_do_not_keep_a_bundle_from_being_replaced(bundl
     build_engines(*planned(bundle))
     (bundle / "engines/86/decoder.kernels").write_bytes(b"compiled")
     from leanvlm.exporter import ExportConfig
-    from leanvlm.exporter.place import check_output
+    from leanvlm.exporter.output import check_output
 
     check_output(ExportConfig("demo", output=bundle, force=True))
     (bundle / "engines/86/other.kernels").write_bytes(b"mine")

@@ -22,9 +22,9 @@ from leanvlm.exporter.passes import stage_names
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, parse
 from leanvlm.exporter.reference import Reference
 from leanvlm.runtime import load
+from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.embeddings import TokenTable
 from leanvlm.runtime.errors import UnsupportedPrunerError, VerificationError
-from leanvlm.runtime.manifest import read_manifest
 
 FORBIDDEN = {"Loop", "If", "Scan", "NonZero", "Compress", "Unique"}
 
@@ -119,7 +119,7 @@ def test_half_precision_checkpoints_export(tmp_path: Path, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_quantised_decoders_stay_near(tiny_llava: Path, tmp_path: Path, precision: str) -> None:
-    """To the checkpoint with weights rounded alike nearly exactly, to the checkpoint itself less; and not to another one."""
+    """To the checkpoint with weights quantised alike nearly exactly, to the checkpoint itself less; and not to another one."""
     manifest = export(ExportConfig(str(tiny_llava), (16,), tmp_path / "out", precision=precision))
     for tokens in manifest.verification["tokens"].values():
         assert tokens["cosine"] >= tolerances.LOGITS_COSINE["fp32"]
@@ -137,7 +137,7 @@ def test_quantised_decoders_stay_near(tiny_llava: Path, tmp_path: Path, precisio
 
 
 def test_tied_embeddings_export(tmp_path: Path) -> None:
-    """A checkpoint that stores one table for both ends of the decoder."""
+    """A checkpoint that stores one table for the token table and the output head."""
     import json
 
     from safetensors.torch import save_file

@@ -21,10 +21,10 @@ from conftest import Command
 
 import leanvlm.exporter.pipeline as pipeline
 from leanvlm.exporter import ExportConfig
-from leanvlm.exporter.place import files_replaced, put_in_place
+from leanvlm.exporter.output import files_replaced, put_in_place
 from leanvlm.exporter.plan import Plan, plan
+from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.errors import VerificationError
-from leanvlm.runtime.manifest import read_manifest
 from leanvlm.runtime.signals import ENDING, Terminated, raised_when_terminated
 
 # All of the tiny model's image tokens: one graph to trace, not two.
@@ -131,17 +131,17 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     mounted: list[Path] = []
 
     def mount(size: int) -> Path:
-        place = tmp_path / f"disk-{size}"
-        place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(place)]
+        disk = tmp_path / f"disk-{size}"
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(disk)]
         if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
             pytest.skip("mounting a small disk needs root")
-        mounted.append(place)
-        return place
+        mounted.append(disk)
+        return disk
 
     yield mount
-    for place in mounted:
-        subprocess.run(["umount", str(place)], check=True)
+    for disk in mounted:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_disk_that_is_really_full(
@@ -256,7 +256,7 @@ def _listen_to_ctrl_c() -> None:
 
 
 def test_a_real_ctrl_c_while_tracing(tiny_llava: Path, output: Path) -> None:
-    command = [sys.executable, "-m", "leanvlm.runtime.cli", "export", "--model", str(tiny_llava), "-o", str(output)]
+    command = [sys.executable, "-m", "leanvlm", "export", "--model", str(tiny_llava), "-o", str(output)]
     scratch = output.parent
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([*command, "--budget", str(BUDGET)], stdout=log, stderr=log, preexec_fn=_listen_to_ctrl_c)

@@ -1,4 +1,4 @@
-"""Weights that are no numbers: an error that names their file's graph or table, or the answer of the undamaged bundle."""
+"""Weights that are NaN or infinite: an error that names their file's graph or table, or the answer of the undamaged bundle."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from safetensors.numpy import save_file
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.embeddings import TokenTable
 from leanvlm.runtime.errors import BackendError, BundleError
+from leanvlm.runtime.prompt import ImageFeatures
 from leanvlm.runtime.session import user_message
-from leanvlm.runtime.splice import ImageFeatures
 
 Array = npt.NDArray[Any]
 BLOCK = 4096
 
 
 @contextmanager
-def no_numbers(data: Array, start: int, size: int) -> Iterator[None]:
+def spoilt(data: Array, start: int, size: int) -> Iterator[None]:
     """Fill a part of a file with NaN for a while."""
     before = data[start : start + size].copy()
     # A NaN in half precision, and two of them are one in single.
@@ -61,7 +61,7 @@ def test_damaged_vision_weights_are_an_error_or_do_not_matter(
     # Embeddings, blocks, projector; the masks of truth values at the file's end have no NaN.
     for start in np.linspace(0, 0.9 * size, 5, dtype=int) // 4 * 4:
         weights = np.memmap(damaged / "vision.data", np.uint8, mode="r+")
-        with no_numbers(weights, start, BLOCK), load(damaged, device="cpu", threads=1) as session:
+        with spoilt(weights, start, BLOCK), load(damaged, device="cpu", threads=1) as session:
             for budget in budgets:
                 found = _encoded(session, images, budget)
                 if isinstance(found, str):
@@ -69,7 +69,7 @@ def test_damaged_vision_weights_are_an_error_or_do_not_matter(
                     named += 1
                     continue
                 for ours, theirs in zip(found, wanted[budget], strict=True):
-                    np.testing.assert_array_equal(np.asarray(ours.embeddings), np.asarray(theirs.embeddings))
+                    np.testing.assert_array_equal(np.asarray(ours.crops[0].embeddings), np.asarray(theirs.crops[0].embeddings))
     assert named >= 4
 
 
@@ -90,9 +90,9 @@ def test_damaged_decoder_weights_are_an_error_or_do_not_matter(
     shutil.copytree(whole, damaged)
     wanted, named = answer(whole, sample_image), 0
     weights = np.memmap(damaged / "decoder.onnx.data", np.uint8, mode="r+")
-    places = np.linspace(0, weights.size - BLOCK, 8, dtype=int) // 4 * 4
-    for start in places:
-        with no_numbers(weights, start, BLOCK):
+    starts = np.linspace(0, weights.size - BLOCK, 8, dtype=int) // 4 * 4
+    for start in starts:
+        with spoilt(weights, start, BLOCK):
             found = answer(damaged, sample_image)
         assert found == wanted or str(found).startswith("the decoder returned logits that cannot"), f"at {start}: {found}"
         named += found != wanted
@@ -116,11 +116,11 @@ def test_a_damaged_token_table_is_named_where_it_is_used(
     # The answer's last token is never read.
     read = [*sorted(prompt)[:2], *(token for token in wanted[:-1] if token not in prompt)]
     for token in read:
-        with no_numbers(file, begin + token * size, size):
+        with spoilt(file, begin + token * size, size):
             found = answer(damaged, sample_image)
         assert str(found).startswith(f"the token table embed_tokens.safetensors has a value for token {token} that"), found
     unread = next(token for token in range(rows - 1, 0, -1) if token not in prompt and token not in wanted)
-    with no_numbers(file, begin + unread * size, size):
+    with spoilt(file, begin + unread * size, size):
         assert answer(damaged, sample_image) == wanted
 
 

@@ -14,17 +14,18 @@ import pytest
 import torch
 from onnx_models import assert_equal, run
 from torch import nn
-from towers import BATCHES, BLOCKS, GRID, IMAGE_SIZE, PLACES, SHARED, Array, apply, clip, levels
+from towers import BATCHES, BLOCKS, CHANGES, GRID, IMAGE_SIZE, SHARED, Array, apply, clip, levels
 
 from leanvlm.exporter import tolerances
 from leanvlm.exporter.graphs import VisionGraph
-from leanvlm.exporter.models.llava import ClipTower
 from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import ALIGNMENT, save_sharing
 from leanvlm.exporter.passes.stage_names import STAGES
 from leanvlm.exporter.pruners import NoPruner, Pruner, parse
 from leanvlm.exporter.reference import relative_difference
-from leanvlm.exporter.trace import OPSET, trace
+from leanvlm.exporter.targets import TARGETS
+from leanvlm.exporter.towers.clip import ClipTower
+from leanvlm.exporter.trace import trace
 from leanvlm.runtime.manifest import VISION_OUTPUTS
 from leanvlm.runtime.preprocess import ImageSpec
 
@@ -57,12 +58,12 @@ def visions() -> dict[int, Vision]:
     pruners: dict[int, Pruner] = {KEEP: parse("agile", keep=KEEP), TOKENS: NoPruner(TOKENS)}
     found = {}
     for budget, pruner in pruners.items():
-        module = VisionGraph(ClipTower(model, BLOCKS - 1, BLOCKS - 2, IMAGE), projector, pruner, GRID).eval()
+        module = VisionGraph(ClipTower(model, (BLOCKS - 1,), BLOCKS - 2, IMAGE), projector, pruner, GRID).eval()
         example = {"pixel_values": torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)}
-        traced = trace(module, example, output_names=VISION_OUTPUTS, opset=OPSET["cuda"])
+        traced = trace(module, example, output_names=VISION_OUTPUTS, opset=TARGETS["cuda"].opset)
         apply(traced, ["stage_names", "strip_metadata"])
         fused = traced.clone()
-        found[budget] = Vision(module, traced, fused, apply(fused, list(PLACES)))
+        found[budget] = Vision(module, traced, fused, apply(fused, list(CHANGES)))
     return found
 
 
@@ -126,8 +127,8 @@ def test_cuts_end_with_what_the_module_has_there(visions: dict[int, Vision], bud
         features = vision.module.project(hidden)
     cuts = {stage: cut_after(model, stage) for stage in STAGES}
     assert ir.to_proto(model).SerializeToString(deterministic=True) == written
-    for place, (stage, cut) in enumerate(cuts.items()):
-        assert {(node.name or "").split("/")[1] for node in cut.graph} == set(STAGES[: place + 1])
+    for index, (stage, cut) in enumerate(cuts.items()):
+        assert {(node.name or "").split("/")[1] for node in cut.graph} == set(STAGES[: index + 1])
         assert [value.name for value in cut.graph.inputs] == ["pixel_values"]
         assert all(value.dtype is not None for value in cut.graph.outputs), stage
     found = {stage: run(cut, feeds) for stage, cut in cuts.items()}

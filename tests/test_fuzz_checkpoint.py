@@ -18,7 +18,7 @@ import pytest
 from bounds import MEMORY, bounded, one_line
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import VALUES, at, damaged_bytes, damaged_json, places
+from mutations import VALUES, at, damaged_bytes, damaged_json, paths
 from safetensors.torch import load_file, save_file
 
 from leanvlm.exporter import ExportConfig
@@ -57,7 +57,7 @@ LIKELY = [
 def foreign_json(draw: st.DrawFn, data: Any) -> str:
     """Text of JSON with a key that belongs elsewhere, or with a value that does."""
     data = copy.deepcopy(data)
-    path = draw(st.sampled_from(list(places(data))))
+    path = draw(st.sampled_from(list(paths(data))))
     parent, value = at(data, path[:-1]), draw(st.sampled_from(LIKELY + VALUES))
     key = draw(st.sampled_from(NAMES)) if isinstance(parent, dict) and draw(st.booleans()) else path[-1]
     parent[key] = value

@@ -207,10 +207,10 @@ def damage(draw: st.DrawFn) -> tuple[str, bytes]:
     if kind == "tokenizer":
         data = json.loads(files["tokenizer.json"])
         for _ in range(draw(st.integers(1, 2))):
-            place = draw(st.sampled_from(("normalizer", "pre_tokenizer", "post_processor", "decoder", "model")))
-            data[place] = copy.deepcopy(draw(st.sampled_from(MODELS if place == "model" else STEPS)))
+            part = draw(st.sampled_from(("normalizer", "pre_tokenizer", "post_processor", "decoder", "model")))
+            data[part] = copy.deepcopy(draw(st.sampled_from(MODELS if part == "model" else STEPS)))
             if draw(st.booleans()):
-                _change(draw, data[place])
+                _change(draw, data[part])
         return "tokenizer.json", json.dumps(data).encode()
     if kind == "bytes":
         name = draw(st.sampled_from(sorted(files)))

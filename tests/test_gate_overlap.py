@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from test_gates import Draw, clustered, exponential, gaussian, power
 
 from leanvlm.demo import ERANK_REF
+from leanvlm.demo.built_in import resolved
 from leanvlm.demo.render import render
 from leanvlm.demo.scenes import make_scene
 from leanvlm.exporter import ExportConfig
@@ -21,6 +22,7 @@ from leanvlm.exporter.pruners.agile import AgilePruner
 from leanvlm.exporter.pruners.base import VisionTokens
 from leanvlm.exporter.pruners.gates import effective_rank, exact_effective_rank
 from leanvlm.exporter.reference import Reference
+from leanvlm.exporter.towers.base import Seen
 from leanvlm.runtime.preprocess import preprocess
 
 SHAPES = ((144, 256), (144, 1024), (576, 256), (576, 1024), (576, 4096), (729, 1152))
@@ -33,7 +35,7 @@ Image = tuple[NDArray[np.float32], NDArray[np.float32]]
 def _tokens(features: NDArray[np.float32], attention: NDArray[np.float32]) -> VisionTokens:
     """Tokens of one crop, as a pruner takes them."""
     points, scores = torch.from_numpy(features)[None], torch.from_numpy(attention)[None]
-    return VisionTokens(points, points, points[:, :, None], scores, scores, (1, len(features)))
+    return VisionTokens(points, Seen(points, points[:, :, None], scores, scores), (1, len(features)))
 
 
 def _overlaps(features: NDArray[np.float32], attention: NDArray[np.float32], erank_ref: float) -> dict[int, float]:
@@ -101,9 +103,9 @@ def test_random_sets_keep_the_tokens_of_the_exact_rank(draw: Draw) -> None:
 
 @pytest.mark.slow
 def test_scenes_keep_the_tokens_of_the_exact_rank() -> None:
-    checkpoint = open_checkpoint(ExportConfig("demo"))
+    checkpoint = open_checkpoint(resolved(ExportConfig("demo")))
     model = Reference(checkpoint, load_model(checkpoint).float())
     scenes = [make_scene(seed, kind) for seed in range(25) for kind in ("simple", "complex")]
     batches = [model.vision(preprocess(render(scenes[i : i + 10]), checkpoint.image_spec)) for i in range(0, 50, 10)]
-    rows = ((batch.features[i].numpy(), batch.attention[i].numpy()) for batch in batches for i in range(10))
+    rows = ((batch.features[i].numpy(), batch.saliency[i].numpy()) for batch in batches for i in range(10))
     _overlapping(rows, ERANK_REF)

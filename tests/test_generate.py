@@ -99,8 +99,8 @@ def test_two_images_at_once_equal_one_by_one(bundle: Path, images: Any) -> None:
             together = session.encode_images(images, budget)
             for image, both in zip(images, together, strict=True):
                 alone = session.encode_images([image], budget)[0]
-                assert np.array_equal(alone.pruning.indices, both.pruning.indices)
-                np.testing.assert_allclose(alone.embeddings, both.embeddings, rtol=1e-4, atol=1e-5)
+                assert np.array_equal(alone.crops[0].pruning.indices, both.crops[0].pruning.indices)
+                np.testing.assert_allclose(alone.crops[0].embeddings, both.crops[0].embeddings, rtol=1e-4, atol=1e-5)
 
 
 def test_several_turns_equal_generate(bundle: Path, images: Any, model: Any, processor: Any) -> None:
@@ -126,7 +126,7 @@ def test_a_prompt_without_an_image_equals_generate(bundle: Path, model: Any, pro
 
 
 def _pruned_embeddings(model: Any, inputs: Any) -> torch.Tensor:
-    """Embeddings of the prompt with the reference's choice of image features in the images' places."""
+    """Embeddings of the prompt with the reference's choice of image features at the images' positions."""
     import reference
 
     core = model.model
@@ -140,9 +140,9 @@ def _pruned_embeddings(model: Any, inputs: Any) -> torch.Tensor:
         kept, _ = reference.agile(reference.Crop(points, points, points[:, None], scores, scores), BUDGET, ratio)
         ids = inputs["input_ids"][0]
         embeddings = core.get_input_embeddings()(ids)
-        places = (ids == model.config.image_token_id).nonzero()[:, 0]
-        dropped = places[[i for i in range(len(places)) if i not in set(kept)]]
-        embeddings[places] = features[0]
+        positions = (ids == model.config.image_token_id).nonzero()[:, 0]
+        dropped = positions[[i for i in range(len(positions)) if i not in set(kept)]]
+        embeddings[positions] = features[0]
         keep = torch.ones(len(ids), dtype=torch.bool)
         keep[dropped] = False
     return embeddings[keep][None]
@@ -188,7 +188,7 @@ def test_settings_see_the_prompt_of_the_processor(bundle: Path, images: Any, pro
     with load(bundle) as session:
         features = session.encode_images(images, BUDGET)
         ids = session.prompt_ids([user_message(PROMPTS[0], len(images))], len(images))
-        assert list(session.splice(ids, features).ids) == wanted
+        assert list(session.prompt(ids, features).ids) == wanted
 
 
 def test_a_raw_prompt_is_the_text_as_it_is(bundle: Path, images: Any, processor: Any) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from leanvlm.runtime import gpu
-from leanvlm.runtime.gpu import Gpu, misfit
+from leanvlm.runtime.machine import gpu
+from leanvlm.runtime.machine.gpu import Gpu, misfit
 
 # Of cuda.h 13.0, with the names that its macros give: CUdevice and CUdevice_attribute are int, CUcontext a pointer.
 CUDA_PROTOTYPES: dict[str, tuple[Any, ...]] = {

@@ -109,7 +109,7 @@ def test_sizes_of_another_model(folder: Path, size: str) -> None:
         ("text_config.rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}, "factor is 0.0"),
         ("text_config.rope_parameters", {"rope_type": "yarn", "factor": 2.0, "attention_factor": "x"}, "attention_factor is "),
         ("text_config.pad_token_id", 10**6, "transformers cannot build the model that config.json describes: Padding_idx"),
-        ("text_config.sliding_window", "x", "sliding_window x is not supported"),
+        ("text_config.sliding_window", "x", "sliding_window 'x' is not a number of tokens"),
         ("text_config.num_labels", BILLION, "num_labels is 1000000000000, over 32768"),
         ("num_labels", 10**7, "num_labels is 10000000, over 32768"),
         ("text_config.hidden_act", "os.system", "hidden_act 'os.system' is no activation function of transformers"),

@@ -12,8 +12,8 @@ import pytest
 
 from leanvlm.runtime.backends import cuda
 from leanvlm.runtime.errors import BackendError
-from leanvlm.runtime.gpu import Gpu
-from leanvlm.runtime.kernels import CUDA_PROVIDER, Kernels, kernels, without_kernels
+from leanvlm.runtime.machine.gpu import Gpu
+from leanvlm.runtime.machine.kernels import CUDA_PROVIDER, Kernels, kernels, without_kernels
 
 ORIN, THOR, SPARK = Gpu("Orin", 64 * 10**9, (8, 7)), Gpu("Thor", 128 * 10**9, (11, 0)), Gpu("GB10", 128 * 10**9, (12, 1))
 PTX, SASS = 1, 2

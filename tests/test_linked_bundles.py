@@ -16,10 +16,11 @@ from onnx import TensorProto, helper
 
 from leanvlm.exporter import ExportConfig, export
 from leanvlm.runtime import load
+from leanvlm.runtime.bundle import file_sha256
 from leanvlm.runtime.errors import GraphError
-from leanvlm.runtime.manifest import MANIFEST, file_sha256
+from leanvlm.runtime.manifest import MANIFEST
 
-Place = Callable[[int, Path], str | None]
+Store = Callable[[int, Path], str | None]
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def answer(folder: Path) -> tuple[int, ...]:
         return session.generate("What is it?", image, max_new_tokens=6, ignore_end=True).token_ids
 
 
-# Number and file to the place that its link leads to, beside the bundle's folder; None for no link.
-PLACES: dict[str, Place] = {
+# Number and file to the path that its link leads to, beside the bundle's folder; None for no link.
+STORES: dict[str, Store] = {
     "the Hub's cache": lambda number, file: f"blobs/{file_sha256(file)}",
     "a store of other names": lambda number, file: f"blobs/{number:04d}",
     "git-annex": lambda number, file: f"objects/{number:02d}/key/SHA256E-s1--{file_sha256(file)}",
@@ -46,16 +47,16 @@ PLACES: dict[str, Place] = {
 }
 
 
-@pytest.mark.parametrize("places", PLACES)
-def test_bundles_of_links_answer_alike(bundle: Path, tmp_path: Path, places: str) -> None:
+@pytest.mark.parametrize("store", STORES)
+def test_bundles_of_links_answer_alike(bundle: Path, tmp_path: Path, store: str) -> None:
     folder = tmp_path / "snapshots" / "0123abc"
     folder.mkdir(parents=True)
     for number, file in enumerate(sorted(bundle.iterdir())):
-        place = PLACES[places](number, file)
-        real = folder / file.name if place is None else tmp_path / place
+        target = STORES[store](number, file)
+        real = folder / file.name if target is None else tmp_path / target
         real.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, real)
-        if place is not None:
+        if target is not None:
             (folder / file.name).symlink_to(os.path.relpath(real, folder))
     assert answer(folder) == answer(bundle)
 
@@ -76,7 +77,7 @@ def test_a_graph_cannot_read_weights_from_outside(bundle: Path, tmp_path: Path) 
 
 
 def relist(folder: Path, name: str) -> None:
-    """Make the manifest state a changed file's size and sum."""
+    """Make the manifest state a changed file's size and checksum."""
     data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     data["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
     (folder / MANIFEST).write_text(json.dumps(data), encoding="utf-8")

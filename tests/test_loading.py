@@ -58,14 +58,14 @@ def others(folder: Path) -> Weights:
 
 def shard(folder: Path, tensors: Weights, count: int, *, index: bool = True) -> None:
     """Write shards, as a large checkpoint is saved, and the index that names them."""
-    places = {}
+    weight_map = {}
     for number in range(count):
         name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
         part = {key: tensors[key] for key in sorted(tensors)[number::count]}
         save(folder / name, part)
-        places |= dict.fromkeys(part, name)
+        weight_map |= dict.fromkeys(part, name)
     if index:
-        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
 
 
 def sharded(folder: Path) -> None:
@@ -115,8 +115,8 @@ def tied(part: str | None, *, keep: tuple[str, ...], equal: bool = False) -> Cha
 
     def change(folder: Path) -> None:
         def set_flag(data: dict[str, Any]) -> None:
-            for place in (data, data["text_config"]):
-                place.pop("tie_word_embeddings", None)
+            for record in (data, data["text_config"]):
+                record.pop("tie_word_embeddings", None)
             (data if part is None else data[part])["tie_word_embeddings"] = True
 
         edit(folder / "config.json", set_flag)
@@ -343,7 +343,8 @@ def test_spellings_that_transformers_resolves(tiny_llava: Path, folder: Path, ch
     pixels = torch.randn(1, 3, *checkpoint.spec.image_size, generator=torch.Generator().manual_seed(0))
     model = load_model(checkpoint)
     with torch.no_grad():
-        ours = checkpoint.family.projector(model)(checkpoint.family.tower(model)(pixels)[0])
+        parts = checkpoint.family.parts(model)
+        ours = parts.project(parts.tower("feature", None)(pixels).hidden)
         wanted = torch.stack(list(theirs.model.get_image_features(pixels, return_dict=True).pooler_output))
     assert torch.equal(ours, wanted)
 

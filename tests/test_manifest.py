@@ -8,41 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mutations import places, replaced
+from mutations import paths, replaced
 
+from leanvlm.runtime.bundle import file_sha256, read_manifest, verify_files, write_manifest
+from leanvlm.runtime.commands.inspection import describe
+from leanvlm.runtime.crops import CropRule, CropShape
 from leanvlm.runtime.errors import BundleError, InputError, LeanVLMError, ManifestError
-from leanvlm.runtime.inspection import describe
-from leanvlm.runtime.manifest import (
-    MANIFEST,
-    SCHEMA,
-    VISION_OUTPUTS,
-    DecoderSpec,
-    FileSpec,
-    GraphSpec,
-    Manifest,
-    PrunerSpec,
-    SourceSpec,
-    TensorSpec,
-    file_sha256,
-    read_manifest,
-    verify_files,
-    write_manifest,
-)
+from leanvlm.runtime.manifest import MANIFEST, SCHEMA, VISION_OUTPUTS, Manifest
+from leanvlm.runtime.positions import PositionRule
 from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.prompt import Layout
 from leanvlm.runtime.records import LIMIT
+from leanvlm.runtime.specs import DecoderSpec, FileSpec, GraphSpec, PrunerSpec, SourceSpec, TensorSpec, VisionSpec
 
 CONTENTS = {"vision_4.onnx": b"four", "vision_6.onnx": b"six tokens", "decoder.onnx": b"", "embed.safetensors": b"table"}
 # sha256 of the four contents above, from coreutils' sha256sum.
-SUMS = {
+CHECKSUMS = {
     "vision_4.onnx": "04efaf080f5a3e74e1c29d1ca6a48569382cbbcd324e8d59d2b83ef21c039f00",
     "decoder.onnx": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
 }
 
 
-def graph(file: str, kept: int) -> GraphSpec:
+def graph(file: str, kept: int) -> VisionSpec:
     pixels = TensorSpec("pixel_values", "float32", ("B", 3, 28, 42))
     sizes = {"image_features": ("B", kept, 8), "keep_indices": ("B", kept), "attention": ("B", 6)}
-    return GraphSpec(file, (pixels,), tuple(TensorSpec(name, "float32", sizes.get(name, ("B",))) for name in VISION_OUTPUTS))
+    outputs = tuple(TensorSpec(name, "float32", sizes.get(name, ("B",))) for name in VISION_OUTPUTS)
+    return VisionSpec(file, (pixels,), outputs, 0, kept)
 
 
 def decoder(layers: int = 2, kv_heads: int = 1, head_dim: int = 16, vocab_size: int = 100) -> DecoderSpec:
@@ -57,7 +48,8 @@ def decoder(layers: int = 2, kv_heads: int = 1, head_dim: int = 16, vocab_size: 
             *(TensorSpec(name.replace("past_key_values", "present"), "float32", ("B", 1, "T", 16)) for name in caches),
         ),
     )
-    return DecoderSpec(made, layers, kv_heads, head_dim, 8, vocab_size, 512, "float32")
+    roles = {"inputs_embeds": "embeddings", **{name: name.split(".")[2] for name in caches}}
+    return DecoderSpec(made, layers, kv_heads, head_dim, 8, vocab_size, 512, "float32", roles=roles)
 
 
 @pytest.fixture
@@ -75,16 +67,16 @@ def manifest(bundle: Path) -> Manifest:
         family="llava",
         pruner=PrunerSpec("agile", {"gate": "erank", "erank_ref": 90.0, "sweeps": 24}),
         budgets=(4, 6),
-        tokens_per_crop=6,
-        grid=(2, 3),
+        crops=CropRule("whole", (CropShape((28, 42), (2, 3)),)),
+        layout=Layout(),
         target="cpu",
         precision="int4",
-        vision={4: graph("vision_4.onnx", 4), 6: graph("vision_6.onnx", 6)},
+        vision=(graph("vision_4.onnx", 4), graph("vision_6.onnx", 6)),
         decoder=decoder(),
         embed_tokens="embed.safetensors",
         image=ImageSpec(resize=28, crop=(28, 42), image_mean=(0.5, 0.4, 0.3)),
         image_token_id=3,
-        positions="compact",
+        positions=PositionRule("compact"),
         min_onnxruntime="1.23",
         versions={"leanvlm": "0.1.0"},
         files={name: FileSpec(len(content), file_sha256(bundle / name)) for name, content in CONTENTS.items()},
@@ -97,10 +89,10 @@ def manifest(bundle: Path) -> Manifest:
 def test_a_vision_graph_keeps_as_many_tokens_as_its_budget_says(
     manifest: Manifest, output: str, shape: tuple[int | str, ...]
 ) -> None:
-    right = manifest.vision[4]
+    right = manifest.vision[0]
     others = tuple(tensor for tensor in right.outputs if tensor.name != output)
     wrong = dataclasses.replace(right, outputs=(*others, TensorSpec(output, "float32", shape)))
-    data = dataclasses.replace(manifest, vision={**manifest.vision, 4: wrong}).to_dict()
+    data = dataclasses.replace(manifest, vision=(wrong, *manifest.vision[1:])).to_dict()
     with pytest.raises(ManifestError, match=f"vision_4.onnx is listed at budget 4, but its {output} has the shape"):
         Manifest.from_dict(data)
 
@@ -117,8 +109,8 @@ def test_its_json_form_is_plain(manifest: Manifest) -> None:
     assert json.loads(json.dumps(data)) == data
     assert next(iter(data)) == "schema"
     assert set(data) == {field.name for field in dataclasses.fields(Manifest)}
-    assert data["schema"] == SCHEMA == 1
-    assert data["vision"]["4"]["outputs"][0]["shape"] == ["B", 4, 8]
+    assert data["schema"] == SCHEMA == 2
+    assert data["vision"][0]["outputs"][0]["shape"] == ["B", 4, 8]
 
 
 def test_names_outside_ascii_are_kept(bundle: Path, manifest: Manifest) -> None:
@@ -140,9 +132,9 @@ def test_the_budget_is_the_first_or_the_one_asked_for(manifest: Manifest) -> Non
         manifest.budget(5)
 
 
-@pytest.mark.parametrize("schema", [None, 0, 2, "1", [1]])
+@pytest.mark.parametrize("schema", [None, 0, 1, 3, "2", [2], True])
 def test_another_schema_is_refused(manifest: Manifest, schema: object) -> None:
-    with pytest.raises(ManifestError, match="this version of leanvlm reads schema 1"):
+    with pytest.raises(ManifestError, match="this version of leanvlm reads schema 2: export it again"):
         Manifest.from_dict({**manifest.to_dict(), "schema": schema})
 
 
@@ -152,20 +144,23 @@ def test_another_schema_is_refused(manifest: Manifest, schema: object) -> None:
         ({"budgets": []}, "do not match"),
         ({"budgets": [4]}, "do not match"),
         ({"budgets": [4, 5, 6]}, "do not match"),
-        ({"tokens_per_crop": 7}, r"grid of \[2, 3\] has not 7 tokens"),
-        ({"tokens_per_crop": 8, "grid": [2, 4]}, "do not match"),
+        ({"crops": {"kind": "whole", "shapes": [{"pixels": [28, 42], "grid": [2, 4]}]}}, "do not match"),
+        ({"crops": {"kind": "whole", "shapes": [{"pixels": [28, 28], "grid": [2, 3]}]}}, "do not fit the first crop shape"),
+        ({"crops": {"kind": "whole", "shapes": []}}, "crops: shapes is empty"),
+        ({"crops": {"kind": "tiles", "shapes": []}}, 'crops.kind is "tiles"; it must be one of'),
+        ({"saliency": "random"}, 'saliency is "random"'),
         ({"target": "abacus"}, 'target is "abacus"; it must be one of'),
-        ({"positions": "random"}, 'positions is "random"; it must be one of'),
+        ({"positions": {"kept": "random"}}, 'positions.kept is "random"; it must be one of'),
+        ({"positions": {"kept": "original", "axes": 3, "image": "grid"}}, "positions of 3 axes are not run"),
+        ({"positions": {"kept": "compact", "axes": 3}}, "positions: 3 axes with image line"),
         ({"precision": "fp64"}, "precision fp64 is not one for cpu"),
         ({"colour": 1}, 'has the key "colour", which this version'),
-        ({"budgets": [4, 6, 4]}, "must differ"),
+        ({"budgets": [4, 6, 4]}, "do not match|must differ"),
         ({"budgets": [4, 6.0]}, r"budgets\[1\] is 6.0; it must be a whole number"),
         ({"budgets": [True, 6]}, r"budgets\[0\] is true; it must be a whole number"),
-        ({"grid": [2, 3, 1]}, "grid is a list of 3; it must be a list of 2"),
-        ({"grid": [-2, -3]}, r"grid\[0\] is -2; it must be from 1"),
         ({"image_token_id": 100}, "image_token_id 100 is beyond 100 tokens"),
         ({"image_token_id": 10**4000}, "image_token_id is a number of 13288 bits; it must be from 0"),
-        ({"vision": {"4.0": {}}}, 'vision has the key "4.0"; its keys must be whole numbers'),
+        ({"vision": {"4": {}}}, "vision is an object of 1; it must be a list"),
         ({"embed_tokens": "elsewhere"}, "elsewhere is used but not listed"),
         ({"files": {}}, "is used but not listed"),
     ],
@@ -178,14 +173,17 @@ def test_parts_that_do_not_fit_each_other_are_refused(manifest: Manifest, change
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layers": 3}, "decoder: 3 layers do not fit the 4 caches"),
+        ({"layers": 3}, "decoder: 3 layers do not fit 2 keys and 2 values"),
         ({"layers": 10**12}, "layers is 1000000000000; it must be from 1 to 1024"),
-        ({"kv_heads": 2}, "does not fit float32, 2 heads and 16 numbers a head"),
-        ({"head_dim": 32}, "1 heads and 32 numbers a head"),
-        ({"kv_dtype": "float16"}, "which does not fit float16"),
+        ({"kv_heads": 2}, r"must be float32 \['any', 2, 'any', 16\]"),
+        ({"head_dim": 32}, r"must be float32 \['any', 1, 'any', 32\]"),
+        ({"kv_dtype": "float16"}, "must be float16"),
         ({"kv_dtype": "load"}, 'decoder.kv_dtype is "load"; it must be one of'),
-        ({"vocab_size": 101}, "does not end in 101"),
-        ({"hidden_size": 9}, "does not end in 9"),
+        ({"vocab_size": 101}, r"must be float32 \['any', 'any', 101\]"),
+        ({"hidden_size": 9}, r"must be float32 \['any', 'any', 9\]"),
+        ({"roles": {}}, "roles must name the inputs"),
+        ({"roles": {"inputs_embeds": "text"}}, 'decoder.roles.inputs_embeds is "text"'),
+        ({"extra_rows": {"newline": 99}}, "extra_rows must be numbered from 100"),
         ({"cache": "appended"}, "has no output new_key_values"),
         ({"cache": "infinite"}, 'decoder.cache is "infinite"'),
     ],
@@ -201,7 +199,7 @@ def test_a_decoder_is_as_its_graph_says(manifest: Manifest, changes: dict[str, A
 def test_a_wrong_value_anywhere_is_refused_or_harmless(bundle: Path, manifest: Manifest, value: object) -> None:
     """No other error than ours comes out, and what is accepted can be shown and read back."""
     data, refused = manifest.to_dict(), 0
-    for path in places(data):
+    for path in paths(data):
         try:
             read = Manifest.from_dict(replaced(data, path, value))
         except ManifestError:
@@ -214,7 +212,7 @@ def test_a_wrong_value_anywhere_is_refused_or_harmless(bundle: Path, manifest: M
 
 def test_a_missing_key_is_refused(manifest: Manifest) -> None:
     data = manifest.to_dict()
-    optional = {"engines", "splice", "stages", "verification"}
+    optional = {"engines", "saliency", "splice", "stages", "verification"}
     for key in set(data) - optional:
         with pytest.raises(ManifestError):
             Manifest.from_dict({name: value for name, value in data.items() if name != key})
@@ -259,7 +257,7 @@ def test_a_link_to_another_file_is_refused(bundle: Path, manifest: Manifest, out
 
 @pytest.mark.parametrize("stated", ["", "id_rsa", "f" * 64])
 def test_a_manifest_cannot_call_another_file_its_own(bundle: Path, manifest: Manifest, outside: Path, stated: str) -> None:
-    """Whoever writes a manifest without knowing a file's content does not know its sum."""
+    """Whoever writes a manifest without knowing a file's content does not know its checksum."""
     files = {**manifest.files, "vision_4.onnx": FileSpec(len(SECRET), stated)}
     write_manifest(bundle, dataclasses.replace(manifest, files=files))
     link(bundle, "vision_4.onnx", outside / "id_rsa")
@@ -286,14 +284,14 @@ def test_a_link_of_the_same_content_counts(bundle: Path, manifest: Manifest, out
 
 
 @pytest.mark.parametrize("pattern", ["{}", "SHA256E-s4--{}.onnx"], ids=["the Hub's cache", "git-annex"])
-def test_a_link_into_a_store_that_names_files_by_their_sums_is_not_hashed(
+def test_a_link_into_a_store_that_names_files_by_their_checksums_is_not_hashed(
     bundle: Path, manifest: Manifest, outside: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_manifest(bundle, manifest)
-    blob = outside / pattern.format(SUMS["vision_4.onnx"])
+    blob = outside / pattern.format(CHECKSUMS["vision_4.onnx"])
     blob.write_bytes(CONTENTS["vision_4.onnx"])
     link(bundle, "vision_4.onnx", blob)
-    monkeypatch.setattr("leanvlm.runtime.manifest.file_sha256", lambda path: pytest.fail("it was read"))
+    monkeypatch.setattr("leanvlm.runtime.bundle.file_sha256", lambda path: pytest.fail("it was read"))
     assert read_manifest(bundle) == manifest
 
 
@@ -309,7 +307,7 @@ def test_only_regular_files_count(bundle: Path, manifest: Manifest, target: str)
     "name", ["a/../../secret", "../secret", "/etc/passwd", "linked/id_rsa", "a\0b", "here/../vision_4.onnx"]
 )
 def test_a_name_may_not_leave_the_folder(bundle: Path, manifest: Manifest, outside: Path, name: str) -> None:
-    """Nor may a folder in it, even to a file of the stated sum."""
+    """Nor may a folder in it, even to a file of the stated checksum."""
     (bundle / "linked").symlink_to(outside)
     (bundle / "here").mkdir()
     spec = FileSpec(len(SECRET), file_sha256(outside / "id_rsa"))
@@ -320,13 +318,13 @@ def test_a_name_may_not_leave_the_folder(bundle: Path, manifest: Manifest, outsi
 
 def test_a_bundle_behind_a_link_is_read(bundle: Path, manifest: Manifest, tmp_path_factory: Any) -> None:
     write_manifest(bundle, manifest)
-    place = tmp_path_factory.mktemp("links") / "bundle"
-    place.symlink_to(bundle)
-    assert read_manifest(place) == manifest
+    link = tmp_path_factory.mktemp("links") / "bundle"
+    link.symlink_to(bundle)
+    assert read_manifest(link) == manifest
 
 
-def test_sums_are_those_of_sha256sum(bundle: Path, manifest: Manifest) -> None:
-    assert {name: manifest.files[name].sha256 for name in SUMS} == SUMS
+def test_checksums_are_those_of_sha256sum(bundle: Path, manifest: Manifest) -> None:
+    assert {name: manifest.files[name].sha256 for name in CHECKSUMS} == CHECKSUMS
     write_manifest(bundle, manifest)
     verify_files(bundle, read_manifest(bundle))
 

@@ -13,14 +13,9 @@ from transformers import LlavaForConditionalGeneration
 
 from leanvlm.exporter import ExportConfig, tolerances
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
-from leanvlm.exporter.models import FAMILIES
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.exporter.reference import Reference, relative_difference
 from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
-
-
-def test_every_family_has_a_tiny_checkpoint() -> None:
-    assert set(tiny.TINY) == set(FAMILIES)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +29,8 @@ def test_tower_and_projector_equal_the_model(tiny_llava: Path, pixels: torch.Ten
     model = load_model(checkpoint)
     expected = LlavaForConditionalGeneration.from_pretrained(tiny_llava, dtype=torch.float32).eval()
     with torch.no_grad():
-        hidden = checkpoint.family.tower(model)(pixels)[0]
-        features = checkpoint.family.projector(model)(hidden)
+        parts = checkpoint.family.parts(model)
+        features = parts.project(parts.tower("feature", None)(pixels).hidden)
         wanted = torch.stack(list(expected.model.get_image_features(pixels, return_dict=True).pooler_output))
     assert features.shape == (3, tiny.TOKENS, 128)
     assert torch.equal(features, wanted)
@@ -47,12 +42,12 @@ def test_scores_equal_those_of_the_model(tiny_llava: Path, pixels: torch.Tensor,
     checkpoint = open_checkpoint(ExportConfig(str(tiny_llava)))
     model = load_model(checkpoint)
     with torch.no_grad():
-        hidden, keys, attention, unsplit = checkpoint.family.tower(model, scored)(pixels)
+        hidden, keys, attention, unsplit = checkpoint.family.parts(model).tower(scored, None)(pixels)
     wanted = Reference(checkpoint, model).vision(pixels.numpy(), scored)
     assert attention.shape == unsplit.shape == (3, tiny.TOKENS)
     assert keys.shape == (3, tiny.TOKENS, 6, 16)
-    np.testing.assert_allclose(attention.numpy(), wanted.attention.numpy(), rtol=tolerances.ATTENTION)
-    np.testing.assert_allclose(unsplit.numpy(), wanted.unsplit_attention.numpy(), rtol=tolerances.ATTENTION)
+    np.testing.assert_allclose(attention.numpy(), wanted.saliency.numpy(), rtol=tolerances.ATTENTION)
+    np.testing.assert_allclose(unsplit.numpy(), wanted.unsplit.numpy(), rtol=tolerances.ATTENTION)
     for found, other in ((hidden, wanted.hidden), (keys, wanted.keys)):
         assert relative_difference(found.numpy(), other.numpy()) < tolerances.FEATURES["fp32"]
 
@@ -61,7 +56,7 @@ def test_a_scored_block_behind_the_feature_layer_changes_only_the_scores(tiny_ll
     checkpoint = open_checkpoint(ExportConfig(str(tiny_llava)))
     model = load_model(checkpoint)
     with torch.no_grad():
-        feature, last = (checkpoint.family.tower(model, scored)(pixels) for scored in ("feature", "last"))
+        feature, last = (checkpoint.family.parts(model).tower(scored, None)(pixels) for scored in ("feature", "last"))
     assert torch.equal(feature[0], last[0])
     assert not torch.allclose(feature[2], last[2])
 
@@ -74,8 +69,8 @@ def test_every_key_layout_loads(tiny_llava: Path, tmp_path: Path, layout: str) -
     weights = model.state_dict()
     assert len(weights) == len(original)
     for key, value in original.items():
-        place = next(k for k in weights if _flat(k) == _flat(key))
-        assert torch.equal(weights[place], value)
+        name = next(k for k in weights if _flat(k) == _flat(key))
+        assert torch.equal(weights[name], value)
 
 
 def test_missing_weight_is_named(tiny_llava: Path, tmp_path: Path) -> None:
@@ -107,9 +102,9 @@ def test_weights_are_mapped_not_copied(tiny_llava: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"vision_feature_select_strategy": "full"}, "select_strategy 'full'"),
-        ({"vision_feature_layer": [-2, -5]}, "several vision feature layers"),
         ({"vision_feature_layer": -9}, "outside a tower of 5 blocks"),
+        ({"vision_feature_layer": [-2, 6]}, "outside a tower of 5 blocks"),
+        ({"vision_feature_layer": []}, "outside a tower of 5 blocks"),
     ],
 )
 def test_unsupported_configurations_say_so(tiny_llava: Path, change: dict[str, object], words: str) -> None:
@@ -117,7 +112,7 @@ def test_unsupported_configurations_say_so(tiny_llava: Path, change: dict[str, o
     for key, value in change.items():
         setattr(checkpoint.config, key, value)
     with pytest.raises(UnsupportedModelError, match=words.replace("(", r"\(")):
-        checkpoint.family.spec(checkpoint.config)
+        checkpoint.family.describe(checkpoint.config)
 
 
 def _flat(key: str) -> str:

@@ -1,4 +1,4 @@
-"""What is at the place of a file that a command is to write: checked before the work, nothing of the user's lost."""
+"""What is at the path of a file that a command is to write: checked before the work, nothing of the user's lost."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ OURS = json_bytes({"versions": {"leanvlm": "0"}})
 
 
 def write(content: bytes) -> Callable[[Path], object]:
-    return lambda place: place.write_bytes(content)
+    return lambda path: path.write_bytes(content)
 
 
 def link(target: str) -> Callable[[Path], object]:
-    return lambda place: place.symlink_to(target)
+    return lambda path: path.symlink_to(target)
 
 
-def nothing(place: Path) -> None:
+def nothing(path: Path) -> None:
     pass
 
 
 # Where the output is to go, what is made there, and what is said.
-PLACES: dict[str, tuple[str, Callable[[Path], object], str]] = {
+THERE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "notes": ("new.png", write(b"mine"), "new.png is there and was not written by leanvlm; give another name, or move it"),
-    "a picture": ("new.png", lambda place: Image.new("RGB", (3, 3)).save(place), "was not written by leanvlm"),
+    "a picture": ("new.png", lambda path: Image.new("RGB", (3, 3)).save(path), "was not written by leanvlm"),
     "JSON": ("new.png", write(b'{"versions": {"mine": 1}}'), "was not written by leanvlm"),
     "JSON that goes deep": ("new.png", write(b"[" * 100_000), "was not written by leanvlm"),
     "a page": ("new.png", write(b"<!doctype html><title>leanvlm</title>"), "was not written by leanvlm"),
@@ -102,10 +102,10 @@ def refused(leanvlm: Command, here: Path, command: str, output: str, words: str)
     assert contents(here) == before
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("there", THERE)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_there_stays(leanvlm: Command, here: Path, command: str, place: str) -> None:
-    output, make, words = PLACES[place]
+def test_what_is_there_stays(leanvlm: Command, here: Path, command: str, there: str) -> None:
+    output, make, words = THERE[there]
     make(here / output)
     refused(leanvlm, here, COMMANDS[command], output, words)
 
@@ -160,6 +160,9 @@ def test_a_folder_that_cannot_be_written_is_seen_before_the_work(
 ) -> None:
     folder, protect = protected
     (folder / "report.json").write_bytes(OURS)
+    # What commands import is imported now: another user may not be able to read where Python is installed.
+    for command in ("profile nowhere --json", "export --model demo -o"):
+        assert leanvlm(*command.split(), folder).returncode == 2
     protect()
     for name in ("new.json", "report.json"):
         refused(leanvlm, folder, "profile nowhere --json", f"{folder}/{name}", "cannot be written: Permission denied")
@@ -231,7 +234,7 @@ def test_devices_and_pipes_are_written_as_they_are(here: Path) -> None:
 def test_a_report_that_does_not_fit_ends_in_one_line(
     leanvlm: Command, demo_bundle: Path, sample_image: Path, here: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from leanvlm.runtime import profile
+    from leanvlm.runtime.commands import profile
 
     def full(path: Path, data: bytes) -> int:
         with path.open("wb") as file:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 PACKAGES: list[str] = SETUPTOOLS["packages"]
 FOLDERS: dict[str, str] = SETUPTOOLS["package-dir"]
 DATA = [(package, pattern) for package, patterns in SETUPTOOLS["package-data"].items() for pattern in patterns]
+# For a checkout alone.
+TRAINING = "leanvlm.demo.training"
 # Optimum looks for commands in this namespace and warns of an __init__.py there.
 NAMESPACE = "optimum.commands.register"
 
@@ -50,7 +53,13 @@ def test_every_folder_with_python_files_is_a_listed_package() -> None:
     library = [folder_of(package) for package in FOLDERS]
     code = {file.parent for file in repository_files() if file.suffix == ".py"}
     inside = {folder for folder in code if any(map(folder.is_relative_to, library))}
-    assert inside == {folder_of(package) for package in PACKAGES}
+    assert inside == {folder_of(package) for package in (*PACKAGES, TRAINING)}
+    assert TRAINING not in PACKAGES
+
+
+@pytest.mark.skipif((ROOT / ".git").exists(), reason="a checkout has it")
+def test_training_is_not_installed() -> None:
+    assert find_spec(TRAINING) is None
 
 
 @needs_checkout

@@ -16,7 +16,7 @@ from leanvlm.exporter.passes.attention import fuse_attention
 from leanvlm.exporter.passes.bias_column import fold_bias_columns
 from leanvlm.exporter.passes.quick_gelu import fuse_quick_gelu
 from leanvlm.exporter.passes.skip_layer_norm import fuse_skip_layer_norm
-from leanvlm.exporter.trace import OPSET
+from leanvlm.exporter.targets import TARGETS
 
 Pass = Callable[[ir.Model], int]
 
@@ -62,11 +62,11 @@ class Sketch:
     def model(self, *outputs: ir.Value, bare: bool = False) -> ir.Model:
         """Return the model, with the shapes that ONNX infers; each output stands behind a node of its own unless `bare`."""
         outputs = outputs if bare else tuple(self.node("Identity", value) for value in outputs)
-        for place, value in enumerate(outputs):
-            value.name, value.type = f"out{place}", ir.TensorType(ir.DataType.FLOAT)
+        for index, value in enumerate(outputs):
+            value.name, value.type = f"out{index}", ir.TensorType(ir.DataType.FLOAT)
         graph = ir.Graph(
             [*self.inputs.values()], [*outputs], nodes=self.nodes, initializers=self.constants,
-            opset_imports={"": OPSET["cuda"]}, name="sketch",
+            opset_imports={"": TARGETS["cuda"].opset}, name="sketch",
         )  # fmt: skip
         model = ir.Model(graph, ir_version=11)
         ShapeInferencePass()(model)
@@ -99,7 +99,7 @@ def self_attention(
     merged: Sequence[int] = (-1, 5, 24),
     **attributes: Any,
 ) -> ir.Model:
-    """Return attention of 3 heads of width 8 over 5 places, with projections of the inputs that `sources` names."""
+    """Return attention of 3 heads of width 8 over 5 positions, with projections of the inputs that `sources` names."""
     sketch = Sketch(x=("B", 5, 24), y=("B", 5, 24), mask=(5, 5))
     heads, projected = [], []
     for source, biased, count in zip(sources, bias, heads_of, strict=True):
@@ -195,9 +195,9 @@ UNTOUCHED: dict[str, Case] = {
     "attention: fewer heads of keys": (fuse_attention, lambda: self_attention(heads_of=(3, 1, 1))),
     "attention: heads are merged in another order": (fuse_attention, lambda: self_attention(turn_back=(0, 2, 3, 1))),
     "attention: heads are merged to two axes": (fuse_attention, lambda: self_attention(merged=(-1, 24))),
-    "skip_layer_norm: a residual of one place": (fuse_skip_layer_norm, lambda: normalised("residual", y=("B", 1, 24))),
+    "skip_layer_norm: a residual of one position": (fuse_skip_layer_norm, lambda: normalised("residual", y=("B", 1, 24))),
     "skip_layer_norm: a residual of one image": (fuse_skip_layer_norm, lambda: normalised("residual", x=(1, 5, 24))),
-    "skip_layer_norm: a constant of one place": (fuse_skip_layer_norm, lambda: normalised("constant", constant=(1, 24))),
+    "skip_layer_norm: a constant of one position": (fuse_skip_layer_norm, lambda: normalised("constant", constant=(1, 24))),
     "skip_layer_norm: four axes": (
         fuse_skip_layer_norm, lambda: normalised("residual", x=("B", 2, 5, 24), y=("B", 2, 5, 24)),
     ),

@@ -12,10 +12,10 @@ from towers import (
     ATTENTION,
     BATCHES,
     BLOCKS,
+    CHANGES,
     FOLDED,
     IMAGE_SIZE,
     MULTI_HEAD,
-    PLACES,
     QUICK_GELU,
     SHARED,
     SKIP_NORM,
@@ -24,11 +24,11 @@ from towers import (
     pixels,
 )
 
-from leanvlm.exporter.models.llava import ClipTower
-from leanvlm.exporter.passes import PASSES
 from leanvlm.exporter.passes.bias_column import COLUMNS
 from leanvlm.exporter.passes.pattern import CONTRIB
-from leanvlm.exporter.trace import OPSET, trace
+from leanvlm.exporter.targets import TARGETS
+from leanvlm.exporter.towers.clip import ClipTower
+from leanvlm.exporter.trace import trace
 
 TOWER_OUTPUTS = ("hidden", "keys", "attention", "unsplit")
 
@@ -49,9 +49,9 @@ class TowerAlone(nn.Module):
 @pytest.fixture(scope="module", params=[FOLDED, SHARED], ids=["keys computed twice", "keys shared"])
 def tower(request: pytest.FixtureRequest) -> tuple[int, ir.Model]:
     """The width and the traced tower of three blocks, the last of them scored; no test may change it."""
-    module = TowerAlone(ClipTower(clip(request.param), BLOCKS, BLOCKS - 1)).eval()
+    module = TowerAlone(ClipTower(clip(request.param), (BLOCKS,), BLOCKS - 1)).eval()
     example = {"pixel_values": torch.zeros(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
-    return request.param, trace(module, example, output_names=TOWER_OUTPUTS, opset=OPSET["cuda"])
+    return request.param, trace(module, example, output_names=TOWER_OUTPUTS, opset=TARGETS["cuda"].opset)
 
 
 # What is left of each kind of node, by pass and width.
@@ -69,18 +69,18 @@ LEFT: dict[tuple[str, int], dict[str, int]] = {
 
 def prepared(tower: ir.Model, name: str) -> tuple[ir.Model, ir.Model]:
     """Return copies of a traced tower as it is before a pass of the list, and after it."""
-    names = list(PASSES["cuda"])
+    names = list(TARGETS["cuda"].passes)
     before, after = tower.clone(), tower.clone()
     apply(before, names[: names.index(name)])
     apply(after, names[: names.index(name)])
     return before, after
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", CHANGES)
 def test_pass_fires_on_a_traced_tower(tower: tuple[int, ir.Model], name: str) -> None:
     width, traced = tower
     before, after = prepared(traced, name)
-    assert PASSES["cuda"][name](after) == PLACES[name]
+    assert TARGETS["cuda"].passes[name](after) == CHANGES[name]
     left = types(after)
     assert {key: left[key] for key in LEFT[name, width]} == LEFT[name, width]
     assert after.graph.opset_imports[CONTRIB] == 1
@@ -91,12 +91,12 @@ def test_pass_fires_on_a_traced_tower(tower: tuple[int, ir.Model], name: str) ->
         assert_equal(run(after, pixels(batch)), run(before, pixels(batch)))
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", CHANGES)
 def test_pass_finds_nothing_more_the_second_time(tower: tuple[int, ir.Model], name: str) -> None:
     _, after = prepared(tower[1], name)
-    PASSES["cuda"][name](after)
+    TARGETS["cuda"].passes[name](after)
     written = ir.to_proto(after).SerializeToString(deterministic=True)
-    assert PASSES["cuda"][name](after) == 0
+    assert TARGETS["cuda"].passes[name](after) == 0
     assert ir.to_proto(after).SerializeToString(deterministic=True) == written
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor
 
-from leanvlm.exporter.models.patches import MULTIPLE, LevelPatches
 from leanvlm.exporter.reference import relative_difference
+from leanvlm.exporter.towers.patches import MULTIPLE, LevelPatches
 from leanvlm.runtime.preprocess import ImageSpec
 
 WIDTH = 40

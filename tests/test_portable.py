@@ -16,24 +16,25 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from prompts import text_prompt
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from leanvlm.demo.built_in import resolved
 from leanvlm.exporter import ExportConfig, dialect, tolerances
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
+from leanvlm.exporter.decoders.portable import trace_decoder
 from leanvlm.exporter.dialect import check_dialect, foreign_nodes, target_opset
 from leanvlm.exporter.passes.levels_shape import shape_behind_cast
 from leanvlm.exporter.passes.stage_names import name_by_layer
 from leanvlm.exporter.passes.topk_count import fix_topk_counts
-from leanvlm.exporter.portable_decoder import trace_decoder
 from leanvlm.exporter.reference import Reference, relative_difference
 from leanvlm.exporter.verify import probe_images
 from leanvlm.runtime import load
 from leanvlm.runtime.backends.portable import PortableCache
+from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.engines.profiles import Limits, usual_limits
 from leanvlm.runtime.errors import UnsupportedModelError
-from leanvlm.runtime.manifest import read_manifest
 from leanvlm.runtime.preprocess import preprocess
-from leanvlm.runtime.splice import splice
 
 Array = npt.NDArray[Any]
 HEADS, KV_HEADS, HEAD, WIDTH, LAYERS, VOCABULARY = 6, 3, 16, 96, 3, 80
@@ -79,7 +80,7 @@ def session_of(model: ir.Model) -> onnxruntime.InferenceSession:
 
 
 class Cached:
-    """Runs a decoder graph as a runtime does, with caches of one size whose first places are filled."""
+    """Runs a decoder graph as a runtime does, with caches of one size whose first rows are filled."""
 
     def __init__(self, session: onnxruntime.InferenceSession, capacity: int = CAPACITY) -> None:
         self.session, self.length = session, 0
@@ -88,7 +89,7 @@ class Cached:
         self.caches = {name: np.full((1, KV_HEADS, capacity, HEAD), 1e3, np.float32) for name in self.names}
 
     def read(self, embeddings: Array, *, past: int, last: int | None = None) -> dict[str, Array]:
-        """Read (S, D) at the next positions, giving the graph `past` places of each cache."""
+        """Read (S, D) at the next positions, giving the graph `past` rows of each cache."""
         count = len(embeddings)
         feeds = {
             "inputs_embeds": embeddings[None],
@@ -121,16 +122,16 @@ def test_prompt_and_steps_equal_the_model(llama: Any, traced: Traced, opset: int
     wanted = expected(llama, embeddings)
     found = cached.read(embeddings[:prompt], past=0)
     for step in range(STEPS + 1):
-        place = prompt - 1 + step
-        np.testing.assert_allclose(found["logits"][0, 0], wanted[place], atol=tolerances.TINY_LOGITS)
-        assert found["next_token"].item() == wanted[place].argmax()
+        at = prompt - 1 + step
+        np.testing.assert_allclose(found["logits"][0, 0], wanted[at], atol=tolerances.TINY_LOGITS)
+        assert found["next_token"].item() == wanted[at].argmax()
         assert found["top_logit"].item() == found["logits"].max()
         if step < STEPS:
-            found = cached.read(embeddings[place + 1 : place + 2], past=CAPACITY)
+            found = cached.read(embeddings[at + 1 : at + 2], past=CAPACITY)
 
 
 @pytest.mark.parametrize("opset", [20, 23])
-def test_top_logit_shows_a_single_logit_that_is_not_a_number(llama: Any, opset: int) -> None:
+def test_top_logit_shows_a_single_logit_that_is_nan(llama: Any, opset: int) -> None:
     damaged = copy.deepcopy(llama)
     with torch.no_grad():
         damaged.lm_head.weight[7, 3] = torch.nan
@@ -193,7 +194,7 @@ def test_attention_is_one_operator_where_the_parser_knows_it(traced: Traced) -> 
 
 def test_a_bundle_for_tensorrt_keeps_to_the_oldest_parsers_table(tensorrt_bundle: Path) -> None:
     manifest = read_manifest(tensorrt_bundle)
-    graphs = [*manifest.vision.values(), manifest.decoder.graph]
+    graphs = [*manifest.vision, manifest.decoder.graph]
     assert len(graphs) == 3
     for graph in graphs:
         model = ir.load(tensorrt_bundle / graph.file)
@@ -298,7 +299,7 @@ def test_a_decoders_nodes_are_named_by_their_layers(traced: Traced) -> None:
 @pytest.fixture(scope="module")
 def built_in() -> Any:
     """The built-in checkpoint in fp32, as transformers runs it."""
-    checkpoint = open_checkpoint(ExportConfig("demo"))
+    checkpoint = open_checkpoint(resolved(ExportConfig("demo")))
     return Reference(checkpoint, load_model(checkpoint).float())
 
 
@@ -309,7 +310,7 @@ def content(built_in: Any, picture: Path, length: int) -> np.ndarray:
     """
     pixels = preprocess([Image.open(picture).convert("RGB")], built_in.checkpoint.image_spec)
     (image,) = built_in.vision(pixels).features.numpy()
-    text = built_in.embed(np.random.default_rng(0).integers(4, 600, 24))
+    text = built_in.rows(np.random.default_rng(0).integers(4, 600, 24))
     rows = np.concatenate([text[:4], image, text[4:]])
     return np.tile(rows, (-(-length // len(rows)), 1))[:length]
 
@@ -326,7 +327,7 @@ def test_the_files_at_the_profiles_ends(
     embeddings = content(built_in, sample_image, prompt + STEPS)
     wanted = built_in.logits(embeddings, np.arange(len(embeddings)), STEPS + 1)
     limit = tolerances.LOGITS["fp16"] * np.abs(wanted).max()
-    cache.load(splice([embeddings[:prompt]], [], "compact"))
+    cache.load(text_prompt(embeddings[:prompt]))
     scores = cache.prefill()
     for step in range(STEPS + 1):
         assert np.abs(scores.logits() - wanted[step]).max() <= limit

@@ -25,10 +25,10 @@ Confined = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="module")
 def confined(tmp_path_factory: pytest.TempPathFactory) -> Confined:
     """A function that runs a module without the Internet and with a home of its own, and sees that both homes stay empty."""
-    place = tmp_path_factory.mktemp("private")
-    homes = {name: place / name.lower() for name in ("HOME", "TMPDIR")}
-    for folder in homes.values():
-        folder.mkdir()
+    folder = tmp_path_factory.mktemp("private")
+    homes = {name: folder / name.lower() for name in ("HOME", "TMPDIR")}
+    for home in homes.values():
+        home.mkdir()
     # As on a user's machine: nothing is decided beforehand, and caches are where they usually are.
     unset = {*TELEMETRY, "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME"}
     variables = {name: value for name, value in os.environ.items() if name not in unset}
@@ -36,10 +36,10 @@ def confined(tmp_path_factory: pytest.TempPathFactory) -> Confined:
     def run(*arguments: object, text: str = "") -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(CONFINED), *map(str, arguments)]
         done = subprocess.run(
-            command, cwd=place, env={**variables, **homes}, input=text, capture_output=True, text=True, check=False
+            command, cwd=folder, env={**variables, **homes}, input=text, capture_output=True, text=True, check=False
         )
         assert not list(homes["HOME"].iterdir())
-        assert sorted(place.iterdir()) == sorted(homes.values())
+        assert sorted(folder.iterdir()) == sorted(homes.values())
         # PyTorch makes an empty folder for its compiler.
         assert {path.name.partition("_")[0] for path in homes["TMPDIR"].rglob("*")} <= {"torchinductor"}
         return done
@@ -53,7 +53,7 @@ def bundle(confined: Confined, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("user")
     checkpoint = shutil.copytree(SMALL_DIR, folder / "checkpoint")
     output = folder / "bundle"
-    done = confined("leanvlm.runtime.cli", "export", "--model", checkpoint, "--budget", 64, "-o", output)
+    done = confined("leanvlm", "export", "--model", checkpoint, "--budget", 64, "-o", output)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -61,6 +61,7 @@ def bundle(confined: Confined, tmp_path_factory: pytest.TempPathFactory) -> Path
 FEW = ("--runs", 1, "--warmup", 0, "--max-new-tokens", 2)
 # What each command may write beside the bundle.
 COMMANDS: dict[str, tuple[tuple[object, ...], set[str]]] = {
+    "dry run": (("export", "--model", "demo-small", "--dry-run"), set()),
     "run": (("run", "BUNDLE", "--image", IMAGE, "--prompt", "What?", "--overlay", "OUT/kept.png"), {"kept.png"}),
     "chat": (("run", "BUNDLE", "--image", IMAGE), set()),
     "profile": (
@@ -97,11 +98,11 @@ COMMANDS: dict[str, tuple[tuple[object, ...], set[str]]] = {
 def test_a_command_keeps_to_itself(name: str, bundle: Path, confined: Confined, tmp_path: Path) -> None:
     arguments, written = COMMANDS[name]
     before = contents(bundle)
-    places = {"BUNDLE": str(bundle), "OUT": str(tmp_path)}
+    paths = {"BUNDLE": str(bundle), "OUT": str(tmp_path)}
     parts = [str(part) for part in arguments]
-    for word, place in places.items():
-        parts = [part.replace(word, place) for part in parts]
-    done = confined("leanvlm.runtime.cli", *parts, text="What is below the green ring?\n/exit\n")
+    for word, path in paths.items():
+        parts = [part.replace(word, path) for part in parts]
+    done = confined("leanvlm", *parts, text="What is below the green ring?\n/exit\n")
     assert done.returncode == 0, done.stderr
     assert contents(bundle) == before
     assert {path.name for path in tmp_path.iterdir()} == written
@@ -111,7 +112,7 @@ def test_a_command_keeps_to_itself(name: str, bundle: Path, confined: Confined, 
 def test_a_build_keeps_to_itself(tensorrt_bundle: Path, confined: Confined, tmp_path: Path) -> None:
     bundle = shutil.copytree(tensorrt_bundle, tmp_path / "bundle")
     before = contents(bundle)
-    done = confined("leanvlm.runtime.cli", "build", bundle, "--engine", "tensorrt-rtx", "--sm", 86, "--budget", 64)
+    done = confined("leanvlm", "build", bundle, "--engine", "tensorrt-rtx", "--sm", 86, "--budget", 64)
     assert done.returncode == 0, done.stderr
     engines = {f"engines/86/{name}.engine" for name in ("vision_64", "decoder")}
     assert set(contents(bundle)) - set(before) == {"engines", "engines/86", *engines}

@@ -30,12 +30,13 @@ from leanvlm.exporter.pruners import PRUNERS, VisionTokens, parse
 from leanvlm.exporter.pruners.agile import select_tokens
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.exporter.reference import Reference, relative_difference
+from leanvlm.exporter.towers.base import Seen
 from leanvlm.exporter.trace import trace
 from leanvlm.runtime.manifest import VISION_OUTPUTS
 
 Array = npt.NDArray[Any]
 SPECS = [*sorted(PRUNERS), "agile:gate=entropy", "hybrid:gate=erank", "prumerge:sample=release", "vispruner:gate=erank"]
-INPUTS = ("features", "hidden", "keys", "attention", "unsplit_attention")
+INPUTS = ("features", "hidden", "keys", "saliency", "unsplit")
 FORBIDDEN = {"Loop", "If", "Scan", "NonZero", "Compress", "Unique", "ScatterElements", "ScatterND", "Scatter"}
 GRID, KEEP, WIDTH = (24, 24), 64, 256
 EXPORT_SECONDS = 60.0
@@ -49,9 +50,9 @@ class Chooser(nn.Module):
         self.pruner = parse(spec, keep=keep)
         self.grid = grid
 
-    def forward(self, features: Tensor, hidden: Tensor, keys: Tensor, attention: Tensor, unsplit: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, features: Tensor, hidden: Tensor, keys: Tensor, saliency: Tensor, unsplit: Tensor) -> tuple[Tensor, ...]:
         """Return the indices, and the merged tokens of a pruner that merges."""
-        kept = self.pruner(VisionTokens(features, hidden, keys, attention, unsplit, self.grid))
+        kept = self.pruner(VisionTokens(features, Seen(hidden, keys, saliency, unsplit), self.grid))
         return (kept.indices,) if kept.hidden is None else (kept.indices, kept.hidden)
 
 
@@ -125,8 +126,9 @@ def test_other_opsets(spec: str, opset: int) -> None:
 def test_merged_tokens_are_projected_in_the_vision_graph(tiny_llava: Path, name: str, scored: ScoredBlock) -> None:
     """From pixels to embeddings, against the loops on what the unmodified model computes."""
     checkpoint = open_checkpoint(ExportConfig(str(tiny_llava)))
-    model, family, grid = load_model(checkpoint), checkpoint.family, checkpoint.spec.grid
-    graph = VisionGraph(family.tower(model, scored), family.projector(model), parse(name, keep=20), grid).eval()
+    model, grid = load_model(checkpoint), checkpoint.spec.grid
+    parts = checkpoint.family.parts(model)
+    graph = VisionGraph(parts.tower(scored, None), parts.project, parse(name, keep=20), grid).eval()
     pixels = torch.randn(2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     traced = trace(graph, {"pixel_values": pixels}, output_names=VISION_OUTPUTS, opset=18)
     found = dict(zip(VISION_OUTPUTS, session_of(ir.to_proto(traced)).run(None, {"pixel_values": pixels.numpy()}), strict=True))

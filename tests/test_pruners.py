@@ -14,6 +14,7 @@ from reference import REFERENCE, Crop, outliers_of, release_grid
 
 from leanvlm.exporter import verify
 from leanvlm.exporter.pruners import PRUNERS, Kept, VisionTokens, parse
+from leanvlm.exporter.towers.base import Seen
 from leanvlm.runtime.errors import UnsupportedPrunerError, VerificationError
 
 Array = npt.NDArray[Any]
@@ -35,10 +36,12 @@ def random_tokens(batch: int, grid: tuple[int, int], seed: int, width: int = 64)
     near = centres[:, torch.randint(0, 6, (count,), generator=generator)]
     return VisionTokens(
         features=near + 0.6 * normal(width),
-        hidden=near.flip(2) + 0.8 * normal(width),
-        keys=normal(4, 8),
-        attention=(1.5 * normal()).softmax(dim=1),
-        unsplit_attention=(2.0 * normal()).softmax(dim=1),
+        seen=Seen(
+            hidden=near.flip(2) + 0.8 * normal(width),
+            keys=normal(4, 8),
+            saliency=(1.5 * normal()).softmax(dim=1),
+            unsplit=(2.0 * normal()).softmax(dim=1),
+        ),
         grid=grid,
     )
 
@@ -53,22 +56,19 @@ def exact_tokens(batch: int, grid: tuple[int, int], seed: int, width: int = 64) 
     flips[:, ::3] = 1.0
     scores = torch.randint(1, 20, (batch, count), generator=generator) / 1024.0
     keys = torch.randn(batch, count, 2, 8, generator=generator)
-    return VisionTokens(near * flips, near.flip(2) * flips, keys, scores, scores, grid)
+    return VisionTokens(near * flips, Seen(near.flip(2) * flips, keys, scores, scores), grid)
 
 
 def crops(tokens: VisionTokens) -> list[Crop]:
     """Split a batch into what the reference takes."""
-    names = ("features", "hidden", "keys", "attention", "unsplit_attention")
+    names = ("features", "hidden", "keys", "saliency", "unsplit")
     arrays = [getattr(tokens, name).double().numpy() for name in names]
     return [Crop(*(array[b] for array in arrays)) for b in range(len(arrays[0]))]
 
 
 def row(tokens: VisionTokens, index: Any) -> VisionTokens:
     """Index all tensors alike."""
-    return VisionTokens(
-        tokens.features[index], tokens.hidden[index], tokens.keys[index], tokens.attention[index],
-        tokens.unsplit_attention[index], tokens.grid,
-    )  # fmt: skip
+    return VisionTokens(tokens.features[index], Seen(*(part[index] for part in tokens.seen)), tokens.grid)
 
 
 def assert_equal(kept: Kept, tokens: VisionTokens, name: str, keep: int, **params: Any) -> None:
@@ -133,7 +133,7 @@ def test_parameters_out_of_range_are_named(spec: str) -> None:
 
 def test_more_outliers_than_tokens_go_by_attention() -> None:
     tokens = random_tokens(2, (6, 8), seed=2)
-    tokens.unsplit_attention[:, :10] = torch.arange(10.0) + 5.0
+    tokens.unsplit[:, :10] = torch.arange(10.0) + 5.0
     kept = parse("prumerge", keep=4)(tokens)
     assert kept.indices.tolist() == [[6, 7, 8, 9]] * 2
     assert_equal(kept, tokens, "prumerge", 4)
@@ -142,8 +142,8 @@ def test_more_outliers_than_tokens_go_by_attention() -> None:
 def test_prumerge_keeps_what_its_release_keeps_where_that_is_k_tokens() -> None:
     """24 x 24 tokens of which 16 are outliers, none on the grid of 48 that the release lays for so many."""
     tokens = random_tokens(1, (24, 24), seed=5)
-    tokens.unsplit_attention[:] = torch.rand(1, 576, generator=torch.Generator().manual_seed(1)) + 1.0
-    tokens.unsplit_attention[0, 7:576:36] = 10.0 + torch.arange(16.0)
+    tokens.unsplit[:] = torch.rand(1, 576, generator=torch.Generator().manual_seed(1)) + 1.0
+    tokens.unsplit[0, 7:576:36] = 10.0 + torch.arange(16.0)
     outliers = outliers_of(crops(tokens)[0].unsplit_attention)
     released = sorted({*outliers, *release_grid(len(outliers), 576)})
     assert len(outliers) == 16
@@ -154,9 +154,9 @@ def test_prumerge_keeps_what_its_release_keeps_where_that_is_k_tokens() -> None:
 
 @pytest.mark.parametrize("keep", [2, 15, 29])
 def test_prumerge_fills_up_where_the_grid_is_short(keep: int) -> None:
-    """The most attended tokens stand on the grid, which has then too few places; and the rows differ in how many do."""
+    """The most attended tokens stand on the grid, which has then too few points; and the rows differ in how many do."""
     tokens = random_tokens(2, (5, 6), seed=6)
-    tokens.unsplit_attention[0, ::5] += 1.0
+    tokens.unsplit[0, ::5] += 1.0
     kept = parse("prumerge:sample=release,share=0.5", keep=keep)(tokens)
     assert_equal(kept, tokens, "prumerge", keep, sample="release", share=0.5)
 
@@ -165,7 +165,7 @@ def test_prumerge_fills_up_where_the_grid_is_short(keep: int) -> None:
 def test_agile_follows_its_gate(gate: str) -> None:
     tokens = random_tokens(3, (9, 9), seed=3)
     tokens.features[1] += 6.0 * tokens.features[1, :1]
-    tokens.attention[2] = tokens.attention[2] ** 3
+    tokens.saliency[2] = tokens.saliency[2] ** 3
     kept = parse(f"agile:gate={gate},erank_ref=20,entropy_ref=3", keep=24)(tokens)
     value = kept.diagnostics["effective_rank"] / 20 if gate == "erank" else kept.diagnostics["attention_entropy"] / 3
     for b, crop in enumerate(crops(tokens)):
@@ -175,7 +175,7 @@ def test_agile_follows_its_gate(gate: str) -> None:
 
 @pytest.mark.parametrize("name", ["hybrid", "vispruner"])
 def test_the_share_follows_the_effective_rank(name: str) -> None:
-    """Rows of one batch with a low, a middle and a high rank, each with a split of its own."""
+    """MatrixRows of one batch with a low, a middle and a high rank, each with a split of its own."""
     tokens = random_tokens(3, (9, 9), seed=4)
     tokens.features[0] = tokens.features[0] @ torch.outer(torch.ones(64), torch.ones(64)) + 0.1 * tokens.features[0]
     tokens.features[2] = torch.randn(81, 64, generator=torch.Generator().manual_seed(0))
@@ -195,8 +195,12 @@ def test_indices_are_unique_and_ascending(name: str, rows: int, columns: int, sh
     tokens = exact_tokens(2, (rows, columns), data)
     if data % 3 == 0:
         tokens = VisionTokens(
-            torch.ones_like(tokens.features), torch.zeros_like(tokens.hidden), torch.ones_like(tokens.keys),
-            torch.ones_like(tokens.attention), torch.zeros_like(tokens.attention), tokens.grid,
+            torch.ones_like(tokens.features),
+            Seen(
+                torch.zeros_like(tokens.hidden), torch.ones_like(tokens.keys), torch.ones_like(tokens.saliency),
+                torch.zeros_like(tokens.saliency),
+            ),
+            tokens.grid,
         )  # fmt: skip
     keep = 1 + int(share * (rows * columns - 1))
     kept = parse(name, keep=keep)(tokens)
@@ -247,7 +251,7 @@ def test_nan_is_named_by_the_verification(where: str) -> None:
     outputs = {
         "image_features": np.take_along_axis(tokens.features.numpy(), kept.indices.numpy()[:, :, None], axis=1),
         "keep_indices": kept.indices.numpy(),
-        "attention": tokens.attention.numpy(),
+        "attention": tokens.saliency.numpy(),
         "num_selected": np.array([8, 8]),
         "converged": np.array([True, True]),
     }

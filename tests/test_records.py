@@ -1,4 +1,4 @@
-"""The strict reader: what fits is read back equal, and whatever does not is one line that names its place."""
+"""The strict reader: what fits is read back equal, and whatever does not is one line that names its path."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from mutations import damaged_bytes, damaged_json
 
 from leanvlm.runtime import load
+from leanvlm.runtime.bundle import read_manifest
+from leanvlm.runtime.commands.inspection import describe
 from leanvlm.runtime.errors import BundleError, InputError, LeanVLMError, LeanVLMWarning, ManifestError
-from leanvlm.runtime.inspection import describe
-from leanvlm.runtime.manifest import MANIFEST, read_manifest
+from leanvlm.runtime.manifest import MANIFEST
 from leanvlm.runtime.records import Between, load_json, plain, read, shorten
 
 EXAMPLES = 200

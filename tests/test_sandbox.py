@@ -222,8 +222,8 @@ def split(regex: str) -> Callable[[dict[str, Any]], object]:
     return lambda data: data.update(pre_tokenizer=step)
 
 
-def replaced(place: str, **pattern: str) -> Callable[[dict[str, Any]], object]:
-    return lambda data: data.update({place: {"type": "Replace", "pattern": pattern, "content": "b"}})
+def replaced(step: str, **pattern: str) -> Callable[[dict[str, Any]], object]:
+    return lambda data: data.update({step: {"type": "Replace", "pattern": pattern, "content": "b"}})
 
 
 def doubled(data: dict[str, Any]) -> None:

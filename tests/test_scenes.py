@@ -314,10 +314,10 @@ def test_sign_shows_its_digits_as_the_sprites_have_them(renderer: Renderer, text
     sign = Sign(text, left + half_width, top + half_height, height, width, half_width + 9, half_height + 9, False)
     image = renderer.images([dataclasses.replace(make_scene(0, "simple"), objects=(), sign=sign)])[0, 0].numpy()
     with Image.open(SAMPLES_DIR.parent / "digits.png") as sprites:
-        for place, digit in enumerate(text):
+        for index, digit in enumerate(text):
             sprite = sprites.crop((0, 48 * int(digit), 30, 48 * int(digit) + 48))
             ink = np.asarray(sprite.resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
-            drawn = image[top : top + height, left + place * width : left + (place + 1) * width]
+            drawn = image[top : top + height, left + index * width : left + (index + 1) * width]
             np.testing.assert_allclose(drawn, 238 - 220 * ink, atol=2)  # Pillow rounds twice, the renderer once
 
 

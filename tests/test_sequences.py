@@ -22,11 +22,11 @@ from PIL import Image
 
 from leanvlm.demo import SAMPLES_DIR
 from leanvlm.runtime import Generation, Session, load
-from leanvlm.runtime.backends.device import UNCAPTURED, DeviceMemory
+from leanvlm.runtime.backends.ort_memory import UNCAPTURED, DeviceMemory
 from leanvlm.runtime.backends.sequences import Decoder, DecoderSequence
 from leanvlm.runtime.backends.thread import OneThread
+from leanvlm.runtime.bundle import read_manifest, write_manifest
 from leanvlm.runtime.errors import BackendError, ContextOverflowError, InputError, SessionClosedError
-from leanvlm.runtime.manifest import read_manifest, write_manifest
 from leanvlm.runtime.session import GenerateOptions, user_message
 
 THREADS, QUESTIONS = 8, 20
@@ -132,7 +132,7 @@ def test_features_hold_while_others_encode(session: Session) -> None:
     picture, other = (question(number)["images"] for number in (0, 1))
     options = GenerateOptions(max_new_tokens=4, ignore_end=True)
     features = session.encode_images(picture, 64)
-    rows = np.array(features[0].embeddings)
+    rows = np.array(features[0].crops[0].embeddings)
     wanted = session.respond([user_message("What?", 1)], features, options).answer.token_ids
     done = threading.Event()
 
@@ -145,7 +145,7 @@ def test_features_hold_while_others_encode(session: Session) -> None:
         try:
             for _ in range(3):
                 features = session.encode_images(picture, 64)
-                np.testing.assert_array_equal(np.array(features[0].embeddings), rows)
+                np.testing.assert_array_equal(np.array(features[0].crops[0].embeddings), rows)
                 assert session.respond([user_message("What?", 1)], features, options).answer.token_ids == wanted
         finally:
             done.set()
@@ -374,7 +374,7 @@ def test_an_overflow_is_found_before_any_image_is_looked_at(tiny: Session) -> No
     with pytest.raises(ContextOverflowError, match=r"the prompt takes (\d+) positions and the answer up to 9.* 1024") as error:
         tiny.stream("What?", images, max_new_tokens=9)
     pictures = question(2)["images"] * 30
-    plan = tiny.splice(tiny.prompt_ids([user_message("What?", 60)], 60), tiny.encode_images(pictures, 16))
+    plan = tiny.prompt(tiny.prompt_ids([user_message("What?", 60)], 60), tiny.encode_images(pictures, 16))
     assert f"takes {plan.next_position} positions" in str(error.value)
 
 

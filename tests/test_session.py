@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from prompts import text_prompt
 
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.errors import BackendError, ContextOverflowError, InputError, LeanVLMWarning
-from leanvlm.runtime.splice import splice
 
 QUESTION = "Describe the image."
 
@@ -116,7 +116,7 @@ def test_cache_larger_than_its_prompt_changes_nothing(session: Session, sample_i
 
 def test_decoder_refuses_more_than_its_cache(session: Session) -> None:
     sequence = session.backend.decoder().sequence(4)
-    sequence.load(splice([session.table.rows([1, 2, 3, 4, 5])], [], "compact"))
+    sequence.load(text_prompt(session.table.rows([1, 2, 3, 4, 5])))
     with pytest.raises(BackendError, match="5 positions do not fit a cache of 4"):
         sequence.prefill()
 
@@ -137,6 +137,6 @@ def test_no_more_threads_than_processors(demo_bundle: Path) -> None:
 def test_budgets_open_when_first_used(demo_bundle: Path, sample_image: Path) -> None:
     with load(demo_bundle) as session:
         session.generate(QUESTION, [sample_image], max_new_tokens=1)
-        assert set(session._graphs) == {64}
+        assert set(session._graphs) == {"vision_64.onnx"}
         session.generate(QUESTION, [sample_image], max_new_tokens=1, budget=576)
-        assert set(session._graphs) == {64, 576}
+        assert set(session._graphs) == {"vision_64.onnx", "vision_576.onnx"}

@@ -51,7 +51,7 @@ def wrap(module, name):
         return function(*arguments, **options)
     setattr(module, name, call)
 
-from leanvlm.runtime.__main__ import main
+from leanvlm.__main__ import main
 if ":" in moment:
     module, name = moment.split(":")
     wrap(importlib.import_module(module), name)
@@ -83,7 +83,7 @@ def test_from_the_first_import_on(tmp_path: Path, number: signal.Signals) -> Non
 
 
 def test_nothing_heavy_is_imported_before_signals_are_heard() -> None:
-    code = "import sys, leanvlm.runtime.__main__; assert not {'numpy', 'typer', 'rich', 'PIL'} & set(sys.modules)"
+    code = "import sys, leanvlm.__main__; assert not {'numpy', 'typer', 'rich', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -105,7 +105,7 @@ def test_an_export_leaves_nothing(tiny_llava: Path, tmp_path: Path, moment: str)
 
 def test_an_export_that_is_put_in_place_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from leanvlm.exporter import ExportConfig
-    from leanvlm.exporter.place import put_in_place, scratch_folder
+    from leanvlm.exporter.output import put_in_place, scratch_folder
 
     config, rename = ExportConfig("demo", output=tmp_path / "x"), Path.rename
 
@@ -127,7 +127,7 @@ def test_an_export_that_is_put_in_place_stays_whole(tmp_path: Path, monkeypatch:
 
 def test_removing_is_not_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor by an impatient second Ctrl-C."""
-    from leanvlm.exporter.place import scratch_folder
+    from leanvlm.exporter.output import scratch_folder
 
     remove = shutil.rmtree
 
@@ -148,15 +148,15 @@ def test_removing_is_not_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 # What a profile and a calibration call, in their order. Behind the last one of each, what they write is there.
 PROFILE = (
-    "leanvlm.runtime.profile:read_image",
-    "leanvlm.runtime.profile:load",
-    "leanvlm.runtime.profile:answer_once",
-    "leanvlm.runtime.profile:preprocess",
+    "leanvlm.runtime.commands.profile:read_image",
+    "leanvlm.runtime.commands.profile:load",
+    "leanvlm.runtime.commands.profile:answer_once",
+    "leanvlm.runtime.commands.profile:preprocess",
     "onnxruntime:InferenceSession.end_profiling",
     "leanvlm.runtime.backends.ort:check_graph",
-    "leanvlm.runtime.profile:peak_memory",
+    "leanvlm.runtime.commands.profile:peak_memory",
     "subprocess:Popen.communicate",
-    "leanvlm.runtime.profile_report:page",
+    "leanvlm.runtime.commands.profile_report:page",
     "pathlib:Path.write_bytes",
     "pathlib:Path.replace",
 )
@@ -187,15 +187,15 @@ def strike_behind(moment: str, number: int, monkeypatch: pytest.MonkeyPatch) -> 
     for module in ("leanvlm.exporter.pipeline", "leanvlm.calibration.cli", "leanvlm.calibration.study"):
         importlib.import_module(module)
     owner, _, name = moment.rpartition("." if "." in moment.partition(":")[2] else ":")
-    place = pkgutil.resolve_name(owner)
-    function = getattr(place, name)
+    holder = pkgutil.resolve_name(owner)
+    function = getattr(holder, name)
 
     def struck(*arguments: object, **options: object) -> object:
         result = function(*arguments, **options)
         signal.raise_signal(number)
         return result
 
-    monkeypatch.setattr(place, name, struck)
+    monkeypatch.setattr(holder, name, struck)
 
 
 @pytest.mark.parametrize(

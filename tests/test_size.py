@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+import leanvlm
 import leanvlm.calibration
 import leanvlm.demo
 import leanvlm.exporter
 import leanvlm.runtime
 
-LIBRARY = (leanvlm.calibration, leanvlm.demo, leanvlm.exporter, leanvlm.runtime)
-SOURCES = sorted(file for part in LIBRARY for folder in part.__path__ for file in Path(folder).rglob("*.py"))
+LIBRARY = (leanvlm, leanvlm.calibration, leanvlm.demo, leanvlm.exporter, leanvlm.runtime)
+SOURCES = sorted({file for part in LIBRARY for folder in part.__path__ for file in Path(folder).rglob("*.py")})
 FILE_LINES = 400
 FUNCTION_LINES = 60
 

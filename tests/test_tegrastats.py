@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 
-from leanvlm.runtime import profile, tegrastats
-from leanvlm.runtime.profile import ProfileConfig, measure
-from leanvlm.runtime.profile_report import page, print_table
-from leanvlm.runtime.tegrastats import Board, Load, Rail, Reading, parse, power_mode, recording, summarise, watch
+from leanvlm.runtime.commands import profile
+from leanvlm.runtime.commands.profile import ProfileConfig, measure
+from leanvlm.runtime.commands.profile_report import page, print_table
+from leanvlm.runtime.machine import tegrastats
+from leanvlm.runtime.machine.tegrastats import Board, Load, Rail, Reading, parse, power_mode, recording, summarise, watch
 
 JETPACK_4 = (
     "RAM 1830/3964MB (lfb 213x4MB) SWAP 12/1982MB (cached 1MB) IRAM 0/252kB(lfb 252kB) CPU [21%,off,3%,off]@1479 "

@@ -41,8 +41,8 @@ def long_header(path: Path) -> None:
     ("write", "reason"),
     [
         (lambda path: table(path, rows=7), r"its shape is \[7, 8\], where the model's is \[6, 8\]"),
-        (lambda path: table(path, dtype=np.float64), "its numbers are F64, which is none of F16, F32"),
-        (lambda path: table(path, dtype=np.int16), "its numbers are I16"),
+        (lambda path: table(path, dtype=np.float64), "its dtype is F64, which is none of F16, F32"),
+        (lambda path: table(path, dtype=np.int16), "its dtype is I16"),
         (lambda path: table(path, name="other"), "it does not hold embed_tokens.weight alone"),
         (lambda path: table(path, more=np.ones(1)), "it does not hold embed_tokens.weight alone"),
         (lambda path: header(path, shape=[10**6, 10**6]), "Error while deserializing header"),

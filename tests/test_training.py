@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from leanvlm.demo import MODEL_DIR, SMALL_DIR, evaluate, train
-from leanvlm.demo.batches import IGNORED, QUESTION_TOKENS, QUESTIONS, Batch, Mixture, Script, draw_batch, drawn, make_batch
-from leanvlm.demo.canvas import NOTHING, SHAPE_CLASSES, Canvas, PatchLabels
-from leanvlm.demo.checkpoint import named_weights, read_folder, write_folder
-from leanvlm.demo.examine import examine
-from leanvlm.demo.muon import Muon, orthogonalised
-from leanvlm.demo.network import SIZES, Twin, normalised
-from leanvlm.demo.objective import Objective, Tokens, choose
+from leanvlm.calibration import model_card
+from leanvlm.demo import MODEL_DIR, SMALL_DIR
+from leanvlm.demo.mixture import Mixture
 from leanvlm.demo.packing import pack
-from leanvlm.demo.recipe import Recipe
 from leanvlm.demo.render import Renderer
 from leanvlm.demo.scenes import COLORS, KINDS, PHOTO_KINDS, SHAPES, Kind, Scene, held_out_questions, make_scene
-from leanvlm.demo.train import Options
+from leanvlm.demo.training import train
+from leanvlm.demo.training.batches import IGNORED, QUESTION_TOKENS, QUESTIONS, Batch, Script, draw_batch, drawn, make_batch
+from leanvlm.demo.training.canvas import NOTHING, SHAPE_CLASSES, Canvas, PatchLabels
+from leanvlm.demo.training.checkpoint import named_weights, read_folder, write_folder
+from leanvlm.demo.training.examine import examine
+from leanvlm.demo.training.muon import Muon, orthogonalised
+from leanvlm.demo.training.network import SIZES, Twin, normalised
+from leanvlm.demo.training.objective import Objective, Tokens, choose
+from leanvlm.demo.training.recipe import Recipe
+from leanvlm.demo.training.train import Options
 from leanvlm.runtime.errors import InputError
 
 CPU = torch.device("cpu")
@@ -59,6 +64,11 @@ def flat(batch: Batch) -> list[Any]:
     return [array for name, array in sorted(arrays.items()) if name != "scenes"]
 
 
+def test_processes_that_draw_load_no_torch() -> None:
+    code = "import sys, leanvlm.demo.training.batches; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_batch_depends_on_seed_and_step_not_on_workers(script: Script) -> None:
     mixture = Mixture(images=4)
     here = [draw_batch(mixture, 1, step, script) for step in range(2, 5)]
@@ -75,7 +85,7 @@ def test_batches_are_drawn_from_training_seeds_in_the_mixture(script: Script, mo
         asked.append((seed, kind))
         return make_scene(seed, kind)
 
-    monkeypatch.setattr("leanvlm.demo.batches.make_scene", noted)
+    monkeypatch.setattr("leanvlm.demo.mixture.make_scene", noted)
     draw_batch(Mixture(images=200), 0, 0, script)
     seeds, kinds = zip(*asked, strict=True)
     assert min(seeds) >= 10**9
@@ -247,7 +257,7 @@ def test_objects_of_an_image_are_favoured_unequally() -> None:
     objects = torch.zeros(576, dtype=torch.long)
     objects[::16], objects[8::16] = 1, 2
     first = choose(made_labels(2000, objects, objects), torch.Generator().manual_seed(0))[:, :64]
-    one, other = ((first % 16 == place).float().sum(1) for place in (0, 8))
+    one, other = ((first % 16 == offset).float().sum(1) for offset in (0, 8))
     uneven = torch.maximum(one, other) > 2 * torch.minimum(one, other)
     assert 0.9 < one.mean() / other.mean() < 1.1
     assert 0.2 < uneven.float().mean() < 0.6
@@ -264,7 +274,7 @@ def test_something_of_every_object_and_of_the_sign_is_kept() -> None:
         assert sorted(objects[row].tolist()) == list(range(13))
         assert (shapes[row] == SHAPE_CLASSES - 1).sum() == 1
     # Whichever token of it: the last object has twelve.
-    assert len({int(place) for place in first.flatten() if objects[place] == 12}) == 12
+    assert len({int(index) for index in first.flatten() if objects[index] == 12}) == 12
 
 
 def test_place_losses_ask_for_each_tokens_place_and_for_the_centre_of_what_it_shows() -> None:
@@ -323,8 +333,8 @@ def test_smoke_run_learns_and_writes_a_checkpoint(
 
 
 def test_evaluation_ends_in_one_line_of_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["evaluate", "--scenes", "2", "--kinds", "simple,complex-photo", "--pruner", "random"])
-    evaluate.main()
+    monkeypatch.setattr("sys.argv", ["model_card", "--scenes", "2", "--kinds", "simple,complex-photo", "--pruner", "random"])
+    model_card.main()
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (last["first"], last["scenes"]) == (0, 2)
     assert last["right"].keys() == {"simple", "complex-photo"}
@@ -339,8 +349,8 @@ def test_evaluation_ends_in_one_line_of_json(monkeypatch: pytest.MonkeyPatch, ca
 def test_card_says_what_evaluation_finds(
     model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["evaluate", "--model", model, "--scenes", "200"])
-    evaluate.main()
+    monkeypatch.setattr("sys.argv", ["model_card", "--model", model, "--scenes", "200"])
+    model_card.main()
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["right"]
     pattern = r"^\| (answers|recall|absent), ([a-z-]+), (none 576|attention 64) \| ([\d.]+) \|"
     card = re.findall(pattern, (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)

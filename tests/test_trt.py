@@ -17,10 +17,11 @@ from leanvlm.exporter import tolerances
 from leanvlm.exporter.reference import relative_difference
 from leanvlm.runtime import load
 from leanvlm.runtime.backends import trt
+from leanvlm.runtime.bundle import read_manifest, verify_files, write_manifest
 from leanvlm.runtime.engines.profiles import Limits
 from leanvlm.runtime.errors import BackendError, BundleError, InputError, MissingExtraError
-from leanvlm.runtime.manifest import EngineSpec, read_manifest, verify_files, write_manifest
 from leanvlm.runtime.session import Session, user_message
+from leanvlm.runtime.specs import EngineSpec
 
 SM = 87
 PROMPT = "What is below the green ring?"
@@ -84,12 +85,15 @@ def test_several_images_batches_and_prompts_without_images(opened: Open, images:
     both = session.encode_images(images, 64)
     apart = [session.encode_images([image], 64)[0] for image in images]
     for one, other in zip(both, apart, strict=True):
-        assert (one.pruning.indices == other.pruning.indices).all()
-        assert relative_difference(np.asarray(one.embeddings), np.asarray(other.embeddings)) <= tolerances.BATCHED["fp16"]
+        assert (one.crops[0].pruning.indices == other.crops[0].pruning.indices).all()
+        assert (
+            relative_difference(np.asarray(one.crops[0].embeddings), np.asarray(other.crops[0].embeddings))
+            <= tolerances.BATCHED["fp16"]
+        )
     together = session.generate("Which is brighter?", images, max_new_tokens=6, ignore_end=True)
     assert len(together.pruning) == 2
     ids = session.prompt_ids([user_message("Which is brighter?", 2)], 2)
-    plan = session.splice(ids, session.encode_images(images, 64))
+    plan = session.prompt(ids, session.encode_images(images, 64))
     expected = plan.embeddings(np.float16)
     sequence = session.decoder().sequence(len(plan) + 4)
     cache: Any = sequence.cache
@@ -97,7 +101,7 @@ def test_several_images_batches_and_prompts_without_images(opened: Open, images:
     assert (cache._buffers(len(plan))["inputs_embeds"].numpy()[0] == expected).all()
     # Features that the graph has overwritten since come from the processor's memory.
     older, _ = session.encode_images([images[0]], 64), session.encode_images([images[1]], 64)
-    plan = session.splice(session.prompt_ids([user_message(PROMPT, 1)], 1), older)
+    plan = session.prompt(session.prompt_ids([user_message(PROMPT, 1)], 1), older)
     cache.load(plan)
     assert (cache._buffers(len(plan))["inputs_embeds"].numpy()[0] == plan.embeddings(np.float16)).all()
     assert session.generate("What is it?", max_new_tokens=3, ignore_end=True).token_ids

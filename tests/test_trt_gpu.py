@@ -13,10 +13,10 @@ from PIL import Image
 
 from leanvlm.exporter import tolerances
 from leanvlm.runtime import Session, load
+from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.engines.build import Builder, build_engines
+from leanvlm.runtime.engines.jobs import BuildConfig, plan_build
 from leanvlm.runtime.engines.library import this_sm
-from leanvlm.runtime.engines.plan import BuildConfig, plan_build
-from leanvlm.runtime.manifest import read_manifest
 
 PROMPT = "What is below the green ring?"
 # TensorRT-RTX runs on Ampere, Ada and Blackwell, the data centre's Hopper aside.
@@ -68,7 +68,7 @@ def test_several_images_and_later_sessions(session: Session, sample_image: Path)
         both = session.encode_images([image, turned], 64)
         for one, other in zip(both, (image, turned), strict=True):
             alone = session.encode_images([other], 64)[0]
-            kept = np.intersect1d(one.pruning.indices, alone.pruning.indices)
+            kept = np.intersect1d(one.crops[0].pruning.indices, alone.crops[0].pruning.indices)
             assert len(kept) >= tolerances.KEPT_OVERLAP["fp16"] * 64
         first = session.generate(PROMPT, [image], max_new_tokens=60, ignore_end=True)
         # The second answer replays what the first captured.

@@ -18,10 +18,10 @@ from leanvlm.exporter import ExportConfig, tolerances
 from leanvlm.exporter.checkpoint import load_model
 from leanvlm.exporter.dialect import target_opset
 from leanvlm.exporter.graphs import VisionGraph
-from leanvlm.exporter.passes import PASSES
 from leanvlm.exporter.plan import Plan, plan
 from leanvlm.exporter.pruners import NoPruner
 from leanvlm.exporter.reference import Reference, relative_difference
+from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.trace import trace
 from leanvlm.exporter.verify import probe_images, verify
 from leanvlm.runtime import load
@@ -40,11 +40,13 @@ def test_rounding_alone_passes(tmp_path: Path, seed: int) -> None:
     """On models whose graphs were over the fixed limit, and were refused, though nothing is wrong with them."""
     checkpoint = planned(tiny.llava(tmp_path / "checkpoint", seed=seed)).checkpoint
     pixels = preprocess(probe_images(), checkpoint.image_spec)
-    model, family, spec = load_model(checkpoint), checkpoint.family, checkpoint.spec
-    module = VisionGraph(family.tower(model), family.projector(model), NoPruner(keep=spec.tokens_per_crop), spec.grid).eval()
+    model, spec = load_model(checkpoint), checkpoint.spec
+    parts = checkpoint.family.parts(model)
+    tower = parts.tower("feature", None).float()
+    module = VisionGraph(tower, parts.project.float(), NoPruner(keep=spec.tokens_per_crop), spec.grid).eval()
     example = {"pixel_values": torch.zeros(2, 3, *spec.image_size)}
     graph = trace(module, example, output_names=VISION_OUTPUTS, opset=target_opset("cpu"))
-    for rewrite in PASSES["cpu"].values():
+    for rewrite in TARGETS["cpu"].passes.values():
         rewrite(graph)
     ir.save(graph, tmp_path / "vision.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "vision.onnx", providers=["CPUExecutionProvider"])
@@ -57,7 +59,7 @@ def test_rounding_alone_passes(tmp_path: Path, seed: int) -> None:
     theirs: Any = load_model(checkpoint).double()
     with torch.no_grad():
         states = theirs.model.vision_tower(torch.from_numpy(pixels).double(), output_hidden_states=True).hidden_states
-        exact = theirs.model.multi_modal_projector(states[spec.feature_layer][:, 1:]).numpy()
+        exact = theirs.model.multi_modal_projector(states[spec.layers[0]][:, 1:]).numpy()
     np.testing.assert_allclose(rounding, relative_difference(features, exact), rtol=1e-3)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 

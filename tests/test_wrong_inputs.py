@@ -109,16 +109,16 @@ def cut(name: str, size: int) -> Change:
 
 
 def edit(name: str, **values: Any) -> Change:
-    """Set keys of a JSON file; `a__b` is the key b inside of a."""
+    """Set keys of a JSON file; `a__b` is the key b inside of a, `a__0` the first of a list."""
 
     def change(folder: Path) -> None:
         data = json.loads((folder / name).read_text(encoding="utf-8"))
         for path, value in values.items():
             *outer, key = path.split("__")
-            place = data
+            record = data
             for step in outer:
-                place = place[step]
-            place[key] = value
+                record = record[int(step) if isinstance(record, list) else step]
+            record[key] = value
         (folder / name).write_text(json.dumps(data), encoding="utf-8")
 
     return change
@@ -258,7 +258,7 @@ def listed(name: str) -> Change:
         (remove(MANIFEST), "is not a bundle: it has no leanvlm.json"),
         (write(MANIFEST, "{"), "leanvlm.json cannot be read"),
         (write(MANIFEST, "[1]"), "has schema None"),
-        (edit(MANIFEST, schema=99), "has schema 99; this version of leanvlm reads schema 1"),
+        (edit(MANIFEST, schema=99), "has schema 99; this version of leanvlm reads schema 2"),
         (edit(MANIFEST, decoder=None), "leanvlm.json: decoder is null; it must be an object"),
         (edit(MANIFEST, target="tensorrt"), "this bundle has no engines yet: run leanvlm build"),
         (edit(MANIFEST, min_onnxruntime="99.0"), "needs ONNX Runtime 99.0 or newer"),
@@ -275,9 +275,9 @@ def listed(name: str) -> Change:
         (both(cut("embed_tokens.safetensors", 9), resize("embed_tokens.safetensors")), "safetensors cannot be read"),
         (both(cut("tokenizer.json", 9), resize("tokenizer.json")), "tokenizer.json cannot be read"),
         (both(cut("generation_config.json", 9), resize("generation_config.json")), "config.json cannot be read"),
-        (edit(MANIFEST, vision__64__file="decoder.onnx"), "decoder.onnx has no pixel_values"),
-        (edit(MANIFEST, vision__64__file="vision_576.onnx"), "vision_576.onnx is tensor(float) ['B', 576, 256], where"),
-        (edit(MANIFEST, decoder__layers=5), "decoder: 5 layers do not fit the 12 caches"),
+        (edit(MANIFEST, vision__0__file="decoder.onnx"), "decoder.onnx has no pixel_values"),
+        (edit(MANIFEST, vision__0__file="vision_576.onnx"), "vision_576.onnx is tensor(float) ['B', 576, 256], where"),
+        (edit(MANIFEST, decoder__layers=5), "decoder: 5 layers do not fit 6 keys and 6 values"),
     ],
 )  # fmt: skip
 def test_broken_bundles(leanvlm: Command, bundle: Path, sample_image: Path, change: Change, words: str) -> None:

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from leanvlm.exporter.passes import PASSES
 from leanvlm.exporter.passes.pattern import CONTRIB
+from leanvlm.exporter.targets import TARGETS
 
 Array = npt.NDArray[Any]
 
@@ -22,9 +22,9 @@ IMAGE_SIZE, PATCH, GRID, HEADS, BLOCKS = 56, 14, (4, 4), 4, 3
 FOLDED, SHARED = 64, 96
 # Graphs are traced with two images.
 BATCHES = (1, 3)
-# Pass to how many places of such a tower it changes. A sum stands before every norm but the first two: that of the embeddings
+# Pass to how many changes it makes in such a tower. A sum stands before every norm but the first two: that of the embeddings
 # and the first block's.
-PLACES = {"quick_gelu": 3, "attention": 3, "skip_layer_norm": 6, "bias_column": 3}
+CHANGES = {"quick_gelu": 3, "attention": 3, "skip_layer_norm": 6, "bias_column": 3}
 # ONNX Runtime's fused operators.
 QUICK_GELU, ATTENTION, MULTI_HEAD, SKIP_NORM = (
     f"{CONTRIB}.{name}" for name in ("QuickGelu", "Attention", "MultiHeadAttention", "SkipLayerNormalization")
@@ -49,7 +49,7 @@ def clip(width: int) -> Any:
 
 def apply(model: ir.Model, names: Sequence[str] | None = None) -> dict[str, int]:
     """Run passes of the target cuda in the order of its list, all by default, and return what each says it changed."""
-    return {name: rewrite(model) for name, rewrite in PASSES["cuda"].items() if names is None or name in names}
+    return {name: rewrite(model) for name, rewrite in TARGETS["cuda"].passes.items() if names is None or name in names}
 
 
 def levels(batch: int) -> dict[str, Array]:

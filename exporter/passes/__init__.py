@@ -1,4 +1,4 @@
-"""Graph passes: one rewrite per file, applied to vision graphs and decoders in the order of their target's list."""
+"""Graph passes: one rewrite per file, in lists in the order in which they run; `targets.py` says which list is whose."""
 
 from __future__ import annotations
 
@@ -17,27 +17,18 @@ from leanvlm.exporter.passes.stage_names import name_by_layer, name_by_stage
 from leanvlm.exporter.passes.strip_metadata import strip_metadata
 from leanvlm.exporter.passes.topk_count import fix_topk_counts
 
-__all__ = ["DECODER_PASSES", "PASSES"]
+__all__ = ["CUDA", "CUDA_DECODER", "PLAIN", "TENSORRT", "TENSORRT_DECODER", "Pass"]
 
 Pass = Callable[[ir.Model], int]
 PLAIN: dict[str, Pass] = {"stage_names": name_by_stage, "strip_metadata": strip_metadata}
 TENSORRT: dict[str, Pass] = {**PLAIN, "levels_shape": shape_behind_cast, "topk_count": fix_topk_counts}
-PASSES: dict[str, dict[str, Pass]] = {
-    "cpu": PLAIN,
-    # The fused operators are ONNX Runtime's own; on the processor its optimiser does as well by itself.
-    "cuda": {
-        **PLAIN,
-        "quick_gelu": fuse_quick_gelu,
-        "attention": fuse_attention,
-        "skip_layer_norm": fuse_skip_layer_norm,
-        "bias_column": fold_bias_columns,
-    },
-    "tensorrt-rtx": TENSORRT,
-    "tensorrt": TENSORRT,
+# The fused operators are ONNX Runtime's own; on the processor its optimiser does as well by itself.
+CUDA: dict[str, Pass] = {
+    **PLAIN,
+    "quick_gelu": fuse_quick_gelu,
+    "attention": fuse_attention,
+    "skip_layer_norm": fuse_skip_layer_norm,
+    "bias_column": fold_bias_columns,
 }
-DECODER_PASSES: dict[str, dict[str, Pass]] = {
-    "cpu": {},
-    "cuda": {"last_position": add_last_position, "greedy_token": add_greedy_token},
-    "tensorrt-rtx": {"layer_names": name_by_layer, "strip_metadata": strip_metadata},
-    "tensorrt": {"layer_names": name_by_layer, "strip_metadata": strip_metadata},
-}
+CUDA_DECODER: dict[str, Pass] = {"last_position": add_last_position, "greedy_token": add_greedy_token}
+TENSORRT_DECODER: dict[str, Pass] = {"layer_names": name_by_layer, "strip_metadata": strip_metadata}

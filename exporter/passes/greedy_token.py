@@ -3,9 +3,9 @@
     logits ─ Equal (logits) ─ Where (logits, else infinity) ─ ReduceMax ─ top_logit
     logits ─ Equal (top_logit) ─ Where (0 1 2 …, else V) ─ ReduceMin ─ Cast ─ next_token
 
-A NaN, which equals nothing, counts as infinite; ReduceMax itself passes over it at most places. Of equal logits the lowest id
-wins, as in NumPy and PyTorch; in half precision equal ones are common. ArgMax and TopK of ONNX Runtime's CUDA provider promise
-no order.
+A NaN, which equals nothing, counts as infinite; ReduceMax itself passes over it in most positions. Of equal logits the lowest
+id wins, as in NumPy and PyTorch; in half precision equal ones are common. ArgMax and TopK of ONNX Runtime's CUDA provider
+promise no order.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def add_greedy_token(model: ir.Model) -> int:
     ranked = ir.node("Where", [number.outputs[0], logits, infinity], name="/sample/Ranked")
     top = ir.node("ReduceMax", [ranked.outputs[0], axis], name="/sample/ReduceMax")
     equal = ir.node("Equal", [logits, top.outputs[0]], name="/sample/Equal")
-    places = ir.node("Where", [equal.outputs[0], ids, beyond], name="/sample/Where")
-    first = ir.node("ReduceMin", [places.outputs[0], axis], name="/sample/ReduceMin")
+    tied = ir.node("Where", [equal.outputs[0], ids, beyond], name="/sample/Where")
+    first = ir.node("ReduceMin", [tied.outputs[0], axis], name="/sample/ReduceMin")
     token = ir.node("Cast", [first.outputs[0]], {"to": ir.DataType.INT64}, name="/sample/Cast")
-    graph.extend([number, ranked, top, equal, places, first, token])
+    graph.extend([number, ranked, top, equal, tied, first, token])
     batch = logits.shape[0] if logits.shape is not None else "batch_size"
     for value, name, dtype in ((top.outputs[0], TOP_LOGIT, logits.dtype), (token.outputs[0], NEXT_TOKEN, ir.DataType.INT64)):
         value.name, value.shape, value.type = name, ir.Shape((batch, 1, 1)), ir.TensorType(dtype)

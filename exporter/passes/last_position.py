@@ -1,8 +1,8 @@
-"""Which place of the prompt the logits belong to, as an input of the decoder.
+"""Which position of the prompt the logits belong to, as an input of the decoder.
 
     hidden ─ Gather (-1) ─ Unsqueeze ─ lm_head          hidden ─ Gather (last_position) ─ lm_head
 
-The builder takes the last place. A prompt that is padded to the length of a captured graph has its last place before that.
+The builder takes the last position. A prompt that is padded to the length of a captured graph ends before it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, diagonal, first_by, keep_all, precedes, require
+from leanvlm.exporter.pruners.base import (
+    Kept,
+    ScoredBlock,
+    Signal,
+    VisionTokens,
+    diagonal,
+    enforce,
+    first_by,
+    keep_all,
+    precedes,
+)
 from leanvlm.exporter.pruners.gates import attention_entropy, rank_and_gram
 
 
@@ -23,14 +33,14 @@ from leanvlm.exporter.pruners.gates import attention_entropy, rank_and_gram
 class AgilePruner:
     """Greedy suppression of near-duplicates under an image-complexity gate.
 
-    Needs a class token; uses no text and merges nothing. The release's: the walk with its thresholds and back-fill, centred
+    Uses no text and merges nothing. The release's: the walk with its thresholds and back-fill, centred
     features for the rank and un-centred ones for the distances. Ours, each of which can move a token near its threshold:
 
     - The effective rank is estimated (see `gates`), since ONNX has no decomposition; the release's is exact.
     - Distances are measured in fp32, the release's in the model's fp16. Run in fp32, the release centres its features in
       place and measures centred distances, so there it differs from us, and from itself in fp16.
     - Each crop has a rank and distances of its own; the release takes crop 0's.
-    - Equal scores rank by place.
+    - Equal scores rank by index.
     - The gate `entropy` as H / `entropy_ref` is our own choice: the paper has such a variant, no source gives its formula.
       Its ratio spans 0.94 to 1.06 where the rank's spans 0.64 to 1.36.
 
@@ -47,6 +57,7 @@ class AgilePruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"saliency"})
 
     keep: int = 64
     gate: Literal["erank", "entropy", "none"] = "erank"
@@ -58,17 +69,17 @@ class AgilePruner:
 
     def __post_init__(self) -> None:
         for name in ("keep", "erank_ref", "entropy_ref", "sweeps"):
-            require(getattr(self, name) > 0, f"agile: {name}={getattr(self, name)} is not positive")
-        require(self.step >= 0.0, f"agile: step={self.step} is below 0")
-        require(0.0 <= self.max_distance <= 2.0, f"agile: max_distance={self.max_distance} is not in 0..2")
+            enforce(getattr(self, name) > 0, f"agile: {name}={getattr(self, name)} is not positive")
+        enforce(self.step >= 0.0, f"agile: step={self.step} is below 0")
+        enforce(0.0 <= self.max_distance <= 2.0, f"agile: max_distance={self.max_distance} is not in 0..2")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens; the diagnostics say the gate's ratio, how many survived before the back-fill, and convergence."""
-        if self.keep >= tokens.attention.shape[1]:
+        if self.keep >= tokens.count:
             return keep_all(tokens)
         ratio, gram, diagnostics = self._gate(tokens)
         indices, num_selected, converged = select_by_gram(
-            tokens.attention,
+            tokens.saliency,
             gram,
             ratio,
             keep=self.keep,
@@ -87,9 +98,9 @@ class AgilePruner:
         features = tokens.features.float()
         gram = features @ features.transpose(1, 2)
         if self.gate == "entropy":
-            entropy = attention_entropy(tokens.attention)
+            entropy = attention_entropy(tokens.saliency)
             return entropy / self.entropy_ref, gram, {"attention_entropy": entropy}
-        return torch.ones_like(tokens.attention[:, 0], dtype=torch.float32), gram, {}
+        return torch.ones_like(tokens.saliency[:, 0], dtype=torch.float32), gram, {}
 
 
 def select_tokens(
@@ -108,7 +119,7 @@ def select_tokens(
     attention; sweeping from all-alive reaches it, since after n sweeps the first n tokens are final.
 
     Args:
-        attention: (B, N) scores; equal ones rank by place.
+        attention: (B, N) scores; equal ones rank by index.
         features: (B, N, D) tokens compared by un-centred cosine distance.
         ratio: (B,) image complexity over its reference.
         keep: K, at most N.

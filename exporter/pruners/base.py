@@ -13,10 +13,13 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from leanvlm.exporter.towers.base import Seen
 from leanvlm.runtime.errors import UnsupportedPrunerError
 
-# Which block's class token scores the tokens: the last one below the feature layer, or the tower's last.
+# Which block's attention scores the tokens: the last one below the feature layer, or the tower's last.
 ScoredBlock = Literal["feature", "last"]
+# What a tower may tell beside the tokens themselves: fields of `Seen`.
+Signal = Literal["saliency", "keys", "unsplit"]
 
 
 @dataclass(frozen=True)
@@ -25,19 +28,52 @@ class VisionTokens:
 
     Attributes:
         features: (B, N, D), after the projector.
-        hidden: (B, N, Dv), the same tokens before the projector.
-        keys: (B, N, H, d), key vectors of the scored block.
-        attention: (B, N), the class token's attention in the scored block, averaged over heads, class token left out.
-        unsplit_attention: (B, N), the same row as one head of width H * d would give it.
-        grid: Rows and columns of the patches; rows * columns = N.
+        seen: The same tokens before the projector, and what the tower tells of them.
+        grid: MatrixRows and columns of the patches.
+        leading: How many tokens stand in front of the patches and have no position on the grid; a pruner gets none.
     """
 
     features: Tensor
-    hidden: Tensor
-    keys: Tensor
-    attention: Tensor
-    unsplit_attention: Tensor
+    seen: Seen
     grid: tuple[int, int]
+    leading: int = 0
+
+    @property
+    def patches(self) -> VisionTokens:
+        """The tokens that have a position on the grid, which a pruner chooses among."""
+        if not self.leading:
+            return self
+        return VisionTokens(self.features[:, self.leading :], self.seen.patches(self.leading), self.grid)
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.features.shape[1]
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, N, Dv), the tokens before the projector."""
+        return self.seen.hidden
+
+    @property
+    def saliency(self) -> Tensor:
+        """(B, N), how much attention each token gets; only for a pruner that needs `saliency`."""
+        return _told(self.seen.saliency)
+
+    @property
+    def keys(self) -> Tensor:
+        """(B, N, H, d), key vectors of the scored block; only for a pruner that needs `keys`."""
+        return _told(self.seen.keys)
+
+    @property
+    def unsplit(self) -> Tensor:
+        """(B, N), the class token's attention of one head of width H * d; only for a pruner that needs `unsplit`."""
+        return _told(self.seen.unsplit)
+
+
+def _told(part: Tensor | None) -> Tensor:
+    assert part is not None, "the tower does not tell what the pruner did not say that it needs"
+    return part
 
 
 @dataclass(frozen=True)
@@ -45,7 +81,7 @@ class Kept:
     """The choice of a pruner.
 
     Attributes:
-        indices: (B, K) int64, ascending, unique: the places of the kept tokens in raster order.
+        indices: (B, K) int64, ascending, unique: the indices of the kept tokens in raster order.
         hidden: (B, K, Dv) for methods that merge tokens, still to be projected (an index is then its cluster's centre);
             None for methods that only choose.
         diagnostics: Name to (B,) values that explain the choice, such as `effective_rank`.
@@ -61,9 +97,11 @@ class Pruner(Protocol):
 
     Attributes:
         scored_block: Where the tower takes `keys` and both attentions from.
+        needs: What it reads of the tower beside the tokens; a model whose tower does not tell it is refused.
     """
 
     scored_block: ClassVar[ScoredBlock]
+    needs: ClassVar[frozenset[Signal]]
 
     @property
     def keep(self) -> int:
@@ -75,7 +113,7 @@ class Pruner(Protocol):
         ...
 
 
-def require(holds: bool, rule: str) -> None:
+def enforce(holds: bool, rule: str) -> None:
     """Check a parameter when a pruner is made.
 
     Raises:
@@ -85,6 +123,20 @@ def require(holds: bool, rule: str) -> None:
         raise UnsupportedPrunerError(rule)
 
 
+def choose(pruner: Pruner, tokens: VisionTokens) -> Kept:
+    """Choose among the patches; tokens without a position on the grid are always kept, in front."""
+    first, kept = tokens.leading, pruner(tokens.patches)
+    if not first:
+        return kept
+    batch = tokens.features.shape[0]
+    always = torch.arange(first, device=kept.indices.device)[None, :].expand(batch, -1)
+    merged = None if kept.hidden is None else torch.cat([tokens.hidden[:, :first], kept.hidden], dim=1)
+    diagnostics = dict(kept.diagnostics)
+    if "num_selected" in diagnostics:
+        diagnostics["num_selected"] = diagnostics["num_selected"] + first
+    return Kept(torch.cat([always, kept.indices + first], dim=1), merged, diagnostics)
+
+
 def gather_tokens(features: Tensor, indices: Tensor) -> Tensor:
     """Take the rows `indices` (B, K) of `features` (B, N, D): (B, K, D)."""
     return features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[-1]))
@@ -92,8 +144,8 @@ def gather_tokens(features: Tensor, indices: Tensor) -> Tensor:
 
 def keep_all(tokens: VisionTokens) -> Kept:
     """Return every token, in place: what any pruner does when keep >= N."""
-    batch, count = tokens.attention.shape
-    every = torch.arange(count, device=tokens.attention.device)
+    batch, count, _ = tokens.features.shape
+    every = torch.arange(count, device=tokens.features.device)
     return Kept(every[None, :].expand(batch, -1))
 
 
@@ -101,17 +153,17 @@ def precedes(scores: Tensor, lower: Tensor | None = None) -> Tensor:
     """Return whether token j comes before token i when `scores` (B, N) fall: (B, N, N) bool at [b, i, j].
 
     Comparing pairs instead of sorting makes ties the same on every backend: the lower index comes first. A caller that ranks
-    many times makes `lower_places` once and hands it over as `lower`.
+    many times makes `lower_index` once and hands it over as `lower`.
     """
-    lower = lower_places(scores) if lower is None else lower
+    lower = lower_index(scores) if lower is None else lower
     mine, other = scores[:, :, None], scores[:, None, :]
     return (other > mine) | ((other == mine) & lower)
 
 
-def lower_places(scores: Tensor) -> Tensor:
+def lower_index(scores: Tensor) -> Tensor:
     """Return whether j < i for `scores` (B, N): (N, N) bool at [i, j]."""
-    place = torch.arange(scores.shape[1], device=scores.device)
-    return place[None, :] < place[:, None]
+    index = torch.arange(scores.shape[1], device=scores.device)
+    return index[None, :] < index[:, None]
 
 
 def rank_by(scores: Tensor, lower: Tensor | None = None) -> Tensor:
@@ -120,20 +172,20 @@ def rank_by(scores: Tensor, lower: Tensor | None = None) -> Tensor:
 
 
 def first_by(rank: Tensor, keep: int) -> Tensor:
-    """Return the places of the `keep` lowest of `rank` (B, N), whose values are all different: (B, K) int64 ascending."""
+    """Return the indices of the `keep` lowest of `rank` (B, N), whose values are all different: (B, K) int64 ascending."""
     return torch.topk(-rank, keep, dim=1).indices.sort(dim=1).values
 
 
 def top_indices(scores: Tensor, keep: int) -> Tensor:
-    """Return the places of the `keep` highest of `scores` (B, N) in raster order: (B, K) int64, ties to the lower index."""
+    """Return the indices of the `keep` highest of `scores` (B, N) in raster order: (B, K) int64, ties to the lower index."""
     return first_by(rank_by(scores), keep)
 
 
 def chosen_indices(chosen: Tensor, keep: int) -> Tensor:
-    """Return the places of the `keep` true values in each row of `chosen` (B, N) bool: (B, K) int64 ascending."""
+    """Return the indices of the `keep` true values in each row of `chosen` (B, N) bool: (B, K) int64 ascending."""
     count = chosen.shape[1]
-    place = torch.arange(count, device=chosen.device, dtype=torch.float32)
-    return first_by(place - count * chosen.float(), keep)
+    index = torch.arange(count, device=chosen.device, dtype=torch.float32)
+    return first_by(index - count * chosen.float(), keep)
 
 
 def diagonal(matrix: Tensor) -> Tensor:
@@ -152,7 +204,7 @@ def cosine(tokens: Tensor) -> Tensor:
     return gram / (norms[:, :, None] * norms[:, None, :])
 
 
-class Rows:
+class MatrixRows:
     """The rows of B square matrices (B, N, N), to be taken one of each at a time, with two nodes of a graph."""
 
     def __init__(self, matrix: Tensor) -> None:
@@ -160,6 +212,6 @@ class Rows:
         self._rows = matrix.flatten(0, 1)
         self._first = torch.arange(batch, device=matrix.device)[:, None] * count
 
-    def take(self, places: Tensor) -> Tensor:
-        """Return row `places[b]` of matrix b, for `places` (B, 1) int64: (B, 1, N)."""
-        return torch.nn.functional.embedding(places + self._first, self._rows)
+    def take(self, index: Tensor) -> Tensor:
+        """Return row `index[b]` of matrix b, for `index` (B, 1) int64: (B, 1, N)."""
+        return torch.nn.functional.embedding(index + self._first, self._rows)

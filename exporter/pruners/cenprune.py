@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.pruners.base import Kept, Rows, ScoredBlock, VisionTokens, chosen_indices, keep_all
+from leanvlm.exporter.pruners.base import Kept, MatrixRows, ScoredBlock, Signal, VisionTokens, chosen_indices, keep_all
 from leanvlm.exporter.pruners.divprune import CHOSEN, most_isolated, pair_distance, spread
 
-# A distance below this is rounding: the tokens are equal, and the lower place comes first.
+# A distance below this is rounding: the tokens are equal, and the lower index comes first.
 EQUAL = 1e-6
 
 
@@ -24,7 +24,7 @@ EQUAL = 1e-6
 class CenPruner:
     """Farthest-point selection on centred tokens, weighed by distinctiveness.
 
-    Needs no class token, uses no text and merges nothing. There is no release; this follows the paper for LLaVA: features
+    Needs no scores, uses no text and merges nothing. There is no release; this follows the paper for LLaVA: features
     after the projector in fp32, per crop, centred and not standardised, DivPrune's own first token (on the centred
     distances) without the weight, then equation 7. The paper divides the weight by its range (equation 11), which changes
     no choice and is left out.
@@ -34,6 +34,7 @@ class CenPruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset()
 
     keep: int = 64
 
@@ -48,7 +49,7 @@ class CenPruner:
         distance = torch.where(distance.abs() < EQUAL, 0.0, distance)
         # The weight of a token is the same at every step, so the distances to it are weighed once.
         weighted = torch.where(distance == CHOSEN, CHOSEN, distance * distinctiveness(features)[:, None, :])
-        rows = Rows(weighted)
+        rows = MatrixRows(weighted)
         near = spread(rows, rows.take(most_isolated(distance)), self.keep - 1)
         return Kept(chosen_indices(near[:, 0] == CHOSEN, self.keep))
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.pruners.base import Kept, Rows, ScoredBlock, VisionTokens, chosen_indices, cosine, keep_all
+from leanvlm.exporter.pruners.base import Kept, MatrixRows, ScoredBlock, Signal, VisionTokens, chosen_indices, cosine, keep_all
 
 # Above any cosine distance, and below any: a chosen token's distance to itself.
 FAR, CHOSEN = 4.0, -1.0
@@ -23,35 +23,36 @@ FAR, CHOSEN = 4.0, -1.0
 class DivPruner:
     """Farthest-point selection.
 
-    Needs no class token, uses no text and merges nothing. The release's: the first token, the rule and the distance. Ours: the
+    Needs no scores, uses no text and merges nothing. The release's: the first token, the rule and the distance. Ours: the
     release selects once over the whole image sequence, here each crop of a batch is a selection of its own; K is given
-    instead of a share of N (0.098 there); equal distances go to the lower place.
+    instead of a share of N (0.098 there); equal distances go to the lower index.
 
     Attributes:
         keep: K, tokens kept of each crop.
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset()
 
     keep: int = 64
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""
-        if self.keep >= tokens.features.shape[1]:
+        if self.keep >= tokens.count:
             return keep_all(tokens)
         distance = pair_distance(tokens.features)
-        rows = Rows(distance)
+        rows = MatrixRows(distance)
         near = spread(rows, rows.take(most_isolated(distance)), self.keep - 1)
         return Kept(chosen_indices(near[:, 0] == CHOSEN, self.keep))
 
 
 def pair_distance(features: Tensor) -> Tensor:
     """Return the cosine distance of every pair of `features` (B, N, D): (B, N, N), 0..2, but `CHOSEN` on the diagonal."""
-    place = torch.arange(features.shape[1], device=features.device)
+    index = torch.arange(features.shape[1], device=features.device)
     similarity = cosine(features)
     # Two tokens that are each other's nearest tie by definition; a product's two halves may differ in the last digit.
     similarity = torch.maximum(similarity, similarity.transpose(1, 2))
-    return torch.where(place[:, None] == place[None, :], CHOSEN, 1.0 - similarity)
+    return torch.where(index[:, None] == index[None, :], CHOSEN, 1.0 - similarity)
 
 
 def most_isolated(distance: Tensor) -> Tensor:
@@ -59,8 +60,8 @@ def most_isolated(distance: Tensor) -> Tensor:
     return torch.where(distance == CHOSEN, FAR, distance).amin(dim=2).argmax(dim=1, keepdim=True)
 
 
-def spread(distance: Rows, near: Tensor, steps: int, floors: Sequence[Tensor] | None = None) -> Tensor:
-    """Choose `steps` more tokens, each the farthest from those chosen; equal ones by place.
+def spread(distance: MatrixRows, near: Tensor, steps: int, floors: Sequence[Tensor] | None = None) -> Tensor:
+    """Choose `steps` more tokens, each the farthest from those chosen; equal ones by index.
 
     Args:
         distance: Of `pair_distance`.

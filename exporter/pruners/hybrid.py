@@ -14,13 +14,14 @@ from torch import Tensor
 
 from leanvlm.exporter.pruners.base import (
     Kept,
-    Rows,
+    MatrixRows,
     ScoredBlock,
+    Signal,
     VisionTokens,
     chosen_indices,
+    enforce,
     keep_all,
     rank_by,
-    require,
 )
 from leanvlm.exporter.pruners.divprune import CHOSEN, FAR, pair_distance, spread
 from leanvlm.exporter.pruners.gates import effective_rank
@@ -31,7 +32,7 @@ from leanvlm.exporter.pruners.share import diversity_share
 class HybridPruner:
     """Top attention first, then farthest points; at least one attention token starts the set.
 
-    Needs a class token; uses no text and merges nothing. The paper's study has no code for it. Ours: that diversity tokens
+    Uses no text and merges nothing. The paper's study has no code for it. Ours: that diversity tokens
     keep away from the attention tokens too, the ends of the adaptive map (see `share`), and the estimated rank (see `gates`).
 
     Attributes:
@@ -44,6 +45,7 @@ class HybridPruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"saliency"})
 
     keep: int = 64
     share: float = 0.5
@@ -53,20 +55,20 @@ class HybridPruner:
     erank_ref: float = 90.0
 
     def __post_init__(self) -> None:
-        require(0.0 <= self.share <= 1.0, f"hybrid: share={self.share} is not in 0..1")
-        require(0.0 <= self.least <= self.most <= 1.0, "hybrid: least and most are shares, 0 <= least <= most <= 1")
-        require(self.erank_ref > 0.0, f"hybrid: erank_ref={self.erank_ref} is not positive")
+        enforce(0.0 <= self.share <= 1.0, f"hybrid: share={self.share} is not in 0..1")
+        enforce(0.0 <= self.least <= self.most <= 1.0, "hybrid: least and most are shares, 0 <= least <= most <= 1")
+        enforce(self.erank_ref > 0.0, f"hybrid: erank_ref={self.erank_ref} is not positive")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""
-        if self.keep >= tokens.attention.shape[1]:
+        if self.keep >= tokens.count:
             return keep_all(tokens)
         distance = pair_distance(tokens.features)
-        rank = rank_by(tokens.attention.float())
+        rank = rank_by(tokens.saliency.float())
         if self.gate == "none":
             diverse = self._diverse(self.share)
             near = _nearest(distance, rank < self.keep - diverse)
-            near = spread(Rows(distance), near, diverse)
+            near = spread(MatrixRows(distance), near, diverse)
             return Kept(chosen_indices(near[:, 0] == CHOSEN, self.keep))
         erank = effective_rank(tokens.features)
         share = diversity_share(erank, self.erank_ref, self.least, self.most)
@@ -75,7 +77,7 @@ class HybridPruner:
         steps = max(self._diverse(self.most), 1)
         done = torch.arange(steps, device=rank.device)[None, :] >= diverse_tokens
         floors = torch.tensor_split(torch.where(done, FAR, CHOSEN)[:, None, :], steps, dim=2)
-        near = spread(Rows(distance), near, steps, floors)
+        near = spread(MatrixRows(distance), near, steps, floors)
         return Kept(chosen_indices(near[:, 0] == CHOSEN, self.keep), None, {"effective_rank": erank})
 
     def _diverse(self, share: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, keep_all
+from leanvlm.exporter.pruners.base import Kept, ScoredBlock, Signal, VisionTokens, keep_all
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,7 @@ class NoPruner:
     """Keeps every token; `keep` is N, for the record only."""
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset()
 
     keep: int = 576
 

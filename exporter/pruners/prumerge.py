@@ -15,12 +15,13 @@ from torch import Tensor
 from leanvlm.exporter.pruners.base import (
     Kept,
     ScoredBlock,
+    Signal,
     VisionTokens,
+    enforce,
     first_by,
     gather_tokens,
     keep_all,
     rank_by,
-    require,
 )
 
 
@@ -29,13 +30,13 @@ class PruMergePruner:
     """Outliers and even sample as cluster centres; merging before the projector.
 
     Needs a class token; uses no text; merges. The release's: scores from the tower's last block with the heads not split, the
-    rule for outliers, and the merging. There the number of tokens follows the image: r N outliers, the places 0, s, 2 s, …
+    rule for outliers, and the merging. There the number of tokens follows the image: r N outliers, the indices 0, s, 2 s, …
     below the last with s = int(int(1 / r) / 3), less the outliers, and one more token with the weighted sum of all that were
-    not kept. Ours: K is given, and there is no such token, since it has no place. At a given K, two samples are offered:
+    not kept. Ours: K is given, and there is no such token, since it has no position. At a given K, two samples are offered:
 
     - `even`, ours: the image's own outliers (most attended first, K at most), and the other tokens at even strides.
     - `release`: its proportions and its grid, as for an image with `share` K outliers: that many of the most attended, and the
-      grid of that r. Where the grid has too many places they are thinned evenly, where it has too few attention fills up. An
+      grid of that r. Where the grid has too many points they are thinned evenly, where it has too few attention fills up. An
       image with just so many outliers, of which none is on the grid, keeps what the release keeps.
 
     Attributes:
@@ -47,6 +48,7 @@ class PruMergePruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "last"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"unsplit", "keys"})
 
     keep: int = 64
     neighbours: int = 32
@@ -54,12 +56,12 @@ class PruMergePruner:
     share: float = 0.25
 
     def __post_init__(self) -> None:
-        require(0.0 <= self.share <= 1.0, f"prumerge: share={self.share} is not in 0..1")
-        require(self.neighbours >= 1, f"prumerge: neighbours={self.neighbours} is not at least 1")
+        enforce(0.0 <= self.share <= 1.0, f"prumerge: share={self.share} is not in 0..1")
+        enforce(self.neighbours >= 1, f"prumerge: neighbours={self.neighbours} is not at least 1")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K centres, in raster order, and merge their neighbours into them."""
-        attention = tokens.unsplit_attention.float()
+        attention = tokens.unsplit.float()
         count = attention.shape[1]
         if self.keep >= count:
             return keep_all(tokens)
@@ -81,9 +83,9 @@ class PruMergePruner:
         count = rank.shape[1]
         outliers = max(int(self.share * self.keep), 1)
         step = max(int(int(1 / (outliers / count)) / 3), 1)
-        place = torch.arange(count, device=rank.device)
+        index = torch.arange(count, device=rank.device)
         salient = rank < outliers
-        free = ~salient & (place % step == 0) & (place < count - 1)
+        free = ~salient & (index % step == 0) & (index < count - 1)
         size = free.float().sum(dim=1, keepdim=True).clamp(min=1.0).long()
         return salient | _even_sample(free, self.keep - outliers, size)
 
@@ -94,7 +96,7 @@ def _outlier_bound(attention: Tensor, rank: Tensor) -> Tensor:
 
     def quantile(share: float) -> Tensor:
         lower = int(share * last)
-        values = [torch.where(rank == last - place, attention, 0.0).sum(1, True) for place in (lower, min(lower + 1, last))]
+        values = [torch.where(rank == last - order, attention, 0.0).sum(1, True) for order in (lower, min(lower + 1, last))]
         return values[0] + (share * last - lower) * (values[1] - values[0])
 
     first, third = quantile(0.25), quantile(0.75)
@@ -102,10 +104,10 @@ def _outlier_bound(attention: Tensor, rank: Tensor) -> Tensor:
 
 
 def _even_sample(rest: Tensor, wanted: Tensor | int, size: Tensor) -> Tensor:
-    """Mark `wanted` (B, 1) of the `size` (B, 1) true places of `rest` (B, N) at even strides, all if they are fewer: (B, N)."""
-    place = rest.float().cumsum(dim=1).to(torch.int64)
-    # Where place is 0, rest is false: so cutting off is as good as rounding down, and is one operator.
-    upto, before = (torch.div(p * wanted, size, rounding_mode="trunc") for p in (place, place - 1))
+    """Mark `wanted` (B, 1) of the `size` (B, 1) true values of `rest` (B, N) at even strides, all if they are fewer: (B, N)."""
+    number = rest.float().cumsum(dim=1).to(torch.int64)
+    # Where number is 0, rest is false: so cutting off is as good as rounding down, and is one operator.
+    upto, before = (torch.div(p * wanted, size, rounding_mode="trunc") for p in (number, number - 1))
     return rest & (upto > before)
 
 
@@ -113,11 +115,11 @@ def _neighbours(keys: Tensor, indices: Tensor, number: int) -> Tensor:
     """Mark the `number` tokens with the most similar `keys` (B, N, H, d) to each of `indices` (B, K): (B, K, N) bool."""
     whole = keys.float().flatten(2)
     unit = whole / (whole.norm(dim=2, keepdim=True) + 1e-8)
-    place = torch.arange(unit.shape[1], device=unit.device)
+    index = torch.arange(unit.shape[1], device=unit.device)
     similarity = gather_tokens(unit, indices) @ unit.transpose(1, 2)
-    similarity = torch.where(place == indices[:, :, None], -2.0, similarity)
+    similarity = torch.where(index == indices[:, :, None], -2.0, similarity)
     least = torch.topk(similarity, number, dim=2).values[:, :, -1:]
     over, equal = similarity > least, similarity == least
-    # Of those that equal the last one, only as many as there is room for, by place.
+    # Of those that equal the last one, only as many as there is room for, by index.
     room = number - over.sum(dim=2, keepdim=True)
     return over | (equal & (equal.float().cumsum(dim=2) <= room))

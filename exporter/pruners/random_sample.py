@@ -8,14 +8,14 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, keep_all, require
+from leanvlm.exporter.pruners.base import Kept, ScoredBlock, Signal, VisionTokens, enforce, keep_all
 
 
 @dataclass(frozen=True)
 class RandomPruner:
     """The first K of a seeded permutation: a baseline that a method has to beat.
 
-    Needs no class token, uses no text and merges nothing; the indices are a constant of the graph.
+    Needs no scores, uses no text and merges nothing; the indices are a constant of the graph.
 
     Attributes:
         keep: K, tokens kept of each crop.
@@ -23,12 +23,13 @@ class RandomPruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset()
 
     keep: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, f"random: seed={self.seed} is negative")
+        enforce(self.seed >= 0, f"random: seed={self.seed} is negative")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""

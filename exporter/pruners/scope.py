@@ -13,13 +13,14 @@ import torch
 
 from leanvlm.exporter.pruners.base import (
     Kept,
-    Rows,
+    MatrixRows,
     ScoredBlock,
+    Signal,
     VisionTokens,
     chosen_indices,
     cosine,
+    enforce,
     keep_all,
-    require,
 )
 
 # Coverage over this is a kept token's own.
@@ -32,7 +33,7 @@ LEAST_SALIENCY = 1e-30
 class ScopePruner:
     """Greedy coverage gain times attention, on the tower's tokens before the projector.
 
-    Needs a class token; uses no text and merges nothing. The release's, but for equal gains: here they go to the lower place.
+    Uses no text and merges nothing. The release's, but for equal gains: here they go to the lower index.
     The release sums the attention over heads, here it is their mean: a common factor, so the choice is the same.
 
     Attributes:
@@ -41,25 +42,26 @@ class ScopePruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"saliency"})
 
     keep: int = 64
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.alpha >= 0.0, f"scope: alpha={self.alpha} is negative")
+        enforce(self.alpha >= 0.0, f"scope: alpha={self.alpha} is negative")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""
-        count = tokens.attention.shape[1]
+        count = tokens.count
         if self.keep >= count:
             return keep_all(tokens)
         similarity = cosine(tokens.hidden)
-        saliency = tokens.attention.float()
+        saliency = tokens.saliency.float()
         saliency = (saliency if self.alpha == 1.0 else saliency.pow(self.alpha)).clamp(min=LEAST_SALIENCY)
-        place = torch.arange(count, device=saliency.device)
+        index = torch.arange(count, device=saliency.device)
         # A token counts one too much of its own coverage, subtracted again; so a kept one, with nothing to add, is below zero.
-        similarity = torch.where(place[:, None] == place[None, :], similarity + 1.0, similarity)
-        rows, covered = Rows(similarity), torch.zeros_like(saliency)[:, None, :]
+        similarity = torch.where(index[:, None] == index[None, :], similarity + 1.0, similarity)
+        rows, covered = MatrixRows(similarity), torch.zeros_like(saliency)[:, None, :]
         for _ in range(self.keep):
             gain = (similarity - covered).relu().sum(dim=2) - 1.0
             pick = (gain * saliency).argmax(dim=1, keepdim=True)

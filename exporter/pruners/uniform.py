@@ -7,20 +7,21 @@ from typing import ClassVar
 
 import torch
 
-from leanvlm.exporter.pruners.base import Kept, ScoredBlock, VisionTokens, keep_all
+from leanvlm.exporter.pruners.base import Kept, ScoredBlock, Signal, VisionTokens, keep_all
 
 
 @dataclass(frozen=True)
 class UniformPruner:
     """The middle token of each of K equal stretches: a baseline that a method has to beat.
 
-    Needs no class token, uses no text and merges nothing; the indices are a constant of the graph.
+    Needs no scores, uses no text and merges nothing; the indices are a constant of the graph.
 
     Attributes:
         keep: K, tokens kept of each crop.
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset()
 
     keep: int = 64
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from leanvlm.exporter.pruners.base import (
     Kept,
     ScoredBlock,
+    Signal,
     VisionTokens,
+    enforce,
     first_by,
     gather_tokens,
     keep_all,
     rank_by,
-    require,
 )
 
 
@@ -28,7 +29,7 @@ from leanvlm.exporter.pruners.base import (
 class VisionZipPruner:
     """Dominant tokens as they are, contextual tokens merged before the projector.
 
-    Needs a class token; uses no text; merges. The release's: the choice of both kinds, and the merging. Ours: there the class
+    Uses no text; merges. The release's: the choice of both kinds, and the merging. Ours: there the class
     token counts as one of the dominant tokens and the contextual ones come last; here all K are patches, in raster order of
     dominant tokens and targets.
 
@@ -38,29 +39,30 @@ class VisionZipPruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"saliency", "keys"})
 
     keep: int = 64
     contextual: float = 10 / 64
 
     def __post_init__(self) -> None:
-        require(0.0 <= self.contextual <= 1.0, f"visionzip: contextual={self.contextual} is not in 0..1")
+        enforce(0.0 <= self.contextual <= 1.0, f"visionzip: contextual={self.contextual} is not in 0..1")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K centres, in raster order, and merge the other tokens into the contextual ones."""
-        count = tokens.attention.shape[1]
+        count = tokens.count
         if self.keep >= count:
             return keep_all(tokens)
         contextual = min(int(self.contextual * self.keep + 0.5), self.keep)
         dominant = self.keep - contextual
-        rank = rank_by(tokens.attention.float())
+        rank = rank_by(tokens.saliency.float())
         if not contextual:
             return Kept(first_by(rank, self.keep))
-        place = torch.arange(count, device=rank.device, dtype=torch.float32)
-        rest = first_by(torch.where(rank >= dominant, place - count, place), count - dominant)
+        index = torch.arange(count, device=rank.device, dtype=torch.float32)
+        rest = first_by(torch.where(rank >= dominant, index - count, index), count - dominant)
         targets = rest[:, :: rest.shape[1] // contextual][:, :contextual]
-        is_target = (targets[:, :, None] == place).any(dim=1)
+        is_target = (targets[:, :, None] == index).any(dim=1)
         kept = is_target | (rank < dominant)
-        indices = first_by(torch.where(kept, place - count, place), self.keep)
+        indices = first_by(torch.where(kept, index - count, index), self.keep)
         centre = torch.where(kept, -1, targets.gather(1, _nearest_target(tokens.keys, targets)))
         joins = (centre[:, None, :] == indices[:, :, None]).float()  # (B, K, N)
         mean = (joins @ tokens.hidden.float()) / joins.sum(dim=2, keepdim=True).clamp(min=1.0)

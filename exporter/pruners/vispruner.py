@@ -18,14 +18,15 @@ from torch.nn.functional import embedding
 from leanvlm.exporter.pruners.base import (
     Kept,
     ScoredBlock,
+    Signal,
     VisionTokens,
     chosen_indices,
     cosine,
+    enforce,
     gather_tokens,
     keep_all,
-    lower_places,
+    lower_index,
     rank_by,
-    require,
 )
 from leanvlm.exporter.pruners.gates import effective_rank
 from leanvlm.exporter.pruners.share import diversity_share
@@ -35,7 +36,7 @@ from leanvlm.exporter.pruners.share import diversity_share
 class VisPruner:
     """Top attention, then bipartite duplicate removal among the rest.
 
-    Needs a class token; uses no text and merges nothing. The release's: the split of K, the even and odd places of the list,
+    Uses no text and merges nothing. The release's: the split of K, the even and odd positions of the list,
     the cosine before the projector, at most 8 dropped in a sweep. Ours: the order of the list. The release also puts the even
     tokens that stay in order of their similarity before the next sweep. That order hangs on the last digits: on clustered
     features a change of 1e-6 replaced up to 44 % of its kept tokens, and in half precision it agrees with itself in single no
@@ -52,6 +53,7 @@ class VisPruner:
     """
 
     scored_block: ClassVar[ScoredBlock] = "feature"
+    needs: ClassVar[frozenset[Signal]] = frozenset({"saliency"})
 
     keep: int = 64
     ratio: float = 0.5
@@ -62,27 +64,27 @@ class VisPruner:
     drop: int = 8
 
     def __post_init__(self) -> None:
-        require(0.0 <= self.ratio <= 1.0, f"vispruner: ratio={self.ratio} is not in 0..1")
-        require(0.0 <= self.least <= self.most <= 1.0, "vispruner: least and most are shares, 0 <= least <= most <= 1")
-        require(self.erank_ref > 0.0, f"vispruner: erank_ref={self.erank_ref} is not positive")
-        require(self.drop >= 1, f"vispruner: drop={self.drop} is not at least 1")
+        enforce(0.0 <= self.ratio <= 1.0, f"vispruner: ratio={self.ratio} is not in 0..1")
+        enforce(0.0 <= self.least <= self.most <= 1.0, "vispruner: least and most are shares, 0 <= least <= most <= 1")
+        enforce(self.erank_ref > 0.0, f"vispruner: erank_ref={self.erank_ref} is not positive")
+        enforce(self.drop >= 1, f"vispruner: drop={self.drop} is not at least 1")
 
     def __call__(self, tokens: VisionTokens) -> Kept:
         """Choose K tokens, in raster order."""
-        if self.keep >= tokens.attention.shape[1]:
+        if self.keep >= tokens.count:
             return keep_all(tokens)
-        rank = rank_by(tokens.attention.float())
+        rank = rank_by(tokens.saliency.float())
         important, drops, diagnostics = self._split(tokens)
         order = torch.topk(-rank, rank.shape[1], dim=1).indices
-        place = torch.arange(rank.shape[1], device=rank.device)
-        listed = (place >= important).expand_as(rank)  # (B, N), most attended first
+        position = torch.arange(rank.shape[1], device=rank.device)
+        listed = (position >= important).expand_as(rank)  # (B, N), most attended first
         listed = _thin(listed, cosine(gather_tokens(tokens.hidden, order)), drops)
-        kept = listed | (place < important)
+        kept = listed | (position < important)
         return Kept(chosen_indices(kept.gather(1, rank.to(torch.int64)), self.keep), None, diagnostics)
 
     def _split(self, tokens: VisionTokens) -> tuple[Tensor | int, Sequence[Tensor | int], dict[str, Tensor]]:
         """Return the number of important tokens, what each sweep drops (numbers, or (B, 1) with a gate), diagnostics."""
-        count = tokens.attention.shape[1]
+        count = tokens.count
         if self.gate == "none":
             important = int(self.ratio * self.keep)
             return important, self._drops(count, important), {}
@@ -108,10 +110,10 @@ class VisPruner:
 
 def _thin(listed: Tensor, similarity: Tensor, drops: Sequence[Tensor | int]) -> Tensor:
     """Shorten the lists `listed` (B, N) bool of tokens, whose `similarity` is (B, N, N), by `drops`, sweep by sweep."""
-    lower = lower_places(listed)
+    lower = lower_index(listed)
     for drop in drops:
-        place = 0.5 * listed.float().cumsum(dim=1)  # The first of a list is at 0.5: even positions are not whole.
-        odd = listed & (place == place.floor())
+        position = 0.5 * listed.float().cumsum(dim=1)  # The first of a list is at 0.5: even positions are not whole.
+        odd = listed & (position == position.floor())
         best = torch.where(odd[:, None, :], similarity, -2.0).amax(dim=2)
         order = rank_by(torch.where(listed ^ odd, best, -3.0), lower)
         listed = listed & (order >= drop)

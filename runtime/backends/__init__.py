@@ -17,6 +17,7 @@ from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
 from leanvlm.runtime.generation import Scores
 from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.specs import GraphSpec
 
 __all__ = ["BACKENDS", "Backend", "Decoder", "Graph", "Scores", "open_backend", "processors"]
 
@@ -53,19 +54,19 @@ class Backend(Protocol):
     device: str
     lock: AbstractContextManager[Any]
 
-    def graph(self, budget: int) -> Graph:
-        """Open the vision graph of a budget."""
+    def graph(self, spec: GraphSpec) -> Graph:
+        """Open a vision graph."""
         ...
 
     def decoder(self) -> Decoder:
         """Open the decoder."""
         ...
 
-    def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: GraphSpec, pixel_values: Array, runs: int) -> dict[str, float]:
         """Return the share of vision, project and prune in a vision graph's time."""
         ...
 
-    def misplaced(self, budget: int, pixel_values: Array) -> list[str]:
+    def misplaced(self, spec: GraphSpec, pixel_values: Array) -> list[str]:
         """Return the nodes, shape arithmetic aside, that do not run on the device: of a vision graph and of the decoder."""
         ...
 
@@ -98,7 +99,7 @@ def open_backend(
         BackendError: The device, the provider or the engines are not there.
         InputError: A provider for another target, or together with a device; a number of threads below 1.
     """
-    place = BACKENDS[manifest.target]
+    path = BACKENDS[manifest.target]
     options: dict[str, Any] = {"device": device, "threads": _capped(threads), "prepack": prepack}
     if provider is not None and manifest.target not in LIBRARIES:
         targets = " or ".join(LIBRARIES)
@@ -106,8 +107,8 @@ def open_backend(
     if manifest.target in LIBRARIES and (device == "cpu" or provider is not None):
         if device is not None and provider is not None:
             raise InputError(f"--device {device} and --provider {provider} exclude each other; give one")
-        place, options = PORTABLE, {**options, "provider": provider}
-    module, name = place.split(":")
+        path, options = PORTABLE, {**options, "provider": provider}
+    module, name = path.split(":")
     backend: Backend = getattr(import_module(module), name)(folder, manifest, **options)
     return backend
 

@@ -6,8 +6,8 @@ A cache that goes with its sequence is run without: what was captured for it wou
 Only token ids, their embeddings and a mask cross the bus while an answer is made.
 
 A prompt is read at the next length of a ladder (`bucket`), so that few graphs serve all prompts. The padding is at its
-end, behind everything: attention is causal, so it changes nothing before it; the logits are those of the last real place,
-and the first generated token overwrites the first place of padding in the cache.
+end, behind everything: attention is causal, so it changes nothing before it; the logits are those of the last real position,
+and the first generated token overwrites the first position of padding in the cache.
 
 The same code runs a bundle for cuda on the processor when that is asked for, without graphs and without padding.
 """
@@ -15,10 +15,9 @@ The same code runs a bundle for cuda on the processor when that is asked for, wi
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -28,20 +27,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from leanvlm.runtime.backends.device import UNCAPTURED, DeviceFeatures, DeviceMemory, DeviceRows, Slot, preload_libraries
+from leanvlm.runtime.backends.device import DeviceBuffer, DeviceGraph, DeviceRows, DeviceScores, Slot, batch_shape
 from leanvlm.runtime.backends.ort import GRAPH_STAGES, PROVIDERS, OrtBackend, check_room, first_line
+from leanvlm.runtime.backends.ort_memory import UNCAPTURED, DeviceMemory, OrtBuffer, preload_libraries
 from leanvlm.runtime.backends.placement import misplaced_nodes
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.errors import BackendError, GraphError
-from leanvlm.runtime.gpu import free_memory, gpus, misfit
-from leanvlm.runtime.kernels import without_kernels
-from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest, TensorSpec
-from leanvlm.runtime.sampling import check_peak
-from leanvlm.runtime.splice import Prompt
+from leanvlm.runtime.machine.gpu import free_memory, gpus, misfit
+from leanvlm.runtime.machine.kernels import without_kernels
+from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.prompt import Prompt
+from leanvlm.runtime.specs import DecoderSpec, GraphSpec
 
 Array = npt.NDArray[Any]
-FEATURES = "image_features"
-# Prompts up to FINE places are padded to a multiple of 8, which tensor cores like; longer ones to a multiple of COARSE.
+# Prompts up to FINE positions are padded to a multiple of 8, which tensor cores like; longer ones to a multiple of COARSE.
 FINE, COARSE = 256, 64
 # Lengths of prompts whose tensors are kept.
 PROMPT_SLOTS = 8
@@ -52,7 +51,7 @@ GPU_LOCK = threading.RLock()
 
 
 def bucket(length: int) -> int:
-    """Return the padded length at which a prompt of `length` places is read."""
+    """Return the padded length at which a prompt of `length` positions is read."""
     step = 8 if length <= FINE else COARSE
     return -(-length // step) * step
 
@@ -75,9 +74,9 @@ class CudaBackend(OrtBackend):
             self._check_memory()
             preload_libraries(self.ort)
 
-    def graph(self, budget: int) -> CudaGraph:
-        """Open the vision graph of a budget (image tokens per crop)."""
-        return self._graph(self.manifest.vision[budget])
+    def graph(self, spec: GraphSpec) -> DeviceGraph:
+        """Open a vision graph."""
+        return self._graph(spec)
 
     def decoder(self) -> Decoder:
         """Open the decoder and the graph that puts prompts together."""
@@ -105,12 +104,12 @@ class CudaBackend(OrtBackend):
         }
         return [(PROVIDERS["cuda"], settings), PROVIDERS["cpu"]]
 
-    def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: GraphSpec, pixel_values: Array, runs: int) -> dict[str, float]:
         """Return the share of each stage in a vision graph's time: what it takes longer than the graph that ends before it."""
         if self.device == "cpu":
-            return super().vision_shares(budget, pixel_values, runs)
+            return super().vision_shares(spec, pixel_values, runs)
         cuts = [self.manifest.stages[stage] for stage in GRAPH_STAGES[:-1]]
-        ends = [self._median_ms(spec, pixel_values, runs) for spec in (*cuts, self.manifest.vision[budget])]
+        ends = [self._median_ms(graph, pixel_values, runs) for graph in (*cuts, spec)]
         spent = [max(end - start, 0.0) for start, end in zip([0.0, *ends], ends, strict=False)]
         return {stage: time / sum(spent) for stage, time in zip(GRAPH_STAGES, spent, strict=True)}
 
@@ -123,17 +122,17 @@ class CudaBackend(OrtBackend):
             times.append(1e3 * (perf_counter() - begin))
         return median(times)
 
-    def misplaced(self, budget: int, pixel_values: Array) -> list[str]:
+    def misplaced(self, spec: GraphSpec, pixel_values: Array) -> list[str]:
         """Return the nodes of a vision graph and the decoder that run on the processor, shape arithmetic aside."""
         if self.device == "cpu":
             return []
-        spec = self.manifest.decoder
-        events = self.node_events(self.manifest.vision[budget], {"pixel_values": pixel_values})
-        events += self.node_events(spec.graph, _decoder_probe(spec))
+        decoder = self.manifest.decoder
+        events = self.node_events(spec, {"pixel_values": pixel_values})
+        events += self.node_events(decoder.graph, _decoder_probe(decoder))
         return misplaced_nodes(events, PROVIDERS[self.device])
 
-    def _graph(self, spec: GraphSpec) -> CudaGraph:
-        return CudaGraph(self._memory, self.session(spec), spec, self.lock)
+    def _graph(self, spec: GraphSpec) -> DeviceGraph:
+        return DeviceGraph(spec, self.lock, partial(_vision_slot, self._memory, self.session(spec), spec))
 
     def _check_kernels(self) -> None:
         """Refuse a GPU on which ONNX Runtime would open the bundle and fail at the first node."""
@@ -152,73 +151,6 @@ class CudaBackend(OrtBackend):
         message = misfit(weights, cache, found[0], self.manifest.precision)
         if message:
             raise BackendError(message)
-
-
-class CudaGraph:
-    """One vision graph; each batch size has its own tensors and its own captured graph."""
-
-    def __init__(self, memory: DeviceMemory, session: Any, spec: GraphSpec, lock: AbstractContextManager[Any]) -> None:
-        self._memory = memory
-        self._session = session
-        self._spec = spec
-        self._lock = lock
-        self._slots: dict[int, Slot] = {}
-        self._given: dict[int, weakref.ref[DeviceFeatures]] = {}
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
-        """Run the graph; the features stay on the device. Raises BackendError if ONNX Runtime does."""
-        pixels = inputs["pixel_values"]
-        batch = len(pixels)
-        slot = self._slot(batch)
-        before = self._given.get(batch)
-        if before is not None and (held := before()) is not None:
-            held.keep()
-        slot.tensors["pixel_values"].update_inplace(np.ascontiguousarray(pixels))
-        self._memory.run(self._session, slot, "the vision graph")
-        # The arrays are copies: on the processor numpy() shows the tensor itself, which the next run overwrites.
-        outputs: dict[str, Any] = {}
-        for tensor in self._spec.outputs:
-            value = slot.tensors[tensor.name]
-            if tensor.name == FEATURES:
-                rows, kept, width = _shape(tensor, batch)
-                outputs[FEATURES] = features = DeviceFeatures(value, (rows, kept, width), self._lock)
-                self._given[batch] = weakref.ref(features)
-            else:
-                outputs[tensor.name] = value.numpy().copy()
-        return outputs
-
-    def replay(self, batch: int) -> None:
-        """Run once more on the pixels of the last run of this batch size: for measuring."""
-        self._memory.run(self._session, self._slot(batch), "the vision graph")
-
-    def _slot(self, batch: int) -> Slot:
-        if batch not in self._slots:
-            binding, tensors = self._session.io_binding(), {}
-            for tensor in self._spec.inputs:
-                tensors[tensor.name] = self._memory.empty(_shape(tensor, batch), tensor.dtype)
-                binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
-            for tensor in self._spec.outputs:
-                tensors[tensor.name] = self._memory.empty(_shape(tensor, batch), tensor.dtype)
-                binding.bind_ortvalue_output(tensor.name, tensors[tensor.name])
-            self._slots[batch] = Slot(tensors, binding, self._memory.run_options(batch))
-        return self._slots[batch]
-
-
-class CudaScores:
-    """The scores of one run of the decoder, on the device until they are asked for."""
-
-    def __init__(self, tensors: Mapping[str, Any]) -> None:
-        self._tensors = tensors
-
-    def greedy(self) -> int:
-        """Return the token that the graph itself found best; the logits stay where they are."""
-        check_peak(float(self._tensors["top_logit"].numpy().reshape(())))
-        return int(self._tensors["next_token"].numpy().reshape(()))
-
-    def logits(self) -> npt.NDArray[np.float32]:
-        """Fetch the logits (V,)."""
-        fetched: npt.NDArray[np.float32] = self._tensors["logits"].numpy().reshape(-1).astype(np.float32)
-        return fetched
 
 
 @dataclass(frozen=True)
@@ -250,77 +182,76 @@ class CudaCache:
         self._spec = spec = decoder.spec
         self._captured = kept
         self._dtype = np.dtype(spec.kv_dtype)
-        self._positioned = any(tensor.name == "position_ids" for tensor in spec.graph.inputs)
-        self._caches: dict[str, Any] = {}
+        self._positioned = bool(spec.named("positions"))
+        self._caches: dict[str, OrtBuffer] = {}
         self._slots: dict[int, Slot] = {}
         self._mask: npt.NDArray[np.int64] = np.zeros((1, capacity), np.int64)
         self._prompt: Prompt | None = None
         self.length = 0
         shape = (1, spec.kv_heads, capacity, spec.head_dim)
-        for layer in range(spec.layers):
-            for part in ("key", "value"):
-                # Whatever lies in fresh memory may be no number, which even a weight of zero lets through.
-                self._caches[f"{layer}.{part}"] = cache = self._memory.empty(shape, self._dtype)
-                cache.update_inplace(np.zeros(shape, self._dtype))
+        for name in spec.caches:
+            # Whatever lies in fresh memory may be NaN, which even a weight of zero lets through.
+            self._caches[name] = cache = self._memory.empty(shape, self._dtype)
+            cache.fill(np.zeros(shape, self._dtype))
 
     def load(self, prompt: Prompt) -> None:
         """Put a prompt together on the device, for a new sequence: the text's rows go up, the images' are there."""
         check_room(len(prompt), self.capacity)
         self._prompt, self.length = prompt, 0
         slot = self._slot(self._padded(len(prompt)))
-        text = prompt.text.astype(self._dtype, copy=False)
+        target, text = slot.buffers["inputs_embeds"], prompt.text.astype(self._dtype, copy=False)
         shared = _shared_features(prompt)
         if shared is None:
             # No image, or images of several runs, as in a chat: the processor puts them together.
             whole = np.zeros((1, self._padded(len(prompt)), self._spec.hidden_size), self._dtype)
             whole[0, : len(prompt)] = prompt.embeddings(self._dtype)
-            slot.tensors["inputs_embeds"].update_inplace(whole)
+            target.fill(whole)
             return
         binding = self._decoder.splice.io_binding()
         binding.bind_cpu_input("text", text)
         count, width = shared.shape[0] * shared.shape[1], shared.shape[2]
-        binding.bind_input("images", self._memory.device, 0, self._dtype, (count, width), shared.tensor.data_ptr())
-        places = np.zeros(self._padded(len(prompt)), np.int64)
-        places[: len(prompt)] = prompt.places
-        binding.bind_cpu_input("places", places)
-        binding.bind_ortvalue_output("inputs_embeds", slot.tensors["inputs_embeds"])
+        binding.bind_input("images", self._memory.device, 0, self._dtype, (count, width), shared.address)
+        index = np.zeros(self._padded(len(prompt)), np.int64)
+        index[: len(prompt)] = prompt.index
+        binding.bind_cpu_input("index", index)
+        binding.bind_output("inputs_embeds", self._memory.device, 0, self._dtype, target.shape, target.address)
         try:
             self._decoder.splice.run_with_iobinding(binding)
         except Exception as error:  # As above.
             raise BackendError(f"the splice graph failed: {first_line(error)}") from error
 
-    def prefill(self) -> CudaScores:
+    def prefill(self) -> DeviceScores:
         """Read the loaded prompt, padded to its bucket."""
         assert self._prompt is not None, "load comes before prefill"
         length, padded = len(self._prompt), self._padded(len(self._prompt))
         slot = self._slot(padded)
         self._mask[0] = np.arange(self.capacity) < padded
-        slot.tensors["last_position"].update_inplace(np.array([length - 1], np.int64))
+        slot.buffers["last_position"].fill(np.array([length - 1], np.int64))
         positions = np.zeros(padded, np.int64)
-        positions[:length] = self._prompt.positions
+        positions[:length] = self._prompt.positions[0]
         scores = self._run(slot, positions)
         self.length = length
         return scores
 
-    def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> CudaScores:
+    def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> DeviceScores:
         """Append one embedding (D,) at a position."""
         check_room(self.length + 1, self.capacity)
         slot = self._slot(1)
         self.length += 1
         self._mask[0] = np.arange(self.capacity) < self.length
-        slot.tensors["inputs_embeds"].update_inplace(embedding.astype(self._dtype, copy=False)[None, None])
+        slot.buffers["inputs_embeds"].fill(embedding.astype(self._dtype, copy=False)[None, None])
         return self._run(slot, np.array([position], np.int64))
 
     def replay(self) -> None:
         """Run the last step's graph again as it stands: for measuring."""
-        self._memory.run(self._decoder.session, self._slot(1), "the decoder")
+        self._slot(1).run()
 
-    def _run(self, slot: Slot, positions: npt.NDArray[np.int64]) -> CudaScores:
-        slot.tensors["attention_mask"].update_inplace(self._mask)
+    def _run(self, slot: Slot, positions: npt.NDArray[np.int64]) -> DeviceScores:
+        slot.buffers["attention_mask"].fill(self._mask)
         if self._positioned:
-            slot.tensors["position_ids"].update_inplace(positions[None])
-        self._memory.run(self._decoder.session, slot, "the decoder")
-        return CudaScores(slot.tensors)
+            slot.buffers["position_ids"].fill(positions[None])
+        slot.run()
+        return DeviceScores(slot.buffers)
 
     def _padded(self, length: int) -> int:
         return min(bucket(length), self.capacity) if self._memory.captures else length
@@ -339,34 +270,42 @@ class CudaCache:
 
     def _new_slot(self, length: int) -> Slot:
         sizes = {"sequence": length, "capacity": self.capacity}
-        tensors = {name: self._memory.empty(shape, dtype) for name, shape, dtype in _decoder_tensors(self._spec, **sizes)}
-        tensors["last_position"].update_inplace(np.array([length - 1], np.int64))
+        buffers = {name: self._memory.empty(shape, dtype) for name, shape, dtype in _decoder_tensors(self._spec, **sizes)}
+        buffers["last_position"].fill(np.array([length - 1], np.int64))
         binding = self._decoder.session.io_binding()
         for tensor in self._spec.graph.inputs:
-            if tensor.name in tensors:
-                binding.bind_ortvalue_input(tensor.name, tensors[tensor.name])
+            if tensor.name in buffers:
+                binding.bind_ortvalue_input(tensor.name, buffers[tensor.name].value)
         for name, cache in self._caches.items():
-            binding.bind_ortvalue_input(f"past_key_values.{name}", cache)
-            binding.bind_ortvalue_output(f"present.{name}", cache)
+            binding.bind_ortvalue_input(name, cache.value)
+            binding.bind_ortvalue_output(self._spec.caches[name], cache.value)
         for name in ("logits", "next_token", "top_logit"):
-            binding.bind_ortvalue_output(name, tensors[name])
+            binding.bind_ortvalue_output(name, buffers[name].value)
         graph_id = next(self._decoder.ids) if self._captured else UNCAPTURED
-        return Slot(tensors, binding, self._memory.run_options(graph_id))
+        return self._memory.slot(self._decoder.session, binding, buffers, graph_id, "the decoder")
 
 
-def _shared_features(prompt: Prompt) -> DeviceFeatures | None:
-    """Return the run that made all images of a prompt, in order and nothing else, if it is still on the device."""
-    rows = [image.embeddings for image in prompt.images if isinstance(image.embeddings, DeviceRows)]
-    if not rows or len(rows) < len(prompt.images):
+def _vision_slot(memory: DeviceMemory, session: Any, spec: GraphSpec, batch: int) -> Slot:
+    """Return the slot of a vision graph for a batch size."""
+    tensors = (*spec.inputs, *spec.outputs)
+    buffers = {tensor.name: memory.empty(batch_shape(tensor, batch), tensor.dtype) for tensor in tensors}
+    binding = session.io_binding()
+    for tensor in spec.inputs:
+        binding.bind_ortvalue_input(tensor.name, buffers[tensor.name].value)
+    for tensor in spec.outputs:
+        binding.bind_ortvalue_output(tensor.name, buffers[tensor.name].value)
+    return memory.slot(session, binding, buffers, batch, "the vision graph")
+
+
+def _shared_features(prompt: Prompt) -> DeviceBuffer | None:
+    """Return where the run that made all crops of a prompt, in order and nothing else, left them, if it is still there."""
+    rows = [crop.embeddings for crop in prompt.crops if isinstance(crop.embeddings, DeviceRows)]
+    if not rows or len(rows) < len(prompt.crops):
         return None
     features = rows[0].features
     one_run = all(row.features is features for row in rows)
     in_order = [row.index for row in rows] == list(range(features.shape[0]))
-    return features if one_run and in_order and features.tensor is not None else None
-
-
-def _shape(tensor: TensorSpec, batch: int) -> list[int]:
-    return [batch if isinstance(size, str) else size for size in tensor.shape]
+    return features.buffer if one_run and in_order else None
 
 
 def _decoder_tensors(spec: DecoderSpec, *, sequence: int, capacity: int) -> list[tuple[str, tuple[int, ...], str]]:

@@ -1,90 +1,71 @@
-"""Tensors on a device, and runs that are captured once and replayed: what the graphs and the decoder on a GPU are made of."""
+"""What every backend with a device has in common: buffers, features that stay there, scores, and slots for batch sizes.
+
+A backend says what a buffer is and how a slot runs; what stays on the device, and until when, is decided here.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from leanvlm.runtime.backends.ort import first_line
-from leanvlm.runtime.backends.thread import OneThread
-from leanvlm.runtime.errors import BackendError
+from leanvlm.runtime.sampling import check_peak
+from leanvlm.runtime.specs import GraphSpec, TensorSpec
 
 Array = npt.NDArray[Any]
+FEATURES, PIXELS = "image_features", "pixel_values"
 
 
-def preload_libraries(ort: Any) -> None:
-    """Let ONNX Runtime find CUDA and cuDNN in Python packages; it prints what it does not find, which its sessions will say."""
-    if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            ort.preload_dlls()
-
-
-# ONNX Runtime's "neither capture nor replay this run".
-UNCAPTURED = -1
-
-
-class DeviceMemory:
-    """Allocates tensors on one device, and runs what is bound to them.
-
-    Captured runs are all done by one thread: ONNX Runtime keeps what it captures a thread, so another one would capture
-    everything again, into memory that is never given back; and it promises nothing for captures of several threads.
-    """
-
-    def __init__(self, ort: Any, device: str) -> None:
-        self._ort = ort
-        self._thread = OneThread()
-        self.device = device
+class DeviceBuffer(Protocol):
+    """An array on a device."""
 
     @property
-    def captures(self) -> bool:
-        """Whether runs are captured as graphs and replayed."""
-        return self.device == "cuda"
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        ...
 
-    def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Any:
-        """Return an uninitialised tensor."""
-        try:
-            return self._ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype).type, self.device, 0)
-        except Exception as error:  # ONNX Runtime's errors share no base of their own.
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            raise BackendError(f"no memory on the GPU for {size / 1e6:.0f} MB: {first_line(error)}") from error
+    @property
+    def address(self) -> int:
+        """Where it lies."""
+        ...
 
-    def run_options(self, graph_id: int) -> Any:
-        """Return options that capture a run under an id and replay it from then on; `UNCAPTURED` does neither."""
-        options = self._ort.RunOptions()
-        if self.captures:
-            options.add_run_config_entry("gpu_graph_id", str(graph_id))
-        return options
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        ...
 
-    def run(self, session: Any, slot: Slot, what: str) -> None:
-        """Run a session on a slot's tensors and wait for it; `what` names it in the BackendError if ONNX Runtime fails."""
-        work = partial(session.run_with_iobinding, slot.binding, slot.options)
-        try:
-            if self.captures:
-                self._thread.run(work)
-            else:
-                work()
-        except Exception as error:  # ONNX Runtime's errors share no base of their own.
-            raise BackendError(f"{what} failed: {first_line(error)}") from error
+    def fill(self, values: Array) -> None:
+        """Overwrite it with an array's values."""
+        ...
+
+    def numpy(self) -> Array:
+        """Return a copy in the processor's memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Buffers by the names of a graph's inputs and outputs, and what runs the graph on them; raises BackendError."""
+
+    buffers: Mapping[str, DeviceBuffer]
+    run: Callable[[], None]
 
 
 class DeviceFeatures:
-    """The embeddings of B images of one run, (B, K, D); an index gives one image's rows.
+    """The embeddings of B crops of one run, (B, K, D); an index gives one crop's rows.
 
     They lie where the graph wrote them, until its next run would overwrite them: then they are kept in the processor's memory.
     That may be another thread's run at any time, so they are read under the device's lock.
     """
 
-    def __init__(self, tensor: Any, shape: tuple[int, int, int], lock: AbstractContextManager[Any]) -> None:
-        self.tensor: Any = tensor
-        self.shape = shape
+    def __init__(self, buffer: DeviceBuffer, lock: AbstractContextManager[Any]) -> None:
+        self.buffer: DeviceBuffer | None = buffer
+        self.shape = buffer.shape
         self._lock = lock
         self._kept: Array | None = None
 
@@ -96,36 +77,95 @@ class DeviceFeatures:
         with self._lock:
             if self._kept is not None:
                 return self._kept
-            # A copy: on the processor numpy() shows the tensor itself, which the next run overwrites.
-            return np.array(self.tensor.numpy())
+            assert self.buffer is not None
+            return self.buffer.numpy()
 
     def keep(self) -> None:
         """Move them out of the graph's way."""
         with self._lock:
-            self._kept, self.tensor = self.numpy(), None
+            self._kept, self.buffer = self.numpy(), None
 
 
 @dataclass(frozen=True)
 class DeviceRows:
-    """One image's embeddings, (K, D): row `index` of its run's."""
+    """One crop's embeddings, (K, D): row `index` of its run's."""
 
     features: DeviceFeatures
     index: int
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(K, D)."""
         return self.features.shape[1:]
+
+    @property
+    def address(self) -> int | None:
+        """Where they lie on the device, if they still do."""
+        buffer = self.features.buffer
+        return None if buffer is None else buffer.address + self.index * buffer.bytes // buffer.shape[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         rows: Array = self.features.numpy()[self.index].astype(dtype or np.float32)
         return rows
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Tensors bound to one captured graph: names to device tensors, the binding and the run's options."""
+class DeviceScores:
+    """The scores of one run of the decoder, on the device until they are asked for."""
 
-    tensors: Mapping[str, Any]
-    binding: Any
-    options: Any
+    def __init__(self, buffers: Mapping[str, DeviceBuffer]) -> None:
+        self._buffers = buffers
+
+    def greedy(self) -> int:
+        """Return the token that the graph itself found best; the logits stay where they are."""
+        check_peak(float(self._buffers["top_logit"].numpy().reshape(())))
+        return int(self._buffers["next_token"].numpy().reshape(()))
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Fetch the logits (V,)."""
+        fetched: npt.NDArray[np.float32] = self._buffers["logits"].numpy().reshape(-1).astype(np.float32)
+        return fetched
+
+
+class DeviceGraph:
+    """One vision graph; each batch size has its own buffers and its own captured run.
+
+    Args:
+        spec: Of the graph.
+        lock: The device's.
+        make: Returns the slot of a batch size.
+    """
+
+    def __init__(self, spec: GraphSpec, lock: AbstractContextManager[Any], make: Callable[[int], Slot]) -> None:
+        self._outputs = [tensor.name for tensor in spec.outputs]
+        self._lock = lock
+        self._make = make
+        self._slots: dict[int, Slot] = {}
+        self._given: dict[int, weakref.ref[DeviceFeatures]] = {}
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
+        """Run the graph; the features stay on the device."""
+        pixels = inputs[PIXELS]
+        batch = len(pixels)
+        slot = self._slot(batch)
+        before = self._given.get(batch)
+        if before is not None and (held := before()) is not None:
+            held.keep()
+        slot.buffers[PIXELS].fill(pixels)
+        slot.run()
+        features = DeviceFeatures(slot.buffers[FEATURES], self._lock)
+        self._given[batch] = weakref.ref(features)
+        return {FEATURES: features, **{name: slot.buffers[name].numpy() for name in self._outputs if name != FEATURES}}
+
+    def replay(self, batch: int) -> None:
+        """Run once more on the pixels of the last run of this batch size: for measuring."""
+        self._slot(batch).run()
+
+    def _slot(self, batch: int) -> Slot:
+        if batch not in self._slots:
+            self._slots[batch] = self._make(batch)
+        return self._slots[batch]
+
+
+def batch_shape(tensor: TensorSpec, batch: int) -> tuple[int, ...]:
+    """Return the shape of a tensor for a batch size, its only free size."""
+    return tuple(batch if isinstance(size, str) else size for size in tensor.shape)

@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from leanvlm.runtime.backends.sequences import Decoder
+from leanvlm.runtime.bundle import leads_out
 from leanvlm.runtime.errors import BackendError, GraphError, LeanVLMWarning
-from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest, leads_out
+from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.optional import require
+from leanvlm.runtime.prompt import Prompt
 from leanvlm.runtime.sampling import highest
-from leanvlm.runtime.splice import Prompt
+from leanvlm.runtime.specs import DecoderSpec, GraphSpec
 
 if TYPE_CHECKING:
     from leanvlm.runtime.backends import Graph
@@ -58,9 +60,8 @@ class OrtBackend:
         self._check_version()
         self._check_device()
 
-    def graph(self, budget: int) -> Graph:
-        """Open the vision graph of a budget (image tokens per crop)."""
-        spec = self.manifest.vision[budget]
+    def graph(self, spec: GraphSpec) -> Graph:
+        """Open a vision graph."""
         return OrtGraph(self.session(spec), spec)
 
     def decoder(self) -> Decoder:
@@ -69,19 +70,19 @@ class OrtBackend:
         session = self.session(spec.graph)
         return Decoder(lambda capacity, kept: OrtCache(self.ort, session, spec, capacity))
 
-    def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: GraphSpec, pixel_values: Array, runs: int) -> dict[str, float]:
         """Return the share of each stage in a vision graph's node times, from a profiled session of its own.
 
         A fused node may have lost its name; it counts for the stage of the node before it.
         """
         spent, stage = dict.fromkeys(GRAPH_STAGES, 0.0), GRAPH_STAGES[0]
-        for event in self.node_events(self.manifest.vision[budget], {"pixel_values": pixel_values}, runs):
+        for event in self.node_events(spec, {"pixel_values": pixel_values}, runs):
             first = event["name"].lstrip("/").split("/")[0]
             stage = first if first in spent else stage
             spent[stage] += event["dur"]
         return {name: time / max(sum(spent.values()), 1e-9) for name, time in spent.items()}
 
-    def misplaced(self, budget: int, pixel_values: Array) -> list[str]:
+    def misplaced(self, spec: GraphSpec, pixel_values: Array) -> list[str]:
         """Return nothing: on the processor every node is where it belongs."""
         return []
 
@@ -214,17 +215,16 @@ class OrtCache:
         self.capacity = capacity
         self._session = session
         self._dtype = np.dtype(spec.kv_dtype)
-        self._positioned = any(tensor.name == "position_ids" for tensor in spec.graph.inputs)
+        self._positioned = bool(spec.named("positions"))
         self._prompt: Prompt | None = None
         self._embeddings: npt.NDArray[np.floating[Any]] = np.empty((0, spec.hidden_size), np.float32)
         self.length = 0
         shape = [1, spec.kv_heads, capacity, spec.head_dim]
         self._binding = session.io_binding()
-        for layer in range(spec.layers):
-            for part in ("key", "value"):
-                cache = ort.OrtValue.ortvalue_from_shape_and_type(shape, self._dtype, "cpu")
-                self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{part}", cache)
-                self._binding.bind_ortvalue_output(f"present.{layer}.{part}", cache)
+        for past, present in spec.caches.items():
+            cache = ort.OrtValue.ortvalue_from_shape_and_type(shape, self._dtype, "cpu")
+            self._binding.bind_ortvalue_input(past, cache)
+            self._binding.bind_ortvalue_output(present, cache)
         self._binding.bind_output("logits", "cpu")
 
     def load(self, prompt: Prompt) -> None:
@@ -234,7 +234,7 @@ class OrtCache:
     def prefill(self) -> OrtScores:
         """Read the loaded prompt."""
         assert self._prompt is not None, "load comes before prefill"
-        return self._append(self._embeddings, self._prompt.positions)
+        return self._append(self._embeddings, self._prompt.positions[0])
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> OrtScores:
         """Append one embedding (D,) at a position."""

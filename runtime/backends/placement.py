@@ -1,4 +1,4 @@
-"""Which nodes of a profiled run were where they do not belong."""
+"""Which nodes of a profiled run fell back to another provider."""
 
 from __future__ import annotations
 

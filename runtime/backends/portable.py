@@ -16,11 +16,13 @@ import numpy.typing as npt
 
 from leanvlm.runtime.backends.ort import OrtBackend, OrtGraph, OrtScores, check_room, first_line
 from leanvlm.runtime.backends.sequences import Decoder
+from leanvlm.runtime.bundle import inside
 from leanvlm.runtime.engines.profiles import Limits, Profile, shapes_text, usual_limits, vision_profile, whole_profile
 from leanvlm.runtime.errors import BackendError, MissingExtraError
-from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest, inside
+from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.optional import require
-from leanvlm.runtime.splice import Prompt
+from leanvlm.runtime.prompt import Prompt
+from leanvlm.runtime.specs import DecoderSpec, GraphSpec
 
 Array = npt.NDArray[Any]
 CACHE = Path("engines") / "onnxruntime"
@@ -53,9 +55,8 @@ class PortableBackend(OrtBackend):
         self._plugin_devices: list[Any] = []
         super().__init__(folder, manifest, device=device or "cpu", threads=threads, prepack=prepack)
 
-    def graph(self, budget: int) -> OrtGraph:
-        """Open the vision graph of a budget (image tokens per crop)."""
-        spec = self.manifest.vision[budget]
+    def graph(self, spec: GraphSpec) -> OrtGraph:
+        """Open a vision graph."""
         return OrtGraph(self.session(spec), spec)
 
     def decoder(self) -> Decoder:
@@ -153,7 +154,7 @@ class PortableCache:
         self.capacity = capacity
         self._run: Callable[..., list[Array]] = session.run
         self._dtype = np.dtype(spec.kv_dtype)
-        self._names = [tensor.name for tensor in spec.graph.inputs if tensor.name.startswith("past_key_values.")]
+        self._names, self._news = list(spec.caches), list(spec.caches.values())
         self._caches = np.zeros((len(self._names), 1, spec.kv_heads, capacity, spec.head_dim), self._dtype)
         self._prompt: Prompt | None = None
         self.length = 0
@@ -166,7 +167,7 @@ class PortableCache:
         """Read the loaded prompt, with an empty cache."""
         assert self._prompt is not None, "load comes before prefill"
         nothing = self._caches[:, :, :, :0]
-        return self._append(self._prompt.embeddings(self._dtype), self._prompt.positions, nothing)
+        return self._append(self._prompt.embeddings(self._dtype), self._prompt.positions[0], nothing)
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> OrtScores:
         """Append one embedding (D,) at a position; the whole cache goes in, filled or not, as a captured graph has it."""
@@ -182,7 +183,7 @@ class PortableCache:
             "last_position": np.array([count - 1], np.int64),
             **{name: np.ascontiguousarray(cache) for name, cache in zip(self._names, caches, strict=True)},
         }
-        names = ["logits", *(name.replace("past", "new", 1) for name in self._names)]
+        names = ["logits", *self._news]
         try:
             logits, *rows = self._run(names, inputs)
         except Exception as error:  # ONNX Runtime's errors share no base of their own.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from leanvlm.runtime.splice import Prompt
+from leanvlm.runtime.prompt import Prompt
 
 if TYPE_CHECKING:
     from leanvlm.runtime.backends import Scores
@@ -32,7 +32,7 @@ class Cache(Protocol):
         ...
 
     def prefill(self) -> Scores:
-        """Read the loaded prompt; the scores are those of its last place. They hold until the cache's next call."""
+        """Read the loaded prompt; the scores are those of its last position. They hold until the cache's next call."""
         ...
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> Scores:
@@ -62,7 +62,7 @@ class DecoderSequence:
         self.cache.load(prompt)
 
     def prefill(self) -> Scores:
-        """Read the loaded prompt; the scores are those of its last place. They hold until the sequence's next call."""
+        """Read the loaded prompt; the scores are those of its last position. They hold until the sequence's next call."""
         return self.cache.prefill()
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> Scores:

@@ -9,9 +9,8 @@ is replayed as a CUDA graph.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 from leanvlm.runtime.backends.cuda_memory import Buffer, CudaDevice, Device
+from leanvlm.runtime.backends.device import PIXELS, DeviceGraph, DeviceScores, Slot, batch_shape
 from leanvlm.runtime.backends.ort import check_room
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.backends.trt_engine import TrtContext, TrtEngine, bind_all
 from leanvlm.runtime.engines.library import LIBRARIES, load_runtime, quiet_logger, this_sm
 from leanvlm.runtime.errors import BackendError
-from leanvlm.runtime.manifest import DecoderSpec, EngineSpec, Manifest
-from leanvlm.runtime.sampling import check_peak
-from leanvlm.runtime.splice import Prompt
+from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.prompt import Prompt
+from leanvlm.runtime.specs import DecoderSpec, EngineSpec, GraphSpec
 
 Array = npt.NDArray[Any]
-FEATURES, PIXELS = "image_features", "pixel_values"
-PAST, NEW = "past_key_values.", "new_key_values."
 PREFILL, DECODE = 0, 1
 
 
@@ -59,20 +57,20 @@ class TrtBackend:
         self._logger = quiet_logger(self._module, self._complaints)
         self._memory: Device | None = None
 
-    def graph(self, budget: int) -> TrtGraph:
-        """Open the vision engine of a budget."""
-        return TrtGraph(self._open(self.manifest.vision[budget].file), self._device(), self.lock)
+    def graph(self, spec: GraphSpec) -> DeviceGraph:
+        """Open the engine of a vision graph."""
+        return DeviceGraph(spec, self.lock, partial(_vision_slot, self._open(spec.file), self._device()))
 
     def decoder(self) -> Decoder:
         """Open the decoder's engine."""
         opened = TrtDecoder(self._open(self.manifest.decoder.graph.file), self.manifest.decoder, self._device())
         return Decoder(lambda capacity, kept: TrtCache(opened, capacity, kept))
 
-    def vision_shares(self, budget: int, pixel_values: Array, runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: GraphSpec, pixel_values: Array, runs: int) -> dict[str, float]:
         """Return the whole for `vision`: TensorRT compiles the graph as one, with project and prune in it."""
         return {"vision": 1.0}
 
-    def misplaced(self, budget: int, pixel_values: Array) -> list[str]:
+    def misplaced(self, spec: GraphSpec, pixel_values: Array) -> list[str]:
         """Return nothing: an engine runs on the GPU as a whole."""
         return []
 
@@ -114,114 +112,6 @@ def _runs_on(engine: EngineSpec, sm: int) -> bool:
     return engine.sm == sm or (engine.hardware == "ampere+" and min(engine.sm, sm) >= 80)
 
 
-class TrtFeatures:
-    """The embeddings (B, K, D) of a vision engine's run; an index gives one image's.
-
-    They lie where the engine wrote them until its next run, before which they are kept in the processor's memory. That may be
-    another thread's run at any time, so they are read under the device's lock.
-    """
-
-    def __init__(self, buffer: Buffer, lock: AbstractContextManager[Any]) -> None:
-        self.buffer: Buffer | None = buffer
-        self.shape = buffer.shape
-        self._lock = lock
-        self._kept: Array | None = None
-
-    def __getitem__(self, row: int) -> TrtRows:
-        return TrtRows(self, row)
-
-    def numpy(self) -> Array:
-        """Fetch them."""
-        with self._lock:
-            if self._kept is not None:
-                return self._kept
-            assert self.buffer is not None
-            return self.buffer.numpy()
-
-    def keep(self) -> None:
-        """Move them out of the engine's way."""
-        with self._lock:
-            self._kept, self.buffer = self.numpy(), None
-
-
-class TrtRows:
-    """One image's embeddings, (K, D)."""
-
-    def __init__(self, features: TrtFeatures, row: int) -> None:
-        self.features = features
-        self.row = row
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(K, D)."""
-        _, kept, width = self.features.shape
-        return kept, width
-
-    @property
-    def address(self) -> int | None:
-        """Where they lie on the device, if they still do."""
-        buffer = self.features.buffer
-        return None if buffer is None else buffer.address + self.row * buffer.bytes // buffer.shape[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        rows: Array = self.features.numpy()[self.row].astype(dtype or np.float32)
-        return rows
-
-
-class TrtGraph:
-    """One vision engine; each number of images has its own buffers, context and captured graph."""
-
-    def __init__(self, engine: TrtEngine, device: Device, lock: AbstractContextManager[Any]) -> None:
-        self._engine = engine
-        self._device = device
-        self._lock = lock
-        self._slots: dict[int, tuple[TrtContext, dict[str, Buffer]]] = {}
-        self._given: dict[int, weakref.ref[TrtFeatures]] = {}
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
-        """Run the engine; the features stay on the device."""
-        pixels = inputs[PIXELS]
-        context, buffers = self._slot(len(pixels))
-        before = self._given.get(len(pixels))
-        if before is not None and (held := before()) is not None:
-            held.keep()
-        buffers[PIXELS].fill(pixels)
-        context.run(replayed=True)
-        features = TrtFeatures(buffers[FEATURES], self._lock)
-        self._given[len(pixels)] = weakref.ref(features)
-        others = {spec.name: buffers[spec.name].numpy() for spec in self._engine.spec.outputs if spec.name != FEATURES}
-        return {FEATURES: features, **others}
-
-    def _slot(self, batch: int) -> tuple[TrtContext, dict[str, Buffer]]:
-        if batch not in self._slots:
-            spec, context = self._engine.spec, self._engine.context(0, self._device)
-            context.shape(PIXELS, (batch, *(int(size) for size in spec.inputs[0].shape[1:])))
-            buffers = {
-                tensor.name: Buffer(self._device, [batch if isinstance(s, str) else s for s in tensor.shape], tensor.dtype)
-                for tensor in (*spec.inputs, *spec.outputs)
-            }
-            bind_all(context, buffers)
-            self._slots[batch] = context, buffers
-        return self._slots[batch]
-
-
-class TrtScores:
-    """The scores of one run of the decoder, on the device until they are asked for."""
-
-    def __init__(self, buffers: Mapping[str, Buffer]) -> None:
-        self._buffers = buffers
-
-    def greedy(self) -> int:
-        """Return the token that the engine itself found best."""
-        check_peak(float(self._buffers["top_logit"].numpy().reshape(())))
-        return int(self._buffers["next_token"].numpy().reshape(()))
-
-    def logits(self) -> npt.NDArray[np.float32]:
-        """Fetch the logits (V,)."""
-        fetched: npt.NDArray[np.float32] = self._buffers["logits"].numpy().reshape(-1).astype(np.float32)
-        return fetched
-
-
 class TrtDecoder:
     """The decoder's engine, opened: what the caches share.
 
@@ -256,12 +146,12 @@ class TrtCache:
         self._captured = kept
         self._contexts = decoder.contexts(kept)
         self._dtype = np.dtype(spec.kv_dtype)
-        self._names = [tensor.name for tensor in spec.graph.inputs if tensor.name.startswith(PAST)]
+        self._names = list(spec.caches)
         # Before the memory is there: one that no step could use is not to be kept.
         self._contexts[DECODE].check(self._names[0], (1, spec.kv_heads, capacity, spec.head_dim))
-        ends = {tensor.name: tensor for tensor in spec.graph.outputs}
+        specs = {tensor.name: tensor for tensor in spec.graph.outputs}
         outputs = ("logits", "next_token", "top_logit")
-        self._scores = {name: Buffer(self._device, _sizes(ends[name].shape), ends[name].dtype) for name in outputs}
+        self._scores = {name: Buffer(self._device, _sizes(specs[name].shape), specs[name].dtype) for name in outputs}
         self._counts = {name: Buffer(self._device, (1,), np.int64) for name in ("past_length", "last_position")}
         self._caches = Buffer(self._device, (len(self._names), spec.kv_heads, capacity, spec.head_dim), self._dtype)
         self._device.zero(self._caches.address, self._caches.bytes)
@@ -274,34 +164,34 @@ class TrtCache:
         check_room(len(prompt), self.capacity)
         self._prompt, self.length = prompt, 0
         target = self._buffers(len(prompt))["inputs_embeds"]
-        addresses = [getattr(image.embeddings, "address", None) for image in prompt.images]
+        addresses = [getattr(crop.embeddings, "address", None) for crop in prompt.crops]
         if any(address is None for address in addresses):
             target.fill(prompt.embeddings(self._dtype))
             return
         width = self._spec.hidden_size * self._dtype.itemsize
-        # Rows as `places` numbers them: the text's first, then each image's.
-        rows, text = np.asarray(prompt.places), prompt.text.astype(self._dtype, copy=False)
-        starts = np.cumsum([len(text), *(image.embeddings.shape[0] for image in prompt.images)])
+        # Rows as `index` numbers them: the text's first, then each image's.
+        rows, text = np.asarray(prompt.index), prompt.text.astype(self._dtype, copy=False)
+        starts = np.cumsum([len(text), *(crop.embeddings.shape[0] for crop in prompt.crops)])
         for begin, end in _runs(rows):
-            row, place = int(rows[begin]), target.address + begin * width
+            row, address = int(rows[begin]), target.address + begin * width
             if row < len(text):
-                self._device.upload(place, text[row : row + end - begin])
+                self._device.upload(address, text[row : row + end - begin])
                 continue
             image = int(np.searchsorted(starts, row, side="right")) - 1
             source = int(addresses[image] or 0) + (row - int(starts[image])) * width
-            self._device.copy(place, source, (end - begin) * width)
+            self._device.copy(address, source, (end - begin) * width)
 
-    def prefill(self) -> TrtScores:
+    def prefill(self) -> DeviceScores:
         """Read the loaded prompt, with an empty cache."""
         assert self._prompt is not None, "load comes before prefill"
-        return self._append(PREFILL, self._prompt.positions)
+        return self._append(PREFILL, self._prompt.positions[0])
 
-    def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> TrtScores:
+    def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> DeviceScores:
         """Append one embedding (D,) at a position."""
         self._buffers(1)["inputs_embeds"].fill(embedding)
         return self._append(DECODE, np.array([position], np.int64))
 
-    def _append(self, profile: int, positions: npt.NDArray[np.int64]) -> TrtScores:
+    def _append(self, profile: int, positions: npt.NDArray[np.int64]) -> DeviceScores:
         count, context = len(positions), self._contexts[profile]
         check_room(self.length + count, self.capacity)
         buffers, past = self._buffers(count), 0 if profile == PREFILL else self.capacity
@@ -316,10 +206,10 @@ class TrtCache:
             context.binding = binding
         context.run(replayed=profile == DECODE and self._captured)
         size, rows = self._spec.head_dim * self._dtype.itemsize, len(self._names) * self._spec.kv_heads
-        place = self._caches.address + self.length * size
-        self._device.copy_rows(place, self.capacity * size, buffers["new"].address, count * size, count * size, rows)
+        address = self._caches.address + self.length * size
+        self._device.copy_rows(address, self.capacity * size, buffers["new"].address, count * size, count * size, rows)
         self.length += count
-        return TrtScores(self._scores)
+        return DeviceScores(self._scores)
 
     def _bind(self, context: TrtContext, buffers: Mapping[str, Buffer], count: int, past: int) -> None:
         spec, caches, new = self._spec, self._caches, buffers["new"]
@@ -331,7 +221,7 @@ class TrtCache:
         for index, name in enumerate(self._names):
             context.shape(name, (1, spec.kv_heads, past, spec.head_dim))
             context.bind(name, caches.address + index * caches.bytes // len(self._names))
-            context.bind(name.replace(PAST, NEW), new.address + index * new.bytes // len(self._names))
+            context.bind(self._spec.caches[name], new.address + index * new.bytes // len(self._names))
 
     def _buffers(self, count: int) -> dict[str, Buffer]:
         """Return the buffers of `count` positions: of one they are kept, of a prompt until the next of another length."""
@@ -346,12 +236,22 @@ class TrtCache:
         return self._inputs[count]
 
 
+def _vision_slot(engine: TrtEngine, device: Device, batch: int) -> Slot:
+    """Return the slot of a vision engine for a batch size."""
+    spec, context = engine.spec, engine.context(0, device)
+    context.shape(PIXELS, batch_shape(spec.inputs[0], batch))
+    tensors = (*spec.inputs, *spec.outputs)
+    buffers = {tensor.name: Buffer(device, batch_shape(tensor, batch), tensor.dtype) for tensor in tensors}
+    bind_all(context, buffers)
+    return Slot(buffers, partial(context.run, replayed=True))
+
+
 def _sizes(shape: Sequence[int | str]) -> list[int]:
     return [int(size) for size in shape]
 
 
 def _runs(rows: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Return the stretches (begin, end) of places whose rows follow one another."""
+    """Return the stretches (begin, end) of positions whose rows follow one another."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     edges = [0, *breaks.tolist(), len(rows)]
     return [(begin, end) for begin, end in pairwise(edges) if end > begin]

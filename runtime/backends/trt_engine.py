@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from leanvlm.runtime.backends.cuda_memory import Buffer, Device
+from leanvlm.runtime.bundle import check_link, inside
 from leanvlm.runtime.engines.build import KERNELS, write_whole
 from leanvlm.runtime.engines.library import LIBRARIES, number
 from leanvlm.runtime.errors import BackendError
-from leanvlm.runtime.manifest import EngineSpec, check_link, inside
+from leanvlm.runtime.specs import EngineSpec
 
 Shape = tuple[int, ...]
 

@@ -19,17 +19,19 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from leanvlm.runtime.bundle import read_manifest, write_manifest
+from leanvlm.runtime.engines.jobs import ENGINES, BuildConfig, BuildPlan, EngineJob
 from leanvlm.runtime.engines.library import load_library, network_flags, quiet_logger
-from leanvlm.runtime.engines.plan import ENGINES, BuildConfig, BuildPlan, EngineJob
 from leanvlm.runtime.engines.profiles import Profile
 from leanvlm.runtime.errors import BackendError, BundleError, GraphError, InputError, LeanVLMWarning
-from leanvlm.runtime.manifest import EngineSpec, GraphSpec, Manifest, TensorSpec, read_manifest, write_manifest
+from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.signals import deferred_signals
+from leanvlm.runtime.specs import EngineSpec, GraphSpec, TensorSpec
 
 TIMING_CACHE = ENGINES / "timing.cache"
 # Beside an engine of TensorRT-RTX: its kernels, compiled where it first ran.
 KERNELS = ".kernels"
-# Of the library's types, those that our graphs have at their ends.
+# Of the library's types, those that the inputs and outputs of our graphs have.
 DTYPES = {"HALF": "float16", "FLOAT": "float32", "INT64": "int64", "INT32": "int32", "BOOL": "bool", "UINT8": "uint8"}
 
 # What is built, which of its phases, and the share of it that is done, 0 to 1.
@@ -56,7 +58,7 @@ def build_engines(plan: BuildPlan, builder: Builder, on_progress: OnProgress = l
     """Build a plan's engines and return the bundle's new manifest.
 
     Raises:
-        GraphError: The parser refuses a node, or the network's ends are not the manifest's.
+        GraphError: The parser refuses a node, or the network's inputs and outputs are not the manifest's.
         BackendError: The builder failed.
     """
     manifest = plan.manifest

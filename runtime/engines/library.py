@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from leanvlm.runtime import gpu
 from leanvlm.runtime.errors import BackendError, InputError, MissingExtraError
-from leanvlm.runtime.manifest import Engine
+from leanvlm.runtime.machine import gpu
 from leanvlm.runtime.optional import require
+from leanvlm.runtime.specs import Engine
 
 # The first whose Python API has strongly typed networks, int64 tensors and progress monitors together: JetPack 6.2's.
 LEAST = (10, 3)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.manifest import DecoderSpec, GraphSpec, Manifest
+from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.specs import DecoderSpec, GraphSpec
 
 Shape = tuple[int, ...]
 # Input to its least, usual and largest shape.

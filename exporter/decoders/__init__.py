@@ -1,0 +1,184 @@
+"""Decoders: the language models that a bundle can hold, by the `model_type` of their text configuration.
+
+A decoder here does what transformers does, or is refused by name. Some models do not do the same at every length: beyond an
+attention window they forget, beyond a pretraining length they turn by other angles. `context_length` is how far they do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanvlm.exporter.targets import TARGETS
+from leanvlm.runtime.errors import UnsupportedModelError
+from leanvlm.runtime.records import shorten
+
+# Rotary scalings whose angles are fixed for a position, up to `context_length` at least.
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+# What makes the cache of transformers forget the older tokens, of a Llama too, whose own attention knows no window.
+WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
+# What the model builder writes of a gated block's activation, in transformers' spelling.
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
+
+
+@dataclass(frozen=True)
+class DecoderKind:
+    """One text `model_type`.
+
+    Attributes:
+        architecture: The name that the model builder reads in a configuration.
+        builder: The builder's class.
+        is_portable: Whether the arithmetic of `PortableDecoder` covers it.
+        is_scaled: Whether a token's embedding is its row of the table times a factor.
+        is_partial: Whether heads may be rotated in part.
+        activation: The configuration's name for the activation.
+    """
+
+    architecture: str
+    builder: str
+    is_portable: bool = True
+    is_scaled: bool = False
+    is_partial: bool = False
+    activation: str = "hidden_act"
+
+
+DECODERS: dict[str, DecoderKind] = {
+    "gemma": DecoderKind("GemmaForCausalLM", "GemmaModel", is_scaled=True),
+    "gemma2": DecoderKind(
+        "Gemma2ForCausalLM", "Gemma2Model", is_portable=False, is_scaled=True, activation="hidden_activation"
+    ),
+    "llama": DecoderKind("LlamaForCausalLM", "LlamaModel"),
+    "mistral": DecoderKind("MistralForCausalLM", "MistralModel"),
+    "phi3": DecoderKind("Phi3ForCausalLM", "Phi3MiniModel", is_portable=False, is_partial=True),
+    "qwen2": DecoderKind("Qwen2ForCausalLM", "QwenModel"),
+    "qwen3": DecoderKind("Qwen3ForCausalLM", "Qwen3Model"),
+    # The builder's own class for it turns the layers that have no positions.
+    "smollm3": DecoderKind("SmolLM3ForCausalLM", "LlamaModel"),
+}
+
+
+def decoder_for(config: Any) -> DecoderKind:
+    """Return the decoder of a text configuration.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    if config.model_type not in DECODERS:
+        raise UnsupportedModelError(
+            f"a {shorten(repr(config.model_type))} decoder is not supported; supported: {', '.join(DECODERS)}"
+        )
+    return DECODERS[config.model_type]
+
+
+def check_decoder(config: Any, target: str) -> None:
+    """Check that a decoder of this text configuration can be written for a target.
+
+    Raises:
+        UnsupportedModelError: A decoder type, activation, rotary scaling, attention mask or head size that cannot be written.
+    """
+    decoder, record = decoder_for(config), TARGETS[target]
+    if record.decoder == "portable" and not decoder.is_portable:
+        others = ", ".join(name for name, other in TARGETS.items() if other.decoder == "genai")
+        raise UnsupportedModelError(f"a {config.model_type!r} decoder is not written for {target}; --target takes it: {others}")
+    activation = getattr(config, decoder.activation)
+    if record.decoder == "genai" and activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise UnsupportedModelError(f"{decoder.activation} {shorten(repr(activation))} is not supported; supported: {known}")
+    rope = _rope(config)
+    kind = str(rope.get("rope_type", "default"))
+    if kind not in ROPE_TYPES:
+        raise UnsupportedModelError(f"rope type {shorten(repr(kind))} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor") not in (None, 1) and not decoder.is_partial:
+        raise UnsupportedModelError(
+            f"partial_rotary_factor {shorten(rope['partial_rotary_factor'])} is not supported: the heads of a "
+            f"{config.model_type!r} are rotated whole; remove it from text_config"
+        )
+    for name in WINDOWS:
+        window = getattr(config, name, None)
+        if window is not None and not (isinstance(window, int) and window > 0):
+            raise UnsupportedModelError(f"{name} {shorten(repr(window))} is not a number of tokens; correct it in text_config")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UnsupportedModelError("use_bidirectional_attention is not supported: a decoder's tokens see those before them")
+    head = head_dim(config)
+    if head % record.head_multiple:
+        raise UnsupportedModelError(
+            f"the decoder's heads are {head} wide; the attention of {target} wants a multiple of {record.head_multiple}"
+        )
+    turned = int(head * (rope.get("partial_rotary_factor") or 1))
+    if turned % record.head_multiple:
+        raise UnsupportedModelError(
+            f"{turned} numbers of each of the decoder's heads are rotated; {target} wants a multiple of {record.head_multiple}"
+        )
+
+
+def head_dim(config: Any) -> int:
+    """Return the width of one attention head of a text configuration."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def kv_heads(config: Any) -> int:
+    """Return the key and value heads of a text configuration: as many as queries where it does not say."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def context_length(config: Any) -> int:
+    """Return up to how many tokens, from the first on, a decoder attends to all of them and turns them by the same angles."""
+    kinds = getattr(config, "layer_types", None)
+    limits = [config.max_position_embeddings]
+    for name, kind in WINDOWS.items():
+        window = getattr(config, name, None)
+        if window is not None and (kinds is None or kind in kinds):
+            limits.append(window)
+    rope = _rope(config)
+    if rope.get("rope_type") == "longrope":
+        limits.append(rope["original_max_position_embeddings"])
+    return int(min(limits))
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or {}
+
+
+def rotary_embedding(decoder: Any) -> Any:
+    """Return a decoder's rotary embedding as its configuration makes it: with angles in fp32, whatever the decoder is in."""
+    return type(decoder.model.rotary_emb)(decoder.config)
+
+
+def causal_model(language: Any, head: nn.Module) -> nn.Module:
+    """Return a causal language model around a checkpoint's own modules: its layers and its output head."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        decoder: Any = AutoModelForCausalLM.from_config(language.config)
+    decoder.model, decoder.lm_head = language, head
+    result: nn.Module = decoder.eval()
+    return result
+
+
+def finish(language: Any) -> None:
+    """Give real values to what a language model computes from its configuration and no checkpoint stores.
+
+    Raises:
+        UnsupportedModelError: This transformers would scale image features with the tokens.
+    """
+    language.rotary_emb = type(language.rotary_emb)(language.config)
+    if decoder_for(language.config).is_scaled:
+        table = language.embed_tokens
+        if not hasattr(table, "scalar_embed_scale"):
+            kind = language.config.model_type
+            raise UnsupportedModelError(f"a {kind!r} decoder needs a newer transformers, whose token table scales by itself")
+        table.embed_scale = torch.tensor(table.scalar_embed_scale)
+
+
+def token_rows(decoder: Any, ids: Tensor | None = None) -> Tensor:
+    """Return the embeddings of token ids (T,), or of all tokens (V, D), as the decoder reads them.
+
+    The rows of the table, where a decoder scales them in fp32 and scaled; image features are never scaled.
+    """
+    table = decoder.get_input_embeddings()
+    rows: Tensor = table.weight.detach()
+    rows = rows if ids is None else rows[ids]
+    return rows.float() * torch.tensor(table.scalar_embed_scale) if decoder_for(decoder.config).is_scaled else rows

@@ -1,0 +1,157 @@
+"""The decoder of the TensorRT targets: the checkpoint's language model in standard operators, with its cache in the open.
+
+The caches come in as they are, of any length, with a count of the rows that hold something; the new rows go out by
+themselves. So nothing is copied but them, a decode step has the same shapes every time (which a captured CUDA graph needs),
+and the runtime writes the new rows of all layers into one buffer with one strided copy.
+
+| direction | name | shape | meaning |
+|---|---|---|---|
+| in | `inputs_embeds` | (1, S, D) | text embeddings with the image embeddings spliced between |
+| in | `position_ids` | (1, S) int64 | their positions in the sequence |
+| in | `past_length` | (1,) int64 | how many rows of the caches hold something, from the first on |
+| in | `last_position` | (1,) int64 | the position among the S whose logits are wanted; what is behind it is padding |
+| in | `past_key_values.<l>.key` / `.value` | (1, kv_heads, P, head_dim) | the caches; P may be 0 |
+| out | `logits` | (1, 1, V) fp32 | of the position asked for |
+| out | `next_token`, `top_logit` | (1, 1) | the most probable token, and its logit in fp32 |
+| out | `new_key_values.<l>.key` / `.value` | (1, kv_heads, S, head_dim) | the rows of the S positions |
+
+Attention is told what it may see by an additive mask, made in the graph: what a kernel of its own takes "causal" to mean
+where there are more keys than queries has differed between versions. Place, type and order of the operations are those
+of transformers' Llama; `tests` compare both. Decoders that differ in less than that are covered too: norms of the heads
+(Qwen3), layers that do not turn (SmolLM3), whatever a layer's own norms and gated blocks compute.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from leanvlm.exporter.decoders import head_dim, kv_heads, rotary_embedding
+from leanvlm.exporter.trace import trace
+
+# What is added where a position must not be seen. In half precision, together with any score, it stays a number.
+HIDDEN = -3e4
+PARTS = ("key", "value")
+FUSED_OPSET = 23
+# Smaller constants stay in the graph, where shape inference finds them.
+THRESHOLD = 1024
+
+
+class PortableDecoder(nn.Module):
+    """A Llama-type decoder around the checkpoint's own modules.
+
+    Args:
+        decoder: Causal language model with `model` (layers, norm, rotary embedding) and `lm_head`.
+        fused: Write attention as one operator, for parsers that know it (opset 23), or as products and a softmax.
+    """
+
+    def __init__(self, decoder: Any, *, fused: bool) -> None:
+        super().__init__()
+        self.layers = decoder.model.layers
+        self.norm = decoder.model.norm
+        rotary = rotary_embedding(decoder)
+        # In fp32, also where the decoder is narrower: half precision would turn the angles of later positions by a radian.
+        self.frequencies: Tensor = rotary.inv_freq
+        self.magnitude: float = rotary.attention_scaling
+        self.lm_head = decoder.lm_head
+        self.fused = fused
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, past_length: Tensor, last_position: Tensor, *caches: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Map the inputs of the table above to its outputs, in its order; caches alternate key and value."""
+        hidden = inputs_embeds
+        new: list[Tensor] = []
+        mask = self._mask(inputs_embeds, past_length, caches[0].shape[2])
+        cos, sin = self.rotation(position_ids, inputs_embeds.dtype)
+        for index, layer in enumerate(self.layers):
+            key, value = caches[2 * index], caches[2 * index + 1]
+            mixed, rows = self._attention(layer.self_attn, layer.input_layernorm(hidden), cos, sin, mask, key, value)
+            hidden = hidden + mixed
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            new += rows
+        wanted = self.norm(hidden.index_select(1, last_position))
+        logits = self.lm_head(wanted).float()
+        # Engines' maxima may pass over a NaN.
+        ranked = torch.where(logits.isnan(), torch.inf, logits)
+        return logits, logits.argmax(dim=-1), ranked.amax(dim=-1), *new
+
+    def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of every position's angles, both (1, 1, S, head_dim)."""
+        angles = position_ids[:, None, :, None].float() * self.frequencies
+        angles = torch.cat([angles, angles], dim=3)
+        return (angles.cos() * self.magnitude).to(dtype), (angles.sin() * self.magnitude).to(dtype)
+
+    @staticmethod
+    def _mask(inputs_embeds: Tensor, past_length: Tensor, past: int) -> Tensor:
+        """Return what is added to the scores (1, 1, S, P + S): 0 for filled rows and for new ones up to the query's own."""
+        count, device = inputs_embeds.shape[1], inputs_embeds.device
+        positions = torch.arange(count, device=device)
+        filled = (torch.arange(past, device=device) < past_length)[None].expand(count, -1)
+        seen = torch.cat([filled, positions[None] <= positions[:, None]], dim=1)[None, None]
+        zero = torch.zeros((), dtype=inputs_embeds.dtype, device=device)
+        return torch.where(seen, zero, torch.full_like(zero, HIDDEN))
+
+    def _attention(
+        self, attn: Any, states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return a layer's attention (1, S, D), and the new rows of its key and value (1, kv_heads, S, head_dim)."""
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.view(*projected.shape[:2], -1, attn.head_dim).transpose(1, 2)
+
+        query, key, value = heads(attn.q_proj(states)), heads(attn.k_proj(states)), heads(attn.v_proj(states))
+        if hasattr(attn, "q_norm"):
+            query, key = attn.q_norm(query), attn.k_norm(key)
+        if getattr(attn, "use_rope", True):
+            query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
+        groups = query.shape[1] // keys.shape[1]
+        if groups > 1:
+            keys, values = (part.repeat_interleave(groups, dim=1) for part in (keys, values))
+        if self.fused:
+            mixed = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=attn.scaling)
+        else:
+            mixed = (query * attn.scaling @ keys.transpose(2, 3) + mask).softmax(dim=-1) @ values
+        return attn.o_proj(mixed.transpose(1, 2).flatten(2)), (key, value)
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs of half a head's width apart by their position's angles: rotary embedding (arXiv 2104.09864)."""
+    first, second = states.chunk(2, dim=3)
+    return states * cos + torch.cat([-second, first], dim=3) * sin
+
+
+def trace_decoder(decoder: Any, *, opset: int, dtype: torch.dtype) -> ir.Model:
+    """Trace a causal language model of a Llama type as one graph with an open cache.
+
+    Args:
+        decoder: With `model`, `lm_head` and `config`, in `dtype`.
+        opset: From 23 on, attention in half precision is one operator; a dedicated kernel for fp32 is found nowhere.
+        dtype: Of embeddings, caches and products; logits are fp32.
+    """
+    config = decoder.config
+    head, count, past = head_dim(config), 7, 5
+    names = [f"{layer}.{part}" for layer in range(config.num_hidden_layers) for part in PARTS]
+    inputs = {
+        "inputs_embeds": torch.zeros(1, count, config.hidden_size, dtype=dtype),
+        "position_ids": torch.arange(count)[None],
+        "past_length": torch.tensor([past]),
+        "last_position": torch.tensor([count - 1]),
+    }
+    inputs |= {f"past_key_values.{name}": torch.zeros(1, kv_heads(config), past, head, dtype=dtype) for name in names}
+    free = {"inputs_embeds": {1: "S"}, "position_ids": {1: "S"}, **{f"past_key_values.{name}": {2: "P"} for name in names}}
+    fused = opset >= FUSED_OPSET and dtype != torch.float32
+    outputs = ["logits", "next_token", "top_logit", *(f"new_key_values.{name}" for name in names)]
+    graph = PortableDecoder(decoder, fused=fused).eval()
+    return trace(graph, inputs, output_names=outputs, opset=opset, free=free)
+
+
+def save_decoder(model: ir.Model, path: Path) -> None:
+    """Write the graph, its weights beside it in one file."""
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=THRESHOLD)

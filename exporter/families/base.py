@@ -1,0 +1,132 @@
+"""What a family is: data about a checkpoint, and its parts as modules that all families have alike.
+
+A family file names a checkpoint's attributes, so that nothing else does. It composes small modules of ours around the
+checkpoint's own; nothing foreign is patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import nn
+
+from leanvlm.exporter.pruners.base import ScoredBlock, Signal
+from leanvlm.runtime.preprocess import ImageSpec
+
+# Whose attention a token's score is: the class token's, or that of all tokens on average.
+Saliency = Literal["class", "received"]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint's configuration says of its image tokens.
+
+    Attributes:
+        grid: Rows and columns of patches.
+        image_size: Pixels on each side, (height, width), that the tower takes.
+        image_token_id: The token that stands for an image in the prompt.
+        layers: The hidden states that the projector reads, side by side; 0 = embeddings.
+        blocks: Blocks of the tower.
+        saliency: What scores the tokens.
+        leading: Tokens in front of the patches that have no position on the grid, such as a class token; they are always kept.
+    """
+
+    grid: tuple[int, int]
+    image_size: tuple[int, int]
+    image_token_id: int
+    layers: tuple[int, ...]
+    blocks: int
+    saliency: Saliency = "class"
+    leading: int = 0
+
+    @property
+    def tokens_per_crop(self) -> int:
+        """N, the image tokens of one crop."""
+        return self.leading + self.grid[0] * self.grid[1]
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        """What the tower tells the pruners beside the tokens themselves; without a class token none is un-split."""
+        return frozenset(("saliency", "keys", "unsplit") if self.saliency == "class" else ("saliency", "keys"))
+
+    def scored_block(self, where: ScoredBlock) -> int:
+        """Return the 0-based block whose attention scores the tokens, for what a pruner asks for."""
+        return max(max(self.layers) - 1, 0) if where == "feature" else self.blocks - 1
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One self-attention of a checkpoint's tower, for the hooks of the reference.
+
+    Attributes:
+        module: Returns the mixed tokens and, where `config` asks for eager attention, the probabilities (B, H, N, N).
+        config: Holds `_attn_implementation`, which says how the module computes.
+        query: Projects to (B, N, H * d).
+        keys: Projects to (B, N, H * d).
+        heads: H.
+    """
+
+    module: nn.Module
+    config: Any
+    query: nn.Module
+    keys: nn.Module
+    heads: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A loaded checkpoint, taken apart; the modules are its own or share its weights.
+
+    Attributes:
+        vision: The whole tower, as the checkpoint has it.
+        tower: Makes a module, pixel values (B, 3, H, W) -> `Seen`, scored as told. With an image processor the pixels are
+            uint8 levels, and the module does that processor's arithmetic itself.
+        project: Hidden states (B, N, Dv) -> features (B, N, D), token by token.
+        attention: The self-attention of the tower's block of that number.
+        skipped: Tokens of the tower in front of those that a pruner may see as `leading` or as patches.
+        decoder: The causal language model, with `model` and `lm_head`.
+    """
+
+    vision: nn.Module
+    tower: Callable[[ScoredBlock, ImageSpec | None], nn.Module]
+    project: nn.Module
+    attention: Callable[[int], Attention]
+    skipped: int
+    decoder: nn.Module
+
+
+class Family(Protocol):
+    """One Hugging Face `model_type`."""
+
+    model_type: str
+
+    def check_parts(self, raw: Mapping[str, Any]) -> None:
+        """Refuse what `config.json` holds of parts that are not handled, before transformers reads them."""
+        ...
+
+    def describe(self, config: Any) -> Description:
+        """Read a transformers configuration.
+
+        Raises:
+            UnsupportedModelError: Something that is not handled.
+            CheckpointError: A number that is not possible.
+        """
+        ...
+
+    def empty(self, config: Any) -> nn.Module:
+        """Build the checkpoint's model on the meta device."""
+        ...
+
+    def canonical_key(self, key: str) -> str:
+        """Map a weight's name, in any key layout that checkpoints use, to one common spelling."""
+        ...
+
+    def finish(self, model: nn.Module) -> None:
+        """Give real values to the buffers that no checkpoint stores."""
+        ...
+
+    def parts(self, model: nn.Module) -> Parts:
+        """Take a model apart."""
+        ...

@@ -1,0 +1,147 @@
+"""LLaVA (`model_type: llava`): a CLIP or SigLIP tower, an MLP projector, any causal decoder.
+
+The projector reads one hidden state of the tower or several side by side. With the strategy `default` the class token is left
+out, with `full` it is an image token like the others, but without a position on the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from leanvlm.exporter import decoders
+from leanvlm.exporter.families.base import Attention, Description, Parts, Saliency
+from leanvlm.exporter.pruners.base import ScoredBlock
+from leanvlm.exporter.ranges import DecoderRanges, LlavaRanges, TowerRanges, check_ranges
+from leanvlm.exporter.towers.base import BlockTower
+from leanvlm.exporter.towers.clip import ClipTower
+from leanvlm.exporter.towers.siglip import SiglipTower
+from leanvlm.runtime.errors import UnsupportedModelError
+from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.records import shorten
+
+# The tower's model_type to what scores its tokens.
+TOWERS: dict[str, Saliency] = {"clip_vision_model": "class", "siglip_vision_model": "received"}
+
+
+class LlavaFamily:
+    """LLaVA checkpoints of any size, in the key layouts of all transformers versions."""
+
+    model_type = "llava"
+
+    def check_parts(self, raw: Mapping[str, Any]) -> None:
+        """Refuse other towers and decoders: of some, transformers makes lists as long as a number in the file says.
+
+        Raises:
+            UnsupportedModelError: A tower or decoder that this family does not handle.
+        """
+        known: dict[str, tuple[str, Iterable[str]]] = {
+            "vision_config": ("tower", TOWERS),
+            "text_config": ("decoder", decoders.DECODERS),
+        }
+        for name, (called, kinds) in known.items():
+            part = raw.get(name)
+            kind = part.get("model_type") if isinstance(part, Mapping) else None
+            if kind and kind not in list(kinds):
+                shown = shorten(repr(kind))
+                raise UnsupportedModelError(f"LLaVA with a {shown} {called} is not supported; supported: {', '.join(kinds)}")
+
+    def describe(self, config: Any) -> Description:
+        """Read a `LlavaConfig`.
+
+        Raises:
+            UnsupportedModelError: A tower, decoder or feature selection that this family does not handle.
+            CheckpointError: A number that is not possible.
+        """
+        self.check_parts({name: {"model_type": getattr(config, name).model_type} for name in ("vision_config", "text_config")})
+        check_ranges(TowerRanges, config.vision_config, "vision_config in config.json")
+        check_ranges(DecoderRanges, config.text_config, "text_config in config.json")
+        check_ranges(LlavaRanges, config, "config.json")
+        vision, strategy = config.vision_config, config.vision_feature_select_strategy
+        saliency = TOWERS[vision.model_type]
+        if saliency != "class" and strategy != "full":
+            raise UnsupportedModelError(
+                f"vision_feature_select_strategy {strategy!r} would drop a patch: a {vision.model_type!r} tower has no class "
+                "token; supported: 'full'"
+            )
+        side = vision.image_size // vision.patch_size
+        return Description(
+            grid=(side, side),
+            image_size=(vision.image_size, vision.image_size),
+            image_token_id=config.image_token_id,
+            layers=self._layers(config),
+            blocks=vision.num_hidden_layers,
+            saliency=saliency,
+            leading=int(saliency == "class" and strategy == "full"),
+        )
+
+    @staticmethod
+    def _layers(config: Any) -> tuple[int, ...]:
+        """Return the vision feature layers, counted from the embeddings; a configuration names one or lists several."""
+        named, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+        layers = [named] if isinstance(named, int) else list(named)
+        outside = next((layer for layer in layers if not -depth - 1 <= layer <= depth), None)
+        if outside is not None or not layers:
+            raise UnsupportedModelError(f"vision_feature_layer {shorten(named)} is outside a tower of {depth} blocks")
+        return tuple(layer if layer >= 0 else depth + 1 + layer for layer in layers)
+
+    def empty(self, config: Any) -> nn.Module:
+        """Build the model on the meta device: structure, no memory."""
+        with torch.device("meta"):
+            model: nn.Module = LlavaForConditionalGeneration(config)
+        return model.eval()
+
+    def canonical_key(self, key: str) -> str:
+        """Map `language_model.model.x`, `model.language_model.x`, `vision_tower.vision_model.x` … to one spelling."""
+        key = key.removeprefix("model.")
+        for old, new in (
+            ("language_model.model.", "language_model."),
+            ("language_model.lm_head.", "lm_head."),
+            ("vision_tower.vision_model.", "vision_tower."),
+        ):
+            if key.startswith(old):
+                return new + key[len(old) :]
+        return key
+
+    def finish(self, model: nn.Module) -> None:
+        """Recompute the tower's position ids, and what the decoder computes from its configuration."""
+        core: Any = model
+        embeddings = self._transformer(model).embeddings
+        embeddings.position_ids = torch.arange(embeddings.num_positions).expand(1, -1)
+        decoders.finish(core.model.language_model)
+
+    def parts(self, model: nn.Module) -> Parts:
+        """Take a model apart."""
+        core: Any = model
+        vision = self._transformer(model)
+        description = self.describe(core.config)
+        skipped = int(description.saliency == "class" and not description.leading)
+
+        def tower(scored: ScoredBlock, image: ImageSpec | None) -> BlockTower:
+            block = description.scored_block(scored)
+            if description.saliency == "class":
+                return ClipTower(vision, description.layers, block, image, skipped=skipped)
+            return SiglipTower(vision, description.layers, block, image)
+
+        def attention(block: int) -> Attention:
+            module = vision.encoder.layers[block].self_attn
+            return Attention(module, module.config, module.q_proj, module.k_proj, module.num_heads)
+
+        return Parts(
+            vision=core.model.vision_tower,
+            tower=tower,
+            project=core.model.multi_modal_projector,
+            attention=attention,
+            skipped=skipped,
+            decoder=decoders.causal_model(core.model.language_model, core.lm_head),
+        )
+
+    @staticmethod
+    def _transformer(model: nn.Module) -> Any:
+        """Return the tower's transformer; some transformers versions keep it one level deeper."""
+        tower: Any = model.model.vision_tower  # type: ignore[union-attr]
+        return getattr(tower, "vision_model", tower)

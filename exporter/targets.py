@@ -1,0 +1,94 @@
+"""What graphs are written for: everything that the exporter does differently for one target stands in its record here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from leanvlm.exporter import passes
+from leanvlm.exporter.passes import Pass
+
+__all__ = ["TARGETS", "Target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target. Its precisions are in `runtime/manifest.py`, where a device looks them up too.
+
+    Attributes:
+        opset: ONNX opset of its graphs.
+        decoder: `genai`: made by onnxruntime-genai's model builder. `portable`: traced, in standard operators.
+        passes: Graph passes for vision graphs, in order.
+        decoder_passes: The same for the decoder.
+        extra: What of this package must be installed to verify a bundle.
+        layout: What the vision graph takes; levels are a quarter of the bytes to move, and the GPU normalises them.
+        vision_dtype: What vision graphs compute in, the gate and the selection aside; None: as the decoder.
+        head_multiple: The decoder's attention takes heads whose width is a multiple of this.
+        gate_up_in_one: Precisions at which a block's two products of one input are made one.
+        is_gpu: The checkpoint may run on this machine's GPU during the verification.
+        cut_stages: Vision graphs that end with each stage are written too, where the host's clock cannot time a stage.
+        splice: A graph that puts prompts together is written too.
+        dialect: Graphs must keep to what TensorRT's parser takes.
+        newer_opset: The opset instead, where the TensorRT of this machine is new enough for attention in one operator.
+    """
+
+    opset: int
+    decoder: Literal["genai", "portable"]
+    passes: Mapping[str, Pass]
+    decoder_passes: Mapping[str, Pass]
+    extra: Literal["export", "gpu-export"] = "export"
+    layout: Literal["float32", "uint8"] = "uint8"
+    vision_dtype: torch.dtype | None = None
+    head_multiple: int = 2
+    gate_up_in_one: tuple[str, ...] = ()
+    is_gpu: bool = False
+    cut_stages: bool = False
+    splice: bool = False
+    dialect: bool = False
+    newer_opset: int | None = None
+
+
+TARGETS: dict[str, Target] = {
+    "cpu": Target(
+        opset=18,
+        decoder="genai",
+        passes=passes.PLAIN,
+        decoder_passes={},
+        layout="float32",
+        vision_dtype=torch.float32,
+        # ONNX Runtime's kernels of GroupQueryAttention take no other head sizes.
+        head_multiple=16,
+    ),
+    "cuda": Target(
+        opset=23,
+        decoder="genai",
+        passes=passes.CUDA,
+        decoder_passes=passes.CUDA_DECODER,
+        extra="gpu-export",
+        vision_dtype=torch.float16,
+        head_multiple=16,
+        # A GPU reads the wider matrix at 4.1 TB/s, the two at 3.7 (H200). Quantised weights gain nothing.
+        gate_up_in_one=("fp16",),
+        is_gpu=True,
+        cut_stages=True,
+        splice=True,
+    ),
+    "tensorrt-rtx": Target(
+        opset=23,
+        decoder="portable",
+        passes=passes.TENSORRT,
+        decoder_passes=passes.TENSORRT_DECODER,
+        dialect=True,
+    ),
+    "tensorrt": Target(
+        opset=20,
+        decoder="portable",
+        passes=passes.TENSORRT,
+        decoder_passes=passes.TENSORRT_DECODER,
+        dialect=True,
+        newer_opset=23,
+    ),
+}

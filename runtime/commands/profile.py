@@ -1,0 +1,238 @@
+"""`leanvlm profile`: every stage timed, for a budget and for the unpruned model, turn by turn in one run.
+
+Wall times: preprocess, the vision graph, splice, prefill, sample and decode. The vision graph is one call, so its time is
+divided among vision, project and prune by their shares in a separate pass: with ONNX Runtime's node profiler on the processor,
+with graphs that end before a stage on a GPU; those three are marked. Peak memory is that of a fresh process that opens one
+budget only. On a Jetson the board's own figures come from a further pass over each budget, so that reading them slows down
+nothing that is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from leanvlm.runtime.answer import STAGES, Answer, Timings
+from leanvlm.runtime.backends import processors
+from leanvlm.runtime.errors import BackendError
+from leanvlm.runtime.machine import tegrastats
+from leanvlm.runtime.machine.gpu import gpus
+from leanvlm.runtime.preprocess import load_image, preprocess
+from leanvlm.runtime.session import Session, load
+
+SCHEMA = 1
+SHARED_STAGES = ("vision", "project", "prune")
+NODE_RUNS = 5
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What to measure.
+
+    Attributes:
+        bundle: The bundle's folder.
+        image: Image file; None takes a built-in pattern as JPEG bytes.
+        prompt: The question.
+        runs: Measured runs of each budget.
+        warmup: Runs before, not counted; they include the image.
+        max_new_tokens: Tokens of each run; end tokens are passed over so that all runs are alike.
+        budget: The pruned budget; None is the bundle's default.
+        device: None is the bundle's own.
+        provider: What ONNX Runtime runs a bundle for TensorRT with; None runs its engines.
+        threads: Processor threads.
+    """
+
+    bundle: Path
+    image: Path | None = None
+    prompt: str = "Describe the image."
+    runs: int = 20
+    warmup: int = 3
+    max_new_tokens: int = 32
+    budget: int | None = None
+    device: str | None = None
+    provider: str | None = None
+    threads: int | None = None
+
+
+def measure(config: ProfileConfig, on_step: Callable[[str], None] = lambda step: None) -> dict[str, Any]:
+    """Run the measurement and return its figures, as `--json` writes them.
+
+    Raises:
+        LeanVLMError: The bundle, image or prompt cannot be used.
+    """
+    image = read_image(config.image)
+    with load(config.bundle, device=config.device, provider=config.provider, threads=config.threads) as session:
+        asked, whole = session.manifest.budget(config.budget), session.manifest.tokens_per_crop
+        budgets = [asked] if asked == whole else [asked, whole]
+        answers: dict[int, list[Answer]] = {budget: [] for budget in budgets}
+        for run in range(-config.warmup, config.runs):
+            on_step(f"run {run + 1} of {config.runs}" if run >= 0 else "warming up")
+            for budget in budgets:
+                answer = answer_once(session, config.prompt, image, budget, config.max_new_tokens)
+                if run >= 0:
+                    answers[budget].append(answer)
+        boards = {budget: _board(session, config, image, budget, on_step) for budget in budgets}
+        preprocessed = preprocess([image], session.manifest.image)
+        shares = {}
+        for budget in budgets:
+            on_step(f"profiling the nodes of budget {budget}")
+            shares[budget] = session.backend.vision_shares(session.manifest.vision_graph(budget), preprocessed, NODE_RUNS)
+        conditions = _conditions(config, session)
+    # The session is closed: its weights may leave no room for those of the process whose memory is measured.
+    figures: dict[str, Any] = {}
+    for budget in budgets:
+        on_step(f"measuring the memory of budget {budget}")
+        peak = peak_memory(config, budget)
+        figures[str(budget)] = {**_figures(answers[budget], shares[budget], peak), **boards[budget]}
+    return {**conditions, "budgets": figures, "speedup": _speedup(figures, asked, whole)}
+
+
+def peak_memory(config: ProfileConfig, budget: int) -> dict[str, int | None]:
+    """Return the peak memory of a fresh process that answers once at one budget, in bytes.
+
+    Returns:
+        `resident`, the processor's; and `device`, the GPU's with its context, None without one or where no one tells.
+    """
+    arguments = {
+        "bundle": str(config.bundle),
+        "image": str(config.image) if config.image else None,
+        "prompt": config.prompt,
+        "max_new_tokens": config.max_new_tokens,
+        "budget": budget,
+        "device": config.device,
+        "provider": config.provider,
+        "threads": config.threads,
+    }
+    command = [sys.executable, "-m", "leanvlm.runtime.commands.peak", json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BackendError(f"the memory measurement failed: {' '.join(done.stderr.split())[-300:]}")
+    peaks: dict[str, int | None] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
+
+
+def answer_once(session: Session, prompt: str, image: bytes, budget: int, max_new_tokens: int) -> Answer:
+    """Answer once, greedily, with all `max_new_tokens`."""
+    return session.generate(prompt, [image], budget=budget, max_new_tokens=max_new_tokens, ignore_end=True)
+
+
+def read_image(path: Path | None) -> bytes:
+    """Return the bytes of an image file, checked, or of a built-in pattern as JPEG."""
+    if path is not None:
+        load_image(path)
+        return path.read_bytes()
+    rng = np.random.default_rng(0)
+    coarse = rng.uniform(0, 255, (24, 32, 3)).astype(np.uint8)
+    pattern = Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC)
+    buffer = BytesIO()
+    pattern.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def _board(
+    session: Session, config: ProfileConfig, image: bytes, budget: int, on_step: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return a Jetson's own figures while it answers, under `board`; nothing on other machines."""
+    if not tegrastats.available():
+        return {}
+    on_step(f"reading the board's sensors at budget {budget}")
+    board = tegrastats.watch(partial(answer_once, session, config.prompt, image, budget, config.max_new_tokens))
+    return {"board": asdict(board)} if board else {}
+
+
+def _figures(answers: Sequence[Answer], shares: dict[str, float], peak: dict[str, int | None]) -> dict[str, Any]:
+    timings = [answer.timings for answer in answers]
+    graph = [t.vision for t in timings]
+    samples = {
+        "preprocess": [t.preprocess for t in timings],
+        **{stage: [share * t for t in graph] for stage, share in shares.items()},
+        "splice": [t.splice for t in timings],
+        "prefill": [t.prefill for t in timings],
+        "sample": [s for t in timings for s in t.sample],
+        "decode": [d for t in timings for d in t.decode],
+    }
+    between = [d + s for t in timings for d, s in zip(t.decode, t.sample[1:], strict=True)]
+    first = [t.time_to_first_token for t in timings]
+    # Medians do not add up; the stages of one run do: that of the median (of two, the sooner).
+    median = sorted(timings, key=lambda t: t.time_to_first_token)[(len(timings) - 1) // 2]
+    pruning = answers[0].pruning[0]
+    return {
+        "stages_ms": {stage: _quantiles(samples[stage]) for stage in STAGES if stage in samples},
+        "first_token_stages_ms": _until_first_token(median, shares),
+        "vision_graph_ms": _quantiles(graph),
+        "shares_of_vision_graph": shares,
+        "time_to_first_token_ms": median.time_to_first_token,
+        "time_to_first_token_p90_ms": float(np.quantile(first, 0.9)),
+        "inter_token_latency_ms": float(np.median(between)),
+        "output_tokens_per_s": float(1e3 * len(between) / sum(between)),
+        "peak_memory_bytes": peak["resident"],
+        "peak_device_bytes": peak["device"],
+        "image_tokens": {"total": pruning.total, "kept": pruning.kept},
+        "prompt_tokens": answers[0].prompt_tokens,
+    }
+
+
+def _until_first_token(timings: Timings, shares: dict[str, float]) -> dict[str, float]:
+    """Return what each stage took of one run's time to first token."""
+    return {
+        "preprocess": timings.preprocess,
+        **{stage: share * timings.vision for stage, share in shares.items()},
+        "splice": timings.splice,
+        "prefill": timings.prefill,
+        "sample": timings.sample[0],
+    }
+
+
+def _quantiles(samples: Sequence[float]) -> dict[str, float]:
+    return {"p50": float(np.median(samples)), "p90": float(np.quantile(samples, 0.9))}
+
+
+def _speedup(figures: dict[str, Any], asked: int, whole: int) -> float:
+    """Return how many times sooner the first token comes than unpruned."""
+    key = "time_to_first_token_ms"
+    return float(figures[str(whole)][key] / figures[str(asked)][key])
+
+
+def _conditions(config: ProfileConfig, session: Session) -> dict[str, Any]:
+    """Return what a figure is worth nothing without."""
+    mode = tegrastats.power_mode()
+    versions = {"leanvlm": version("leanvlm"), "python": platform.python_version(), **session.backend.versions()}
+    return {
+        "schema": SCHEMA,
+        "bundle": str(config.bundle),
+        "device": f"{session.backend.device}: {_device(session.backend.device)}",
+        "versions": versions,
+        "threads": min(config.threads or processors(), processors()),
+        "runs": config.runs,
+        "warmup": config.warmup,
+        "max_new_tokens": config.max_new_tokens,
+        "pruner": session.manifest.pruner.name,
+        "precision": session.manifest.precision,
+        **({"power_mode": mode} if mode else {}),
+    }
+
+
+def _device(device: str) -> str:
+    """Return the name of the GPU, with the processor that drives it, or of the processor alone."""
+    found = gpus() if device != "cpu" else []
+    return f"{found[0].name}, {_processor()}" if found else _processor()
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"

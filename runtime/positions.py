@@ -1,0 +1,62 @@
+"""How the positions of a prompt are counted for the decoder's rotary embedding.
+
+With one axis an image's tokens count on as the text does. With three (Qwen2-VL, arXiv 2409.12191: time, height, width), text
+has one number on all axes, an image's tokens have the image's start and their row and column in the grid, and text goes on
+behind the longest side. `tests` compare with `get_rope_index` of transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from leanvlm.runtime.crops import CropShape
+from leanvlm.runtime.errors import ManifestError
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PositionRule:
+    """How a family numbers a prompt.
+
+    Attributes:
+        kept: `compact` numbers the kept tokens in a row; `original` gives each the number that it has in the unpruned prompt.
+        axes: How many coordinates a position has.
+        image: `line`: tokens of a crop count on; `grid`: they have their row and column.
+    """
+
+    kept: Literal["compact", "original"]
+    axes: Literal[1, 3] = 1
+    image: Literal["line", "grid"] = "line"
+
+    def __post_init__(self) -> None:
+        """Check that the fields go together; raises ManifestError."""
+        if (self.axes == 3) != (self.image == "grid") or (self.image == "grid" and self.kept == "compact"):
+            raise ManifestError(f"{self.axes} axes with image {self.image} and {self.kept} positions do not go together")
+
+    def width(self, shape: CropShape, kept: int) -> int:
+        """Return how far text behind a crop is from its start, if `kept` of its tokens are there."""
+        if self.image == "grid":
+            return max(shape.grid)
+        return kept if self.kept == "compact" else shape.tokens
+
+    def text(self, start: int, count: int) -> Numbers:
+        """Return the numbers (axes, count) of text that begins at `start`."""
+        return np.tile(start + np.arange(count), (self.axes, 1))
+
+    def crop(self, start: int, shape: CropShape, indices: Numbers) -> Numbers:
+        """Return the numbers (axes, K) of a crop's kept tokens.
+
+        Args:
+            start: Number of the crop's first token.
+            shape: The crop's.
+            indices: (K,), which of its N tokens are kept, ascending.
+        """
+        if self.image == "grid":
+            rows, columns = np.divmod(indices - shape.leading, shape.grid[1])
+            return start + np.stack([np.zeros_like(rows), rows, columns])
+        return (start + (np.arange(len(indices)) if self.kept == "compact" else indices))[None]
