@@ -23,7 +23,8 @@ def describe(folder: Path, manifest: Manifest) -> str:
         "family": manifest.family,
         "target": f"{manifest.target}, {manifest.precision}, ONNX Runtime {manifest.min_onnxruntime} or newer",
         "budgets": f"{', '.join(map(str, manifest.budgets))} of {manifest.tokens_per_crop} image tokens a crop",
-        "pruner": f"{manifest.pruner.name}{f' ({params})' if params else ''}, positions {manifest.positions.kept}",
+        "pruner": f"{manifest.pruner.name}{f' ({params})' if params else ''}, positions {manifest.positions.kept}"
+        + ("" if manifest.saliency == "class" else ", tokens ranked by the attention that they receive"),
         **_gate_file(manifest),
         "decoder": f"{decoder.layers} layers, {decoder.kv_heads} KV heads of {decoder.head_dim}, "
         f"context {decoder.context_length}",
