@@ -122,11 +122,10 @@ def open_examinee(model: str) -> Examinee:
     """Load a built-in model, or one that training wrote with a reference of its own for the gate."""
     from leanvlm.calibration.gate import TrainingScenes, measure
     from leanvlm.calibration.study import Examinee
-    from leanvlm.demo.built_in import resolved
     from leanvlm.exporter.checkpoint import load_model, open_checkpoint
     from leanvlm.exporter.config import ExportConfig
 
-    config = resolved(ExportConfig(model))
+    config = ExportConfig(model)
     checkpoint = open_checkpoint(config)
     examinee = Examinee(checkpoint, load_model(checkpoint))
     if config.known is not None:

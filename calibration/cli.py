@@ -43,11 +43,9 @@ def gate_command(
     offline: Offline = False,
 ) -> None:
     """Fit the pruning gate's references to a model's images; `export --gate-file` uses them."""
-    from leanvlm.demo.built_in import resolved
     from leanvlm.exporter.config import ExportConfig, parse_budgets
 
-    asked = ExportConfig(model=model, budgets=parse_budgets(budget), revision=revision, token=token, offline=offline)
-    config = resolved(asked)
+    config = ExportConfig(model=model, budgets=parse_budgets(budget), revision=revision, token=token, offline=offline)
     picture = output.with_suffix(".png")
     check_outputs({"--output": output, "its picture": picture}, (*_read_of(model), *_files_in(images)))
     if images is None and config.known is None:
@@ -147,11 +145,10 @@ def _run_bundles(bundles: list[Path], budgets: tuple[int, ...] | None, exam: Any
 def _run_model(model: str, pruners: list[str], budgets: tuple[int, ...] | None, exam: Any) -> list[Any]:
     require("transformers", "export", "evaluating a checkpoint")
     from leanvlm.calibration.study import Examinee, pruners_of, run_study
-    from leanvlm.demo.built_in import resolved
     from leanvlm.exporter.checkpoint import load_model, open_checkpoint
     from leanvlm.exporter.config import ExportConfig
 
-    checkpoint = open_checkpoint(resolved(ExportConfig(model=model)))
+    checkpoint = open_checkpoint(ExportConfig(model=model))
     chosen = budgets or (64,)
     rounds = len(pruners_of(checkpoint, pruners, chosen))
     with _progress(rounds * exam.scenes * len(exam.kinds)) as advance:

@@ -31,10 +31,9 @@ def evaluate(model: str, exam: Exam, pruners: list[str], budgets: tuple[int, ...
         LeanVLMError: The checkpoint cannot be read, or a pruner or a budget is not possible.
     """
     from leanvlm.calibration.study import Examinee, run_study
-    from leanvlm.demo.built_in import resolved
     from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 
-    checkpoint = open_checkpoint(resolved(ExportConfig(model=model)))
+    checkpoint = open_checkpoint(ExportConfig(model=model))
     return run_study(Examinee(checkpoint, load_model(checkpoint)), exam, pruners, budgets).results
 
 

@@ -1,20 +1,12 @@
-"""The names that `--model` has for the built-in models."""
+"""The built-in models, offered under the names that `pyproject.toml` gives them as entry points."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from leanvlm.demo import ERANK_REF, MODEL_DIR, SMALL_DIR, SMALL_ERANK_REF
-from leanvlm.exporter.config import ExportConfig, KnownCheckpoint
+from leanvlm.exporter.config import KnownCheckpoint
 
-__all__ = ["BUILT_IN", "resolved"]
+__all__ = ["BUILT_IN", "DEMO", "DEMO_SMALL"]
 
-BUILT_IN = {
-    "demo": KnownCheckpoint("leanvlm-demo", MODEL_DIR, ERANK_REF),
-    "demo-small": KnownCheckpoint("leanvlm-demo-small", SMALL_DIR, SMALL_ERANK_REF),
-}
-
-
-def resolved(config: ExportConfig) -> ExportConfig:
-    """Return a request that knows its checkpoint, where its model is a built-in one; any other as it is."""
-    return replace(config, known=BUILT_IN.get(config.model, config.known))
+DEMO = KnownCheckpoint("leanvlm-demo", MODEL_DIR, ERANK_REF)
+DEMO_SMALL = KnownCheckpoint("leanvlm-demo-small", SMALL_DIR, SMALL_ERANK_REF)
+BUILT_IN = {"demo": DEMO, "demo-small": DEMO_SMALL}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +24,7 @@ ALIASES = {
 DEFAULT_ERANK_REF = 90.0
 # As `template`: the bundle gets none.
 NO_TEMPLATE = "none"
+KNOWN = "leanvlm.checkpoints"
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,22 @@ class KnownCheckpoint:
     erank_ref: float
 
 
+@cache
+def known_checkpoints() -> dict[str, EntryPoint]:
+    """Return the names that installed packages offer checkpoints under, each to where a `KnownCheckpoint` stands.
+
+    They are entry points of the group `leanvlm.checkpoints`, so the exporter need not know who offers them.
+    """
+    return {found.name: found for found in entry_points(group=KNOWN)}
+
+
 @dataclass(frozen=True)
 class ExportConfig:
     """One export, as the command line's options spell it.
 
     Attributes:
-        model: An alias, a Hub id or a folder with a Hugging Face checkpoint; or the name of the checkpoint in `known`.
+        model: `demo`, `demo-small` or another name that an installed package offers (`known_checkpoints`), an alias, a Hub id
+            or a folder with a Hugging Face checkpoint.
         budgets: Image tokens kept per crop, at least 1; the first is the bundle's default. N is always added.
         output: Folder to write; None means `<model's name>-<budgets>` in the current folder.
         pruner: Spec string, such as `agile:gate=entropy`.
@@ -59,7 +72,6 @@ class ExportConfig:
         gate_file: What `leanvlm calibrate gate` wrote for this model; sets the gate's references where `pruner` does not.
         template: File with a chat template (jinja) to use instead of the checkpoint's; `none` exports without one, for prompts
             that are written whole.
-        known: The checkpoint that `model` is the name of; `leanvlm.export` and the commands set it for `demo` and `demo-small`.
         here: The folder that a relative `output` is in, whatever the current folder becomes.
 
     Raises:
@@ -79,7 +91,6 @@ class ExportConfig:
     offline: bool = False
     gate_file: Path | None = None
     template: str | Path | None = None
-    known: KnownCheckpoint | None = None
     here: Path = field(default_factory=Path.cwd, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -103,6 +114,12 @@ class ExportConfig:
         if self.precision is not None and self.precision not in PRECISIONS[self.target]:
             known = ", ".join(PRECISIONS[self.target])
             raise InputError(f"precision {self.precision!r} does not go with target {self.target!r}; it has: {known}")
+
+    @property
+    def known(self) -> KnownCheckpoint | None:
+        """The checkpoint that an installed package offers under the model's name, if one does."""
+        offered = known_checkpoints()
+        return offered[self.model].load() if self.model in offered else None
 
     @property
     def resolved_precision(self) -> str:

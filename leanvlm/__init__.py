@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from leanvlm.exporter import export
     from leanvlm.exporter.config import ExportConfig
-    from leanvlm.exporting import export
     from leanvlm.runtime.answer import Answer, Generation, Pruning, Timings
     from leanvlm.runtime.errors import (
         BackendError,
@@ -63,7 +63,7 @@ __all__ = [
 # Imported when first asked for, so that a device loads nothing of the exporter, and the command hears signals at once.
 _MODULES = {
     "ExportConfig": "leanvlm.exporter.config",
-    "export": "leanvlm.exporting",
+    "export": "leanvlm.exporter",
     "Answer": "leanvlm.runtime.answer",
     "Generation": "leanvlm.runtime.answer",
     "Pruning": "leanvlm.runtime.answer",

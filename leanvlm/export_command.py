@@ -31,7 +31,6 @@ def export_command(
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
 ) -> None:
     """Export a model with its pruning inside the graph."""
-    from leanvlm.demo.built_in import resolved
     from leanvlm.exporter.config import ExportConfig, parse_budgets
 
     config = ExportConfig(
@@ -49,7 +48,7 @@ def export_command(
         gate_file=gate_file,
         template=template,
     )
-    run_export(resolved(config), dry_run=dry_run)
+    run_export(config, dry_run=dry_run)
 
 
 def run_export(config: ExportConfig, *, dry_run: bool) -> None:

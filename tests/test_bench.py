@@ -17,7 +17,7 @@ import torch
 
 from leanvlm.calibration.scores import CaptionScore, Result, Scores
 from leanvlm.demo import MODEL_DIR
-from leanvlm.demo.built_in import BUILT_IN, resolved
+from leanvlm.demo.built_in import BUILT_IN
 from leanvlm.demo.packing import pack
 from leanvlm.demo.scenes import held_out_questions, make_scene
 from leanvlm.demo.training.canvas import Canvas
@@ -55,7 +55,7 @@ def test_results_and_cards_are_of_the_shipped_models() -> None:
 
     evaluated = read("evaluation-demo")["runs"]
     for model, known in BUILT_IN.items():
-        sha256 = open_checkpoint(resolved(ExportConfig(model))).source().sha256
+        sha256 = open_checkpoint(ExportConfig(model)).source().sha256
         gate = read(f"gate-{model}")
         assert (gate["sha256"], round(gate["erank_ref"], 2)) == (sha256, known.erank_ref)
         # The card's columns, in order: the first 200 scenes, then 1,000 for the larger model.
@@ -67,7 +67,7 @@ def test_results_and_cards_are_of_the_shipped_models() -> None:
         for quantity, kind, method, cells in rows:
             expected = [f"{run[kind][method][quantity]:.2f}" if kind in run else "" for run in runs]
             assert [cell.strip() for cell in cells.split("|")] == expected
-    demo = open_checkpoint(resolved(ExportConfig("demo"))).source().sha256
+    demo = open_checkpoint(ExportConfig("demo")).source().sha256
     for name in ("study-demo", "counting-demo", "positions-demo"):
         assert read(name)["model"]["sha256"] == demo
 

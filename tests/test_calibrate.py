@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 from leanvlm.calibration.gate import MIN_IMAGES, Folder, TrainingScenes, errors, fit_gate, measure
 from leanvlm.calibration.plot import Histogram, Lines, save_plot
 from leanvlm.calibration.vision import VisionSide
-from leanvlm.demo.built_in import BUILT_IN, resolved
+from leanvlm.demo.built_in import BUILT_IN
 from leanvlm.exporter import ExportConfig
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.gate_file import GateFile, read_gate_file
@@ -101,7 +101,7 @@ def test_what_is_compared_and_counted(tiny_gate: GateFile) -> None:
 
 @pytest.mark.parametrize("model", BUILT_IN)
 def test_built_in_models_have_the_references_of_their_training_scenes(model: str) -> None:
-    checkpoint = open_checkpoint(resolved(ExportConfig(model)))
+    checkpoint = open_checkpoint(ExportConfig(model))
     found = measure(VisionSide(checkpoint, load_model(checkpoint)), TrainingScenes(24), lambda count: None).exact
     error = found.std(ddof=1) / len(found) ** 0.5
     assert checkpoint.erank_ref == pytest.approx(found.mean(), abs=3 * error)
@@ -125,7 +125,7 @@ def test_errors_by_hand() -> None:
 
 @pytest.mark.slow
 def test_the_estimate_holds_on_the_built_in_scenes() -> None:
-    checkpoint = open_checkpoint(resolved(ExportConfig("demo")))
+    checkpoint = open_checkpoint(ExportConfig("demo"))
     side, scenes = VisionSide(checkpoint, load_model(checkpoint)), TrainingScenes(32)
     gate = fit_gate(side, scenes, measure(side, scenes, lambda count: None), [64])
     assert gate.figures["estimator"]["worst_error"] < 0.01
@@ -169,7 +169,7 @@ def test_an_export_takes_the_file_s_values_where_the_spec_sets_none(
 
 
 def test_a_reference_travels_into_graph_and_manifest(tmp_path: Path, leanvlm: Command) -> None:
-    checkpoint = open_checkpoint(resolved(ExportConfig("demo-small")))
+    checkpoint = open_checkpoint(ExportConfig("demo-small"))
     path, bundle = tmp_path / "gate.json", tmp_path / "small-64"
     path.write_bytes(GateFile("leanvlm-demo-small", checkpoint.source().sha256, 8, "test", 60.0, 5.5).to_bytes())
     result = leanvlm("export", "--model", "demo-small", "--gate-file", path, "-o", bundle)

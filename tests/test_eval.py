@@ -13,7 +13,6 @@ from PIL import Image
 from leanvlm.calibration.evaluate import Exam, evaluate, parse_kinds
 from leanvlm.calibration.scores import Result, Scores, score_caption, wilson
 from leanvlm.calibration.study import Examinee, pruners_of, run_study
-from leanvlm.demo.built_in import resolved
 from leanvlm.demo.render import render
 from leanvlm.demo.scenes import TRAINING_SEED, Question, caption, make_scene
 from leanvlm.exporter import ExportConfig
@@ -26,7 +25,7 @@ EXAM = Exam(scenes=4, captions=2)
 
 @pytest.fixture(scope="module")
 def examinee() -> Examinee:
-    checkpoint = open_checkpoint(resolved(ExportConfig("demo")))
+    checkpoint = open_checkpoint(ExportConfig("demo"))
     return Examinee(checkpoint, load_model(checkpoint))
 
 

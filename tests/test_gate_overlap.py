@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from test_gates import Draw, clustered, exponential, gaussian, power
 
 from leanvlm.demo import ERANK_REF
-from leanvlm.demo.built_in import resolved
 from leanvlm.demo.render import render
 from leanvlm.demo.scenes import make_scene
 from leanvlm.exporter import ExportConfig
@@ -103,7 +102,7 @@ def test_random_sets_keep_the_tokens_of_the_exact_rank(draw: Draw) -> None:
 
 @pytest.mark.slow
 def test_scenes_keep_the_tokens_of_the_exact_rank() -> None:
-    checkpoint = open_checkpoint(resolved(ExportConfig("demo")))
+    checkpoint = open_checkpoint(ExportConfig("demo"))
     model = Reference(checkpoint, load_model(checkpoint).float())
     scenes = [make_scene(seed, kind) for seed in range(25) for kind in ("simple", "complex")]
     batches = [model.vision(preprocess(render(scenes[i : i + 10]), checkpoint.image_spec)) for i in range(0, 50, 10)]

@@ -19,7 +19,6 @@ from PIL import Image
 from prompts import text_prompt
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from leanvlm.demo.built_in import resolved
 from leanvlm.exporter import ExportConfig, dialect, tolerances
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.decoders.portable import trace_decoder
@@ -299,7 +298,7 @@ def test_a_decoders_nodes_are_named_by_their_layers(traced: Traced) -> None:
 @pytest.fixture(scope="module")
 def built_in() -> Any:
     """The built-in checkpoint in fp32, as transformers runs it."""
-    checkpoint = open_checkpoint(resolved(ExportConfig("demo")))
+    checkpoint = open_checkpoint(ExportConfig("demo"))
     return Reference(checkpoint, load_model(checkpoint).float())
 
 
