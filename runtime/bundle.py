@@ -58,7 +58,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise BundleError(f"{folder} is not a folder; give the folder that `leanvlm export` wrote")
     path = folder / MANIFEST
     if not path.is_file():
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; give the folder that `leanvlm export` wrote")
     manifest = Manifest.from_dict(load_json(path, ManifestError))
     for name, spec in manifest.files.items():
         _check_file(folder, name, spec)
@@ -71,7 +71,9 @@ def read_manifest(folder: str | Path) -> Manifest:
 def _check_file(folder: Path, name: str, spec: FileSpec) -> None:
     path = inside(folder, name)
     if not path.is_file():
-        raise BundleError(f"the bundle is incomplete: {name} is missing from {folder}, or is no regular file")
+        raise BundleError(
+            f"the bundle is incomplete: {name} is missing from {folder}, or is no regular file: copy or export the bundle again"
+        )
     size = path.stat().st_size
     if size != spec.bytes:
         raise BundleError(f"{name} has {size} bytes where {MANIFEST} says {spec.bytes}: copy or export the bundle again")
@@ -119,15 +121,17 @@ def file_sha256(path: Path) -> str:
 
 
 def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Compare the sha256 of every file of the bundle, and of the engines that are there, with the manifest.
+    """Compare the sha256 of every file of the bundle, its engines included, with the manifest.
 
     Raises:
-        BundleError: A file differs.
+        BundleError: A file differs, or an engine is missing.
     """
     for name, spec in manifest.files.items():
         if file_sha256(folder / name) != spec.sha256:
             raise BundleError(f"{name} does not match its sha256 in {MANIFEST}: copy or export the bundle again")
     for engine in manifest.engines:
         path = inside(folder, engine.file)
-        if path.is_file() and file_sha256(path) != engine.sha256:
+        if not path.is_file():
+            raise BundleError(f"{engine.file} is missing, which {MANIFEST} lists: copy or build it again")
+        if file_sha256(path) != engine.sha256:
             raise BundleError(f"{engine.file} does not match its sha256 in {MANIFEST}: copy or build it again")

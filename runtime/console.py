@@ -74,6 +74,11 @@ def one_line_errors() -> Iterator[None]:
                 yield
         except KeyboardInterrupt:
             _fail("interrupted", INTERRUPTED)
+        except ImportError as error:
+            # A compiled module that Ctrl-C stops while it is imported says only that it could not be.
+            if not _was_interrupted(error):
+                raise
+            _fail("interrupted", INTERRUPTED)
         except Terminated as end:
             _fail(end.reason, int(end.code or 0))
         except LeanVLMError as error:
@@ -87,6 +92,15 @@ def one_line_errors() -> Iterator[None]:
                 raise
             reason = "no space left on the disk" if error.errno == errno.ENOSPC else (error.strerror or str(error))
             _fail(f"{reason}: {error.filename}" if error.filename else reason, 2)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C is behind an error."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def is_utf8(stream: Any) -> bool:

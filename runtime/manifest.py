@@ -134,6 +134,8 @@ class Manifest:
             ManifestError: An unknown schema, or a key that is missing, unknown, not of its type or out of its range.
         """
         schema = data.get("schema") if isinstance(data, dict) else None
+        if type(schema) is int and schema > SCHEMA:
+            raise ManifestError(f"{MANIFEST} has schema {shorten(schema)}, of a newer leanvlm than this: install that one")
         if type(schema) is not int or schema != SCHEMA:
             raise ManifestError(
                 f"{MANIFEST} has schema {shorten(schema)}; this version of leanvlm reads schema {SCHEMA}: export it again"

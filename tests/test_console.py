@@ -98,3 +98,13 @@ def test_an_image_whose_name_is_not_utf8_is_read(
     result = leanvlm_process("run", demo_bundle, cwd=tmp_path, env=environment, input=lines, errors="surrogateescape")
     assert (result.returncode, result.stdout) == (0, "a yellow hexagon\n"), result.stderr
     assert "p\\udcff.png waits" in result.stderr
+
+
+@pytest.mark.parametrize("cause", [KeyboardInterrupt(), None], ids=["interrupted", "broken"])
+def test_ctrl_c_while_a_compiled_module_is_imported(cause: BaseException | None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such an import says that it failed, with Ctrl-C as its cause; one that fails by itself is a bug."""
+    with pytest.raises(SystemExit if cause else ImportError) as end, one_line_errors():
+        raise ImportError("initialization failed") from cause
+    if cause:
+        assert end.value.code == 130
+        assert capsys.readouterr().err == "leanvlm: interrupted\n"

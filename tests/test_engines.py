@@ -373,8 +373,8 @@ def test_a_full_disk_leaves_nothing_half_written(bundle: Path, monkeypatch: pyte
 def test_the_command_says_what_it_needs_and_what_it_built(bundle: Path, leanvlm: Any) -> None:
     dry = leanvlm("build", bundle, "--engine", "tensorrt-rtx", "--sm", "86", "--dry-run")
     assert dry.returncode == 0
-    assert "3 TensorRT-RTX engines for sm 86: about 0.5 GB of memory at once" in dry.stderr
-    assert dry.stderr.count("--onnx=") == 3
+    assert "3 TensorRT-RTX engines for sm 86: about 0.5 GB of memory at once" in dry.stdout
+    assert dry.stdout.count("--onnx=") == 3
     assert not (bundle / "engines").exists()
     done = leanvlm("build", bundle, "--engine", "tensorrt-rtx", "--sm", "86", "--budget", "64")
     assert done.returncode == 0
@@ -382,6 +382,11 @@ def test_the_command_says_what_it_needs_and_what_it_built(bundle: Path, leanvlm:
     inspected = leanvlm("inspect", bundle)
     assert "TensorRT-RTX" in inspected.stdout
     assert "sm 86" in inspected.stdout
+    assert "checksums 14 files are as they were written" in leanvlm("inspect", bundle, "--verify").stdout.replace("  ", " ")
+    (bundle / "engines/86/decoder.engine").unlink()
+    missing = leanvlm("inspect", bundle, "--verify")
+    assert missing.returncode == 2
+    assert "engines/86/decoder.engine is missing, which leanvlm.json lists: copy or build it again" in missing.stderr
     refused = leanvlm("build", bundle, "--engine", "tensorrt")
     assert refused.returncode == 2
     assert "TensorRT is not installed: on Jetson it comes with JetPack" in refused.stderr

@@ -132,7 +132,7 @@ def test_the_budget_is_the_first_or_the_one_asked_for(manifest: Manifest) -> Non
         manifest.budget(5)
 
 
-@pytest.mark.parametrize("schema", [None, 0, 1, 3, "2", [2], True])
+@pytest.mark.parametrize("schema", [None, 0, 1, "2", [2], True])
 def test_another_schema_is_refused(manifest: Manifest, schema: object) -> None:
     with pytest.raises(ManifestError, match="this version of leanvlm reads schema 2: export it again"):
         Manifest.from_dict({**manifest.to_dict(), "schema": schema})

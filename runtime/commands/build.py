@@ -65,24 +65,25 @@ def build_command(
     manifest = read_manifest(bundle)
     builder = Builder.of(config)
     plan = plan_build(config, manifest, builder.module)
-    console = stderr_console()
-    console.print(_needs(plan))
+    # What a dry run says is its result.
+    console = _stdout() if dry_run else stderr_console()
+    console.print(_needs(plan, dry_run), markup=False)
     # The decoder's lines name every cache of every profile, so they come only when asked for.
     for job in plan.jobs if dry_run else [job for job in plan.jobs if job.budget is not None]:
-        console.print(f"  {command_line(job, config)}")
+        console.print(f"  {command_line(job, config)}", markup=False)
     if dry_run:
         return
     done = _build(plan, builder, console)
     _print_table(plan, done)
 
 
-def _needs(plan: BuildPlan) -> str:
+def _needs(plan: BuildPlan, dry_run: bool) -> str:
     count, sms = len(plan.jobs), ", ".join(map(str, dict.fromkeys(job.sm for job in plan.jobs)))
     memory, disk = plan.memory / 1e9, plan.disk / 1e9
     title = plan.config.library.title
     return (
         f"{count} {title} engines for sm {sms}: about {memory:.1f} GB of memory at once and {disk:.2f} GB on the disk; "
-        "the same by hand, in the bundle's folder (the decoder's lines: --dry-run):"
+        f"the same by hand, in the bundle's folder{'' if dry_run else ' (the decoder lines: --dry-run)'}:"
     )
 
 
@@ -102,7 +103,6 @@ def _build(plan: BuildPlan, builder: Builder, console: Console) -> Manifest:
 
 
 def _print_table(plan: BuildPlan, manifest: Manifest) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     built = {str(job.file) for job in plan.jobs}
@@ -113,4 +113,10 @@ def _print_table(plan: BuildPlan, manifest: Manifest) -> None:
         if spec.file in built:
             budget = "" if spec.budget is None else str(spec.budget)
             table.add_row(spec.file, budget, f"{spec.bytes / 1e6:.1f}", f"{spec.seconds:.1f}")
-    Console(file=sys.stdout, highlight=False, soft_wrap=True).print(table)
+    _stdout().print(table)
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False, soft_wrap=True)

@@ -118,14 +118,20 @@ def inspect(
 
     if overlay is not None and image is None:
         raise InputError("--overlay needs --image")
+    if budget is not None and image is None:
+        raise InputError("--budget needs --image")
     check_picture("--overlay", overlay)
     check_outputs({"--overlay": overlay}, (bundle, *([image] if image else [])))
     manifest = read_manifest(bundle)
     if verify:
         verify_files(bundle, manifest)
+    # First what can be refused.
+    pruning = None if image is None else inspect_image(bundle, image, budget, overlay, device)
     print(describe(bundle, manifest))
-    if image is not None:
-        print(inspect_image(bundle, image, budget, overlay, device))
+    if verify:
+        print(f"{'checksums':<9} {len(manifest.files) + len(manifest.engines)} files are as they were written")
+    if pruning is not None:
+        print(pruning)
 
 
 def doctor() -> None:
