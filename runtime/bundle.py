@@ -120,18 +120,23 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Compare the sha256 of every file of the bundle, its engines included, with the manifest.
+def verify_files(folder: Path, manifest: Manifest) -> tuple[str, ...]:
+    """Compare the sha256 of every file of the bundle, and of the engines that are there, with the manifest.
+
+    Returns:
+        The engines that are not there: a device may have been given those for its own GPU only.
 
     Raises:
-        BundleError: A file differs, or an engine is missing.
+        BundleError: A file differs.
     """
     for name, spec in manifest.files.items():
         if file_sha256(folder / name) != spec.sha256:
             raise BundleError(f"{name} does not match its sha256 in {MANIFEST}: copy or export the bundle again")
+    absent = []
     for engine in manifest.engines:
         path = inside(folder, engine.file)
         if not path.is_file():
-            raise BundleError(f"{engine.file} is missing, which {MANIFEST} lists: copy or build it again")
-        if file_sha256(path) != engine.sha256:
+            absent.append(engine.file)
+        elif file_sha256(path) != engine.sha256:
             raise BundleError(f"{engine.file} does not match its sha256 in {MANIFEST}: copy or build it again")
+    return tuple(absent)

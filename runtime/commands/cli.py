@@ -123,13 +123,15 @@ def inspect(
     check_picture("--overlay", overlay)
     check_outputs({"--overlay": overlay}, (bundle, *([image] if image else [])))
     manifest = read_manifest(bundle)
-    if verify:
-        verify_files(bundle, manifest)
+    absent = verify_files(bundle, manifest) if verify else ()
     # First what can be refused.
     pruning = None if image is None else inspect_image(bundle, image, budget, overlay, device)
     print(describe(bundle, manifest))
     if verify:
-        print(f"{'checksums':<9} {len(manifest.files) + len(manifest.engines)} files are as they were written")
+        count = len(manifest.files) + len(manifest.engines) - len(absent)
+        print(f"{'checksums':<9} {count} files are as they were written")
+    if absent:
+        print(f"{'missing':<9} {', '.join(absent)}: copy or build again what this machine needs")
     if pruning is not None:
         print(pruning)
 
