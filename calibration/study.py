@@ -31,7 +31,7 @@ from leanvlm.exporter.pruners.base import Pruner, ScoredBlock
 from leanvlm.exporter.pruners.gates import attention_entropy, exact_effective_rank
 from leanvlm.runtime.errors import InputError, UnsupportedModelError
 from leanvlm.runtime.session import user_message
-from leanvlm.runtime.text import Template, TextTokenizer, split_on_image
+from leanvlm.runtime.text import Template, TextTokenizer
 
 IGNORED = -100
 # Scenes at a time: captions are generated together, and each step costs nearly the same for one as for all.
@@ -265,3 +265,22 @@ def _grade(examinee: Examinee, kept: Tensor, asked: Sequence[Asked], scores: Sco
         texts = [question.text for row in unlike if (question := asked[row][1][1])]
         captions.update(zip(unlike, examinee.generate(kept[unlike], texts), strict=True))
     scores.captions += [score_caption(text, asked[row][0]) for row, text in captions.items()]
+
+
+def split_on_image(ids: Sequence[int], image_token_id: int) -> list[list[int]]:
+    """Cut a prompt where images go.
+
+    Args:
+        ids: Token ids with one image token for each image.
+        image_token_id: The image token.
+
+    Returns:
+        The segments of text between the images: one more than there are image tokens, and possibly empty.
+    """
+    segments: list[list[int]] = [[]]
+    for token_id in ids:
+        if token_id == image_token_id:
+            segments.append([])
+        else:
+            segments[-1].append(token_id)
+    return segments

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoImageProcessor
 
 from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, ExportConfig
 from leanvlm.exporter.families import ARCHITECTURES, Description, Family, family_for
+from leanvlm.exporter.image_processor import read_image_processor
 from leanvlm.exporter.weights import ADAPTER, adapter_alone, find_weights, load_weights
 from leanvlm.runtime.bundle import file_sha256
 from leanvlm.runtime.console import check_utf8
@@ -244,7 +245,7 @@ def _image_spec(folder: Path, spec: Description) -> ImageSpec:
     try:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # As JSON, where the libraries' enumerations are numbers.
-        image = ImageSpec.from_processor_config(json.loads(processor.to_json_string()))
+        image = read_image_processor(json.loads(processor.to_json_string()))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
     except Exception as error:  # An image processor's own checks raise nearly anything.

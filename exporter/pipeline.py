@@ -45,14 +45,12 @@ from leanvlm.exporter.trace import trace
 from leanvlm.exporter.verify import verify
 from leanvlm.runtime.backends.ort import PROVIDERS
 from leanvlm.runtime.bundle import file_sha256, write_manifest
-from leanvlm.runtime.crops import CropRule, CropShape
 from leanvlm.runtime.embeddings import TENSOR
 from leanvlm.runtime.errors import LeanVLMWarning
 from leanvlm.runtime.machine.gpu import free_memory
 from leanvlm.runtime.manifest import MANIFEST, VISION_OUTPUTS, Manifest
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.positions import PositionRule
-from leanvlm.runtime.prompt import Layout
 from leanvlm.runtime.session import Session, load
 from leanvlm.runtime.specs import DecoderSpec, FileSpec, GraphSpec, PrunerSpec, Role, TensorSpec, VisionSpec
 
@@ -219,8 +217,8 @@ def _manifest(request: Plan, vision: list[VisionSpec], stages: dict[str, GraphSp
         family=checkpoint.family.model_type,
         pruner=PrunerSpec(name, params, request.gate),
         budgets=(*config.budgets, *(graph.budget for graph in vision if graph.budget not in config.budgets)),
-        crops=CropRule("whole", (CropShape(spec.image_size, spec.grid, spec.leading),)),
-        layout=Layout(),
+        crops=spec.crops,
+        layout=spec.layout,
         saliency=spec.saliency,
         target=config.target,
         precision=config.resolved_precision,

@@ -24,8 +24,6 @@ from leanvlm.runtime.sampling import SamplingConfig, sample
 
 MAX_NEW_TOKENS = 128
 GENERATION_CONFIG = "generation_config.json"
-# Bytes of such a file; lists of forbidden words are what is long in one.
-MAX_CONFIG = 16 << 20
 SAMPLING_SETTINGS = ("top_k", "top_p", "min_p")
 """Settings of the file that sampling uses."""
 REQUEST_OPTIONS = ("max_new_tokens", "temperature", "seed", "stop", "ignore_end")
@@ -108,7 +106,7 @@ class GenerationSettings:
             BundleError: It cannot be read, or holds a value that is not possible.
         """
         path = folder / GENERATION_CONFIG
-        data = load_json(path, BundleError, MAX_CONFIG)
+        data = load_json(path, BundleError)
         if not isinstance(data, dict):
             raise BundleError(f"{path} is not a JSON object")
         try:

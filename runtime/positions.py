@@ -1,6 +1,6 @@
 """How the positions of a prompt are counted for the decoder's rotary embedding.
 
-With one axis an image's tokens count on as the text does. With three (Qwen2-VL, arXiv 2409.12191: time, height, width), text
+With one axis an image's tokens count on as the text does. With three (M-RoPE, arXiv 2409.12191: time, height, width), text
 has one number on all axes, an image's tokens have the image's start and their row and column in the grid, and text goes on
 behind the longest side. `tests` compare with `get_rope_index` of transformers.
 """

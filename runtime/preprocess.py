@@ -1,13 +1,13 @@
-"""Images to pixel values: what a checkpoint's CLIP-style image processor does, in Pillow and NumPy.
+"""Images to pixel values: what a checkpoint's image processor does, in Pillow and NumPy.
 
-The arithmetic follows the Pillow backend of `transformers.CLIPImageProcessor`: white under transparency, resize,
+The arithmetic follows the Pillow backend of transformers' image processors: white under transparency, resize,
 centre crop with black beyond the border, scale, normalise.
 """
 
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL import __version__ as PILLOW
 
 from leanvlm.runtime.errors import InputError, UnsupportedModelError
-from leanvlm.runtime.records import Between, read, shorten
+from leanvlm.runtime.records import Between
 
 Edge = Annotated[int, Between(1, 4096)]
 """Pixels of an image once resized or cropped; a vision tower of 4096 would have 85,000 tokens."""
@@ -39,32 +39,6 @@ Ghostscript), draw, or take nearly any bytes for theirs. HEIF is there where a p
 
 KNOWN_PILLOW = (13, 0)
 """The newest Pillow whose rule `_height_first` is known to state; a later one always resizes the whole image."""
-
-PROCESSORS = (
-    "CLIPImageProcessor",
-    "CLIPImageProcessorPil",
-    "CLIPImageProcessorFast",
-    "CLIPFeatureExtractor",
-    "LlavaImageProcessor",
-    "LlavaImageProcessorPil",
-    "LlavaImageProcessorFast",
-)
-
-# What the processors above use for a key that their configuration leaves out.
-PROCESSOR_DEFAULTS: dict[str, Any] = {
-    "do_resize": True,
-    "size": {"shortest_edge": 224},
-    "default_to_square": False,
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": 224, "width": 224},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": (0.48145466, 0.4578275, 0.40821073),
-    "image_std": (0.26862954, 0.26130258, 0.27577711),
-    "do_convert_rgb": True,
-}
 
 
 @dataclass(frozen=True)
@@ -108,34 +82,6 @@ class ImageSpec:
             return self.crop
         assert isinstance(self.resize, tuple)
         return self.resize
-
-    @classmethod
-    def from_processor_config(cls, config: Mapping[str, Any]) -> "ImageSpec":
-        """Read the content of `preprocessor_config.json`, or of a `processor_config.json` that embeds it.
-
-        Raises:
-            UnsupportedModelError: The processor is of another kind, or has a step or a size that is not handled.
-        """
-        config = config.get("image_processor") or config
-        if not isinstance(config, Mapping):
-            raise UnsupportedModelError(f"the image processor's configuration is no object: {shorten(config)}")
-        kind = config.get("image_processor_type") or config.get("feature_extractor_type")
-        if kind not in PROCESSORS:
-            raise UnsupportedModelError(f"image processor {kind!r} is not supported; supported: {PROCESSORS[0]}")
-        options = PROCESSOR_DEFAULTS | dict(config)
-        for name, value in options.items():
-            if value and name not in PROCESSOR_DEFAULTS and name.startswith(("do_", "use_")):
-                raise UnsupportedModelError(f"the image processor's {name} = {shorten(value)} is not supported")
-        normalize = options["do_normalize"]
-        found = {
-            "resize": _edges("size", options["size"], options["default_to_square"]) if options["do_resize"] else None,
-            "crop": _pair("crop_size", options["crop_size"]) if options["do_center_crop"] else None,
-            "resample": options["resample"],
-            "rescale_factor": options["rescale_factor"] if options["do_rescale"] else 1.0,
-            "image_mean": _triple("image_mean", options["image_mean"]) if normalize else [0.0, 0.0, 0.0],
-            "image_std": _triple("image_std", options["image_std"]) if normalize else [1.0, 1.0, 1.0],
-        }
-        return read(cls, found, "the image processor", UnsupportedModelError)
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -374,30 +320,3 @@ def _one_line_errors(name: str) -> Iterator[None]:
         except Exception as error:  # On damaged data Pillow's decoders raise nearly anything.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{name} cannot be decoded: {reason}") from error
-
-
-def _edges(name: str, size: Any, square: bool) -> Any:
-    """A processor's size: an int or {shortest_edge} gives the shorter edge, anything else [height, width]."""
-    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
-        return size["shortest_edge"]
-    if isinstance(size, int) and not square:
-        return size
-    return _pair(name, size)
-
-
-def _pair(name: str, size: Any) -> list[Any]:
-    if isinstance(size, int):
-        return [size, size]
-    if isinstance(size, Mapping) and set(size) == {"height", "width"}:
-        return [size["height"], size["width"]]
-    if isinstance(size, (list, tuple)) and len(size) == 2:
-        return list(size)
-    raise UnsupportedModelError(f"the image processor's {name} = {shorten(size)} is not supported")
-
-
-def _triple(name: str, values: Any) -> list[Any]:
-    if isinstance(values, (int, float)):
-        return [values, values, values]
-    if isinstance(values, (list, tuple)) and len(values) == 3:
-        return list(values)
-    raise UnsupportedModelError(f"the image processor's {name} = {shorten(values)} is not supported; it needs three numbers")

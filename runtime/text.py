@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from leanvlm.runtime.errors import BundleError, InputError
-from leanvlm.runtime.records import load_json, shorten
+from leanvlm.runtime.records import LIMIT, load_json, shorten
 from leanvlm.runtime.sandbox import sandbox
 from leanvlm.runtime.streaming import BYTES, StreamDecoder
 from leanvlm.runtime.tokenizer_rules import decodes_safely, encodes_safely, loads_safely
@@ -22,10 +22,7 @@ TEMPLATE_CONFIGS = ("chat_template.json", "processor_config.json", "tokenizer_co
 """Where older checkpoints keep the template, under `chat_template`."""
 
 MAX_TOKENIZER = 128 << 20
-"""Bytes of a tokenizer; Gemma's with its 262,144 tokens has 33 MB."""
-
-MAX_TEXT = 16 << 20
-"""Bytes of a template or configuration; Gemma's tokenizer_config.json has 1 MB."""
+"""Bytes of a tokenizer; published ones, of 262,144 tokens, have 33 MB."""
 
 MAX_PROMPT = 1 << 22
 """Characters of a prompt; the longest contexts of 2026 hold a million tokens."""
@@ -217,25 +214,6 @@ def find_template(folder: Path) -> str | None:
     return next((source for source in found if source is not None), None)
 
 
-def split_on_image(ids: Sequence[int], image_token_id: int) -> list[list[int]]:
-    """Cut a prompt where images go.
-
-    Args:
-        ids: Token ids with one image token for each image.
-        image_token_id: The image token.
-
-    Returns:
-        The segments of text between the images: one more than there are image tokens, and possibly empty.
-    """
-    segments: list[list[int]] = [[]]
-    for token_id in ids:
-        if token_id == image_token_id:
-            segments.append([])
-        else:
-            segments[-1].append(token_id)
-    return segments
-
-
 def check_image_tokens(ids: Sequence[int], image_token_id: int, images: int, raw: str | None = None) -> None:
     """Make sure that a prompt has an image token for every image.
 
@@ -306,7 +284,7 @@ def _read_bytes(path: Path, limit: int) -> bytes:
 
 def _read_text(path: Path) -> str:
     try:
-        return _read_bytes(path, MAX_TEXT).decode()
+        return _read_bytes(path, LIMIT).decode()
     except UnicodeDecodeError as error:
         raise BundleError(f"{path} cannot be read: {_one_line(error)}") from error
 
@@ -315,7 +293,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object, or an empty one if there is no such file."""
     if not path.is_file():
         return {}
-    data = load_json(path, BundleError, MAX_TEXT)
+    data = load_json(path, BundleError)
     if not isinstance(data, dict):
         raise BundleError(f"{path} is not a JSON object")
     return data

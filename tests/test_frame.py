@@ -83,6 +83,18 @@ def test_a_checkpoints_names_stand_in_its_family_and_tower_alone(names: set[str]
     assert not found
 
 
+def test_the_runtime_knows_no_model() -> None:
+    """What it does for one is data in the manifest."""
+    known = re.compile("|".join({*FAMILIES, *DECODERS, "siglip", "CLIP"}), re.IGNORECASE)
+    wrong = set()
+    for file in Path(leanvlm.runtime.__path__[0]).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            text = node.value if isinstance(node, ast.Constant) else getattr(node, "name", None)
+            if isinstance(text, str) and known.search(text.replace("clip", "")):
+                wrong.add(f"{file.name}: {text[:40]}")
+    assert not wrong
+
+
 @pytest.mark.parametrize(
     "planted",
     [

@@ -20,13 +20,14 @@ from transformers import CLIPImageProcessorPil
 from transformers.image_utils import load_image as transformers_load_image
 
 from leanvlm.demo import MODEL_DIR
+from leanvlm.exporter.image_processor import read_image_processor
 from leanvlm.runtime.errors import InputError, ManifestError, UnsupportedModelError
 from leanvlm.runtime.preprocess import MAX_PIXELS, ImageSpec, _resize, load_image, preprocess
 from leanvlm.runtime.records import plain, read
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 CONFIG: dict[str, Any] = json.loads((MODEL_DIR / "preprocessor_config.json").read_text())
-SPEC = ImageSpec.from_processor_config(CONFIG)
+SPEC = read_image_processor(CONFIG)
 CLOSED = io.BytesIO()
 CLOSED.close()
 LEVELS = replace(SPEC, layout="uint8")
@@ -134,7 +135,7 @@ def test_transparent_colours_equal_the_processor(transparency: int | bytes | tup
 )
 def test_configurations_equal_the_processor(changes: dict[str, Any]) -> None:
     config, image = CONFIG | changes, photograph()  # 451 x 300
-    values = preprocess([image], ImageSpec.from_processor_config(config))
+    values = preprocess([image], read_image_processor(config))
     expected = reference(image, config)
     assert values.shape == expected.shape
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=TOLERANCE)
@@ -428,8 +429,8 @@ def test_a_damaged_record_names_what_is_wrong(change: dict[str, Any], words: str
 
 @pytest.mark.parametrize("name", ["CLIPImageProcessorFast", "CLIPImageProcessorPil", "LlavaImageProcessor"])
 def test_names_of_the_same_processor(name: str) -> None:
-    assert ImageSpec.from_processor_config(CONFIG | {"image_processor_type": name}) == SPEC
-    assert ImageSpec.from_processor_config({"image_processor": CONFIG, "patch_size": 14}) == SPEC
+    assert read_image_processor(CONFIG | {"image_processor_type": name}) == SPEC
+    assert read_image_processor({"image_processor": CONFIG, "patch_size": 14}) == SPEC
 
 
 @pytest.mark.parametrize(
@@ -452,4 +453,4 @@ def test_names_of_the_same_processor(name: str) -> None:
 )
 def test_processors_that_are_not_handled_are_named(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
-        ImageSpec.from_processor_config(CONFIG | change)
+        read_image_processor(CONFIG | change)

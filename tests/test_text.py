@@ -9,9 +9,10 @@ import pytest
 from byte_fallback import LLAMA, llama_like
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
+from leanvlm.calibration.study import split_on_image
 from leanvlm.demo import MODEL_DIR
 from leanvlm.runtime.errors import BundleError, InputError
-from leanvlm.runtime.text import Template, TextTokenizer, check_image_tokens, split_on_image
+from leanvlm.runtime.text import Template, TextTokenizer, check_image_tokens
 
 # Image parts first, `generation` around the assistant's text: the shape of LLaVA-1.5's template.
 LLAVA_LIKE = """{% for m in messages %}{{ m['role'].upper() + ': ' }}

@@ -13,7 +13,9 @@ from typing import Any, Literal, Protocol
 from torch import nn
 
 from leanvlm.exporter.pruners.base import ScoredBlock, Signal
+from leanvlm.runtime.crops import CropRule, CropShape
 from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.prompt import Layout
 
 # Whose attention a token's score is: the class token's, or that of all tokens on average.
 Saliency = Literal["class", "received"]
@@ -30,6 +32,7 @@ class Description:
         layers: The hidden states that the projector reads, side by side; 0 = embeddings.
         blocks: Blocks of the tower.
         saliency: What scores the tokens.
+        layout: What an image becomes in the prompt.
         leading: Tokens in front of the patches that have no position on the grid, such as a class token; they are always kept.
     """
 
@@ -40,11 +43,17 @@ class Description:
     blocks: int
     saliency: Saliency = "class"
     leading: int = 0
+    layout: Layout = Layout()  # noqa: RUF009 (frozen)
 
     @property
     def tokens_per_crop(self) -> int:
         """N, the image tokens of one crop."""
         return self.leading + self.grid[0] * self.grid[1]
+
+    @property
+    def crops(self) -> CropRule:
+        """How the runtime cuts an image: it is one crop."""
+        return CropRule("whole", (CropShape(self.image_size, self.grid, self.leading),))
 
     @property
     def signals(self) -> frozenset[Signal]:

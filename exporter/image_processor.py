@@ -1,0 +1,91 @@
+"""A checkpoint's image processor as data: what the runtime does to a picture before the tower sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from leanvlm.runtime.errors import UnsupportedModelError
+from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.records import read, shorten
+
+PROCESSORS = (
+    "CLIPImageProcessor",
+    "CLIPImageProcessorPil",
+    "CLIPImageProcessorFast",
+    "CLIPFeatureExtractor",
+    "LlavaImageProcessor",
+    "LlavaImageProcessorPil",
+    "LlavaImageProcessorFast",
+)
+
+# What the processors above use for a key that their configuration leaves out.
+PROCESSOR_DEFAULTS: dict[str, Any] = {
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "default_to_square": False,
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+    "do_convert_rgb": True,
+}
+
+
+def read_image_processor(config: Mapping[str, Any]) -> ImageSpec:
+    """Read the content of `preprocessor_config.json`, or of a `processor_config.json` that embeds it.
+
+    Raises:
+        UnsupportedModelError: The processor is of another kind, or has a step or a size that is not handled.
+    """
+    config = config.get("image_processor") or config
+    if not isinstance(config, Mapping):
+        raise UnsupportedModelError(f"the image processor's configuration is no object: {shorten(config)}")
+    kind = config.get("image_processor_type") or config.get("feature_extractor_type")
+    if kind not in PROCESSORS:
+        raise UnsupportedModelError(f"image processor {kind!r} is not supported; supported: {PROCESSORS[0]}")
+    options = PROCESSOR_DEFAULTS | dict(config)
+    for name, value in options.items():
+        if value and name not in PROCESSOR_DEFAULTS and name.startswith(("do_", "use_")):
+            raise UnsupportedModelError(f"the image processor's {name} = {shorten(value)} is not supported")
+    normalize = options["do_normalize"]
+    found = {
+        "resize": _edges("size", options["size"], options["default_to_square"]) if options["do_resize"] else None,
+        "crop": _pair("crop_size", options["crop_size"]) if options["do_center_crop"] else None,
+        "resample": options["resample"],
+        "rescale_factor": options["rescale_factor"] if options["do_rescale"] else 1.0,
+        "image_mean": _triple("image_mean", options["image_mean"]) if normalize else [0.0, 0.0, 0.0],
+        "image_std": _triple("image_std", options["image_std"]) if normalize else [1.0, 1.0, 1.0],
+    }
+    return read(ImageSpec, found, "the image processor", UnsupportedModelError)
+
+
+def _edges(name: str, size: Any, square: bool) -> Any:
+    """A processor's size: an int or {shortest_edge} gives the shorter edge, anything else [height, width]."""
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        return size["shortest_edge"]
+    if isinstance(size, int) and not square:
+        return size
+    return _pair(name, size)
+
+
+def _pair(name: str, size: Any) -> list[Any]:
+    if isinstance(size, int):
+        return [size, size]
+    if isinstance(size, Mapping) and set(size) == {"height", "width"}:
+        return [size["height"], size["width"]]
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return list(size)
+    raise UnsupportedModelError(f"the image processor's {name} = {shorten(size)} is not supported")
+
+
+def _triple(name: str, values: Any) -> list[Any]:
+    if isinstance(values, (int, float)):
+        return [values, values, values]
+    if isinstance(values, (list, tuple)) and len(values) == 3:
+        return list(values)
+    raise UnsupportedModelError(f"the image processor's {name} = {shorten(values)} is not supported; it needs three numbers")
