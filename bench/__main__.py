@@ -11,8 +11,8 @@ from bench.latency import LatencyOptions, measure_latency
 from bench.prune import PruneOptions, measure_prune
 from bench.report import write_report
 from bench.study import BUDGETS, CAPTIONS, SCENES, StudyOptions, default_methods, study
-from leanvlm.exporter.config import parse_budgets
 from leanvlm.runtime.console import one_line_errors
+from leanvlm.runtime.manifest import parse_budgets
 
 
 def main() -> None:

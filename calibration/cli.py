@@ -36,7 +36,7 @@ def gate_command(
     model: Annotated[str, typer.Option(help="demo, llava, a Hub id or a folder with a checkpoint.")],
     images: Annotated[Path | None, typer.Option(help="Folder with images such as the model will see, 8 or more.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")] = Path("gate.json"),
-    budget: Annotated[str, typer.Option(help="Budgets for which choices are compared.")] = "64,128,192",
+    budget: Annotated[str, typer.Option(help="Budgets for which choices are compared, as `export` takes them.")] = "64,128,192",
     scenes: Scenes = None,
     revision: Revision = None,
     token: Token = None,
@@ -54,19 +54,21 @@ def gate_command(
         raise InputError("--scenes and --images exclude each other")
     require("torch", "export", "calibrating")
     require("transformers", "export", "calibrating")
-    from leanvlm.calibration.gate import Folder, TrainingScenes, draw_histogram, fit_gate, measure
+    from leanvlm.calibration.gate import Folder, TrainingScenes, draw_histogram, fit_gate, images_and_crops, measure
     from leanvlm.calibration.vision import VisionSide
     from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 
     source = TrainingScenes(scenes or DEMO_SCENES) if images is None else Folder(images)
     checkpoint = open_checkpoint(config)
+    budgets = config.resolved(checkpoint.spec.tokens_per_crop).counts
     with _progress(len(source)) as advance:
         side = VisionSide(checkpoint, load_model(checkpoint))
         found = measure(side, source, lambda count: advance("measure images", count))
-        gate = fit_gate(side, source, found, config.budgets)
+        gate = fit_gate(side, source, found, budgets)
     if source.unreadable:
         stderr_console().print(f"not usable as images, {len(source.unreadable)} left out: {source.left_out}", markup=False)
     write_outputs({output: gate.to_bytes(), picture: draw_histogram(gate, found)})
+    print(f"{'measured':<17} {images_and_crops(gate.images, len(found.exact))}")
     print(describe_gate(gate.figures, gate.erank_ref, gate.entropy_ref))
     print(output)
 
@@ -115,7 +117,7 @@ def eval_command(
         raise InputError("give bundles, or --model with --pruner")
     if bool(pruner) != (model is not None):
         raise InputError("--pruner goes with --model, and --model with --pruner; a bundle has its pruner inside")
-    from leanvlm.exporter.config import parse_budgets
+    from leanvlm.runtime.manifest import parse_budgets
 
     budgets = None if budget is None else parse_budgets(budget)
     require("torch", "export", "drawing the scenes")

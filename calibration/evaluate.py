@@ -16,7 +16,7 @@ from leanvlm.calibration.scores import CAPTION, Result, Scores, score_caption
 from leanvlm.demo.scenes import KINDS, PHOTO_KINDS, TRAINING_SEED, Question, Scene, held_out_questions, make_scene
 from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.prompt import ImageFeatures
+from leanvlm.runtime.layout import ImageFeatures
 from leanvlm.runtime.session import Session, load, user_message
 
 BATCH = 8
@@ -134,7 +134,7 @@ def _examine(
     for kind, batches in groupby(pictures, key=lambda batch: batch[0]):
         scores = Scores()
         for _, scenes, images in batches:
-            for scene, features in zip(scenes, session.encode_images(images, budget), strict=True):
+            for scene, features in zip(scenes, session.encode_images(images, budget, among=1), strict=True):
                 _ask(session, features, scene, exam, scores)
             on_step(f"{name}, {budget} tokens", len(scenes))
         yield Result(method, budget, kind, scores, name)

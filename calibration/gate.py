@@ -1,7 +1,8 @@
 """Fit a gate's reference values to a model: mean effective rank and mean attention entropy over images.
 
-The exported graph estimates the effective rank (`leanvlm.exporter.pruners.gates`); here it is computed exactly, so that the
-estimate's error, and what it does to the choice of tokens, is known for this model.
+The gate judges each crop by itself, so an image that is cut into several counts as often. The exported graph estimates the
+effective rank (`leanvlm.exporter.pruners.gates`); here it is computed exactly, so that the estimate's error, and what it does
+to the choice of tokens, is known for this model.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from leanvlm.exporter.pruners.gates import attention_entropy, effective_rank, ex
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.preprocess import ImageSpec, load_image, resized_size
 
+# Crops through the tower at once; an image that becomes more goes alone.
 BATCH = 8
 MIN_IMAGES = 8
 # Names of unusable files that are told.
 SHOWN = 10
-# Tokens of so many images stay in memory to compare choices: 0.6 GB for a decoder 4096 wide.
+# Tokens of about so many crops stay in memory to compare choices: 0.6 GB for a decoder 4096 wide.
 COMPARED = 64
 # No training run has this seed.
 SCENES_SEED = -1
@@ -144,15 +146,17 @@ class TrainingScenes:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model makes of images.
+    """What a model makes of images, which became M crops.
 
     Attributes:
+        images: How many they were.
         exact: (M,) effective ranks by eigenvalue decomposition.
         estimated: (M,) by the graph's estimator.
         entropy: (M,) of the class token's attention, nats.
-        tokens: The tokens of the first images.
+        tokens: The tokens of the first crops.
     """
 
+    images: int
     exact: Array
     estimated: Array
     entropy: Array
@@ -174,32 +178,35 @@ def measure(side: VisionSide, images: Folder | TrainingScenes, on_images: Callab
     estimated: list[Tensor] = []
     entropy: list[Tensor] = []
     tokens: list[VisionTokens] = []
-    seen = 0
-    for batch in _batches(images.pictures(side.checkpoint.image_spec)):
+    usable = seen = compared = 0
+    at_once = max(BATCH // side.checkpoint.frame.crops.most, 1)
+    for batch in _batches(images.pictures(side.checkpoint.image_spec), at_once):
         found = side.tokens(batch).patches
         exact.append(exact_effective_rank(found.features))
         estimated.append(effective_rank(found.features))
         entropy.append(attention_entropy(found.saliency))
-        if len(tokens) * BATCH < COMPARED:
+        if compared < COMPARED:
             tokens.append(found)
+            compared += len(found.features)
+        usable += len(batch)
         on_images(len(batch) + len(images.unreadable) - seen)
         seen = len(images.unreadable)
     ranks, estimates, nats = (
         torch.cat(values).double().numpy() if values else np.empty(0) for values in (exact, estimated, entropy)
     )
-    if len(ranks) < MIN_IMAGES:
+    if usable < MIN_IMAGES:
         raise InputError(
-            f"only {len(ranks)} of {len(images)} files are usable images; the gate needs at least {MIN_IMAGES}; "
+            f"only {usable} of {len(images)} files are usable images; the gate needs at least {MIN_IMAGES}; "
             f"left out: {images.left_out}"
         )
-    return Measured(ranks, estimates, nats, tokens)
+    return Measured(usable, ranks, estimates, nats, tokens)
 
 
-def _batches(images: Iterator[Image.Image]) -> Iterator[list[Image.Image]]:
+def _batches(images: Iterator[Image.Image], size: int) -> Iterator[list[Image.Image]]:
     batch: list[Image.Image] = []
     for image in images:
         batch.append(image)
-        if len(batch) == BATCH:
+        if len(batch) == size:
             yield batch
             batch = []
     if batch:
@@ -218,6 +225,7 @@ def fit_gate(side: VisionSide, images: Folder | TrainingScenes, found: Measured,
     erank_ref = float(found.exact.mean())
     source = side.checkpoint.source()
     figures = {
+        "crops": len(found.exact),
         "effective_rank": _spread(found.exact),
         "attention_entropy": _spread(found.entropy),
         "unreadable": len(images.unreadable),
@@ -231,7 +239,7 @@ def fit_gate(side: VisionSide, images: Folder | TrainingScenes, found: Measured,
     return GateFile(
         model=source.id,
         sha256=source.sha256,
-        images=len(found.exact),
+        images=found.images,
         source=images.words,
         erank_ref=round(erank_ref, 4),
         entropy_ref=round(float(found.entropy.mean()), 5),
@@ -257,13 +265,13 @@ def errors(exact: Array, estimated: Array) -> dict[str, float]:
 
 
 def _overlap(found: Measured, erank_ref: float, budget: int) -> dict[str, float]:
-    """Share of kept tokens that are the same with the estimated as with the exact rank: mean and worst image."""
+    """Share of kept tokens that are the same with the estimated as with the exact rank: mean and worst crop."""
     shares: list[float] = []
     for batch in found.tokens:
         rows = slice(len(shares), len(shares) + len(batch.features))
         exact, rough = (_choose(batch, ranks[rows] / erank_ref, budget) for ranks in (found.exact, found.estimated))
         shares += [len(set(a) & set(b)) / budget for a, b in zip(exact, rough, strict=True)]
-    return {"images": len(shares), "mean": round(float(np.mean(shares)), 5), "worst": round(min(shares), 5)}
+    return {"crops": len(shares), "mean": round(float(np.mean(shares)), 5), "worst": round(min(shares), 5)}
 
 
 def _choose(tokens: VisionTokens, ratio: Array, keep: int) -> list[list[int]]:
@@ -277,14 +285,24 @@ def _spread(values: Array) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in named.items()}
 
 
+def images_and_crops(images: int, crops: int) -> str:
+    """Say how many images there were, and how many crops where those are more."""
+    return f"{images} images" if crops == images else f"{crops} crops of {images} images"
+
+
 def draw_histogram(gate: GateFile, found: Measured) -> bytes:
-    """Draw the spread of both quantities over the images, with the references that the file sets; returns a PNG file."""
+    """Draw the spread of both quantities over the crops, with the references that the file sets; returns a PNG file."""
     ranks = {"exact": found.exact.tolist(), "estimated": found.estimated.tolist()}
     entropy = {"entropy": found.entropy.tolist()}
-    title = f"{gate.images} images"
+    title = images_and_crops(gate.images, len(found.exact))
+    counted = "images" if gate.images == len(found.exact) else "crops"
+    panels = (
+        ("Effective rank", "effective rank", ranks, gate.erank_ref),
+        ("Attention entropy", "entropy, nats", entropy, gate.entropy_ref),
+    )
     return draw_plot(
         [
-            Histogram(f"Effective rank, {title}", "effective rank", ranks, ("reference (mean)", gate.erank_ref)),
-            Histogram(f"Attention entropy, {title}", "entropy, nats", entropy, ("reference (mean)", gate.entropy_ref)),
+            Histogram(f"{name}, {title}", label, series, ("reference (mean)", mean), counted=counted)
+            for name, label, series, mean in panels
         ]
     )

@@ -12,8 +12,9 @@ from typing import Any
 
 from leanvlm.calibration.evaluate import Exam, parse_kinds
 from leanvlm.calibration.scores import Result
-from leanvlm.exporter.config import ExportConfig, parse_budgets
+from leanvlm.exporter.config import ExportConfig
 from leanvlm.runtime.console import one_line_errors
+from leanvlm.runtime.manifest import parse_budgets
 
 KINDS = "simple,complex,simple-photo,complex-photo"
 

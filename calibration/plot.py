@@ -59,6 +59,7 @@ class Histogram:
         series: Name to values; all share the bins.
         mark: A name and a value for a vertical line.
         bins: Number of bins.
+        counted: What the values are of.
     """
 
     title: str
@@ -66,6 +67,7 @@ class Histogram:
     series: dict[str, list[float]]
     mark: tuple[str, float] | None = None
     bins: int = 24
+    counted: str = "images"
 
 
 def save_plot(path: Path, panels: Sequence[Lines | Histogram]) -> None:
@@ -218,7 +220,7 @@ def _draw_histogram(canvas: Canvas, left: float, panel: Histogram, names: Sequen
     low, high = _span([value for values in panel.series.values() for value in values])
     counts = {name: _count(values, low, high, panel.bins) for name, values in panel.series.items()}
     frame = _Frame(left, (low, high), (0.0, 1.08 * max(map(max, counts.values()))))
-    _draw_frame(canvas, frame, panel, "images", {value: f"{value:g}" for value in _ticks(low, high)})
+    _draw_frame(canvas, frame, panel, panel.counted, {value: f"{value:g}" for value in _ticks(low, high)})
     width = (high - low) / panel.bins
     for number, (name, heights) in enumerate(counts.items()):
         colour, _, dash = _style(name, names)

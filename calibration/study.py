@@ -30,6 +30,7 @@ from leanvlm.exporter.pruners import parse
 from leanvlm.exporter.pruners.base import Pruner, ScoredBlock
 from leanvlm.exporter.pruners.gates import attention_entropy, exact_effective_rank
 from leanvlm.runtime.errors import InputError, UnsupportedModelError
+from leanvlm.runtime.layout import Layout
 from leanvlm.runtime.session import user_message
 from leanvlm.runtime.text import Template, TextTokenizer
 
@@ -194,6 +195,7 @@ def run_study(
         on_step: Told what is done, and how many scenes and methods more, for a progress display.
 
     Raises:
+        UnsupportedModelError: A model whose images are more in a prompt than one crop's tokens.
         UnsupportedPrunerError: A pruner that is not known.
         InputError: A budget that is not possible.
     """
@@ -237,7 +239,12 @@ def _study_kind(examinee: Examinee, exam: Exam, pruners: dict[tuple[str, int], P
 
 def pruners_of(checkpoint: Checkpoint, methods: Sequence[str], budgets: Sequence[int]) -> dict[tuple[str, int], Pruner]:
     """Return (method, budget) to pruner for what a study compares; see `run_study`."""
-    count = checkpoint.spec.tokens_per_crop
+    frame, count = checkpoint.frame, checkpoint.spec.tokens_per_crop
+    if frame.crops.kind != "whole" or frame.layout != Layout():
+        raise UnsupportedModelError(
+            f"{checkpoint.name} cuts images into crops or puts marks around them, which only its bundles are evaluated with: "
+            "leanvlm export it, then leanvlm eval the bundle"
+        )
     for budget in budgets:
         if not 1 <= budget < count:
             raise InputError(f"budget {budget} is not possible in a comparison; give numbers from 1 to {count - 1}")

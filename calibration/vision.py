@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.pruners.base import Pruner, ScoredBlock, VisionTokens, choose, gather_tokens
 from leanvlm.exporter.towers.base import Seen
-from leanvlm.runtime.preprocess import preprocess
+from leanvlm.runtime.crops import PIXELS, VALID, crop
 
 
 class VisionSide:
@@ -30,11 +30,14 @@ class VisionSide:
 
     @torch.no_grad()
     def tokens(self, images: Sequence[Image.Image], scored: ScoredBlock = "feature") -> VisionTokens:
-        """Return the unpruned tokens of B images, with the attention of the block that a method scores."""
-        pixels = torch.from_numpy(preprocess(images, self.checkpoint.image_spec))
-        seen: Seen = self._tower(scored)(pixels)
+        """Return the unpruned tokens of all crops of some images, with the attention of the block that a method scores."""
+        frame = self.checkpoint.frame
+        # Each image is cut as if it were alone in its prompt.
+        (inputs,) = crop(images, frame.image, frame.crops, among=1).inputs.values()
+        seen: Seen = self._tower(scored)(torch.from_numpy(inputs[PIXELS]))
         spec = self.checkpoint.spec
-        return VisionTokens(self._projector(seen.hidden), seen, spec.grid, spec.leading)
+        valid = torch.from_numpy(inputs[VALID]) if VALID in inputs else None
+        return VisionTokens(self._projector(seen.hidden), seen, spec.grid, spec.leading, valid).shown
 
     @torch.no_grad()
     def keep(self, pruner: Pruner, tokens: VisionTokens) -> Tensor:

@@ -16,18 +16,17 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoImageProcessor
 
 from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, ExportConfig
-from leanvlm.exporter.families import ARCHITECTURES, Description, Family, family_for
-from leanvlm.exporter.image_processor import read_image_processor
+from leanvlm.exporter.families import ARCHITECTURES, Description, Family, Frame, family_for
 from leanvlm.exporter.weights import ADAPTER, adapter_alone, find_weights, load_weights
 from leanvlm.runtime.bundle import file_sha256
 from leanvlm.runtime.console import check_utf8
-from leanvlm.runtime.errors import CheckpointError, LeanVLMError, LeanVLMWarning, UnsupportedModelError
+from leanvlm.runtime.errors import CheckpointError, LeanVLMError, LeanVLMWarning, ManifestError, UnsupportedModelError
 from leanvlm.runtime.preprocess import ImageSpec
-from leanvlm.runtime.records import load_json, shorten
+from leanvlm.runtime.records import load_json, plain, read, shorten
 from leanvlm.runtime.specs import SourceSpec
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "USE_POLICY.md")
-PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
+PROCESSOR, IMAGE_PROCESSOR, TOKENIZER = "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"
 # What marks weights that are stored quantised; the last is MLX's.
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 PARTS = ("text_config", "vision_config")
@@ -51,7 +50,7 @@ class Checkpoint:
         config: The transformers configuration.
         family: The family that handles it.
         spec: What the family reads of it.
-        image_spec: The image processor as data.
+        frame: What its processors do, as data.
         erank_ref: Reference effective rank declared for this model.
         weight_files: The safetensors files that count, in order.
     """
@@ -62,9 +61,14 @@ class Checkpoint:
     config: Any
     family: Family
     spec: Description
-    image_spec: ImageSpec
+    frame: Frame
     erank_ref: float
     weight_files: tuple[Path, ...]
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """How one crop becomes pixel values."""
+        return self.frame.image
 
     @property
     def weight_bytes(self) -> int:
@@ -159,7 +163,7 @@ def _read(folder: Path, name: str, revision: str | None, erank_ref: float, *, we
         message = f"the adapter in {folder} is left out; to have it in the bundle, merge it first (peft: merge_and_unload)"
         warnings.warn(message, LeanVLMWarning, stacklevel=2)
     config, spec = _configuration(folder, family)
-    return Checkpoint(folder, name, revision, config, family, spec, _image_spec(folder, spec), erank_ref, files)
+    return Checkpoint(folder, name, revision, config, family, spec, _frame(folder, family, config), erank_ref, files)
 
 
 def _refuse_other_kinds(folder: Path, raw: dict[str, Any]) -> None:
@@ -232,8 +236,8 @@ def _check_dtype(path: Path, value: object) -> None:
         raise CheckpointError(f"{path}: dtype is {shorten(repr(value))}; it must be float32, float16 or bfloat16")
 
 
-def _image_spec(folder: Path, spec: Description) -> ImageSpec:
-    """Read the image processor as transformers does and compare its size with the tower's.
+def _frame(folder: Path, family: Family, config: Any) -> Frame:
+    """Read the processors as transformers does.
 
     What `processor_config.json` nests counts before `preprocessor_config.json`.
     """
@@ -242,17 +246,23 @@ def _image_spec(folder: Path, spec: Description) -> ImageSpec:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {IMAGE_PROCESSOR}; save the checkpoint's image processor there")
     _json(path)
+    tokens = folder / TOKENIZER
+    tokenizer = _json(tokens) if tokens.is_file() else {}
     try:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # As JSON, where the libraries' enumerations are numbers.
-        image = read_image_processor(json.loads(processor.to_json_string()))
-    except UnsupportedModelError as error:
+        return _checked(family.frame(config, json.loads(processor.to_json_string()), tokenizer))
+    except (UnsupportedModelError, ManifestError) as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
     except Exception as error:  # An image processor's own checks raise nearly anything.
         raise CheckpointError(f"{path} is not a valid image processor: {_one_line(error)}") from error
-    if image.size != spec.image_size:
-        raise CheckpointError(f"the processor makes images of {image.size}, the tower takes {spec.image_size}")
-    return image
+
+
+def _checked(frame: Frame) -> Frame:
+    """Refuse what the bundle's manifest could not hold, such as sizes out of range; raises UnsupportedModelError."""
+    for record in (frame.image, frame.crops, frame.layout):
+        read(type(record), plain(record), "the processors' settings", UnsupportedModelError)
+    return frame
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -11,20 +11,71 @@ from typing import Literal
 
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import POSITIONS, PRECISIONS, TARGETS
-from leanvlm.runtime.manifest import parse_budgets as parse_budgets
 
 ALIASES = {
+    "internvl3-1b": "OpenGVLab/InternVL3-1B-hf",
+    "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
+    "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
+    "internvl3.5-1b": "OpenGVLab/InternVL3_5-1B-HF",
+    "internvl3.5-2b": "OpenGVLab/InternVL3_5-2B-HF",
+    "internvl3.5-4b": "OpenGVLab/InternVL3_5-4B-HF",
+    "internvl3.5-8b": "OpenGVLab/InternVL3_5-8B-HF",
     "llava": "llava-hf/llava-1.5-7b-hf",
     "llava-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-13b": "llava-hf/llava-1.5-13b-hf",
     "bakllava": "llava-hf/bakLlava-v1-hf",
     "llava-llama3": "xtuner/llava-llama-3-8b-v1_1-transformers",
+    "llava-next": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+    "llava-next-llama3": "llava-hf/llama3-llava-next-8b-hf",
+    "llava-next-mistral": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llava-ov-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+    "llava-ov-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
 }
 # The gate's reference is the mean effective rank of a model's training images, so it belongs to a model.
 DEFAULT_ERANK_REF = 90.0
 # As `template`: the bundle gets none.
 NO_TEMPLATE = "none"
 KNOWN = "leanvlm.checkpoints"
+
+
+@dataclass(frozen=True)
+class Share:
+    """A budget said as papers say it: so many of the image tokens of all crops together, such as 320/2880.
+
+    Attributes:
+        kept: How many are kept.
+        total: Of how many.
+
+    Raises:
+        InputError: Not 1 to all of them.
+    """
+
+    kept: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.kept <= self.total:
+            raise InputError(f"budget {self} is not possible; a share is of 1 to all image tokens, such as 320/2880")
+
+    def __str__(self) -> str:
+        return f"{self.kept}/{self.total}"
+
+    def of(self, count: int) -> int:
+        """Return the tokens kept of a crop of `count`: the nearest whole number, at least 1."""
+        return max((2 * self.kept * count + self.total) // (2 * self.total), 1)
+
+
+def parse_budgets(text: str) -> tuple[int | Share, ...]:
+    """Read budgets such as `64`, `64,128` or `320/2880`.
+
+    Raises:
+        InputError: Something that is neither a whole number nor a share.
+    """
+    try:
+        return tuple(Share(*map(int, part.split("/"))) if "/" in part else int(part) for part in text.split(","))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--budget {text!r} is not a number of image tokens, such as 64, 64,128 or 320/2880") from error
 
 
 @dataclass(frozen=True)
@@ -58,7 +109,8 @@ class ExportConfig:
     Attributes:
         model: `demo`, `demo-small` or another name that an installed package offers (`known_checkpoints`), an alias, a Hub id
             or a folder with a Hugging Face checkpoint.
-        budgets: Image tokens kept per crop, at least 1; the first is the bundle's default. N is always added.
+        budgets: Image tokens kept per crop, at least 1, or a share of them; the first is the bundle's default. N is always
+            added.
         output: Folder to write; None means `<model's name>-<budgets>` in the current folder.
         pruner: Spec string, such as `agile:gate=entropy`.
         target: What the graphs are written for.
@@ -79,7 +131,7 @@ class ExportConfig:
     """
 
     model: str
-    budgets: tuple[int, ...] = (64,)
+    budgets: tuple[int | Share, ...] = (64,)
     output: str | Path | None = None
     pruner: str = "agile"
     target: Literal["cpu", "cuda", "tensorrt-rtx", "tensorrt"] = "cpu"
@@ -103,7 +155,7 @@ class ExportConfig:
         if not self.budgets:
             raise InputError("--budget is empty; give one or more numbers of image tokens, such as 64 or 64,128")
         for budget in self.budgets:
-            if budget < 1:
+            if isinstance(budget, int) and budget < 1:
                 raise InputError(f"budget {budget} is not possible; a budget is at least 1 image token")
         if len(set(self.budgets)) != len(self.budgets):
             raise InputError(f"budgets {','.join(map(str, self.budgets))} name one twice")
@@ -114,6 +166,25 @@ class ExportConfig:
         if self.precision is not None and self.precision not in PRECISIONS[self.target]:
             known = ", ".join(PRECISIONS[self.target])
             raise InputError(f"precision {self.precision!r} does not go with target {self.target!r}; it has: {known}")
+
+    def resolved(self, count: int) -> ExportConfig:
+        """Return the same export with every budget as a number, for crops of `count` image tokens.
+
+        Raises:
+            InputError: Two budgets are one number.
+        """
+        counts = tuple(budget.of(count) if isinstance(budget, Share) else budget for budget in self.budgets)
+        if len(set(counts)) != len(counts):
+            asked, kept = (",".join(map(str, budgets)) for budgets in (self.budgets, counts))
+            raise InputError(f"budgets {asked} are {kept} of a crop's {count} image tokens, which names one twice")
+        return self if counts == self.budgets else replace(self, budgets=counts, output=self.named_output)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The budgets of an export that is resolved, as numbers."""
+        counts = tuple(budget for budget in self.budgets if isinstance(budget, int))
+        assert len(counts) == len(self.budgets), "resolved comes first"
+        return counts
 
     @property
     def known(self) -> KnownCheckpoint | None:
@@ -139,4 +210,4 @@ class ExportConfig:
         if self.output is not None:
             return Path(self.output)
         name = Path(self.model.rstrip("/")).name or "bundle"
-        return Path(f"{name}-{'-'.join(map(str, self.budgets))}")
+        return Path(f"{name}-{'-'.join(str(budget).replace('/', 'of') for budget in self.budgets)}")

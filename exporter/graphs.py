@@ -3,6 +3,7 @@
 | direction | name | dtype | shape | meaning |
 |---|---|---|---|---|
 | in | `pixel_values` | float32 | (B, 3, H, W) | normalised as the checkpoint's processor does |
+| in | `valid` | float32 | (B, N) | 1 where a token shows the image, 0 for padding; only where images are padded |
 | out | `image_features` | float32 | (B, K, D) | embeddings of the kept tokens, raster order |
 | out | `keep_indices` | int64 | (B, K) | their indices among the N tokens, ascending |
 | out | `effective_rank` | float32 | (B,) | of the centred features, estimated; 0 where the pruner's gate does not want it |
@@ -32,15 +33,17 @@ class PruneStage(nn.Module):
         self.grid = grid
         self.leading = leading
 
-    def forward(self, features: Tensor, seen: Seen) -> tuple[Tensor | None, ...]:
+    def forward(self, features: Tensor, seen: Seen, valid: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Map the tokens of B crops to the `VISION_OUTPUTS`, with merged tokens still to be projected at the end.
 
         Returns:
             The outputs of the vision graph and the merged tokens (B, K, Dv); either the first or the last is None.
         """
-        kept = choose(self.pruner, VisionTokens(features, seen, self.grid, self.leading))
+        tokens = VisionTokens(features, seen, self.grid, self.leading, valid)
+        shown = tokens.shown
+        kept, saliency = choose(self.pruner, tokens, shown), shown.seen.saliency
         chosen = gather_tokens(features, kept.indices) if kept.hidden is None else None
-        attention = torch.zeros_like(features[:, :, 0], dtype=torch.float32) if seen.saliency is None else seen.saliency
+        attention = torch.zeros_like(features[:, :, 0], dtype=torch.float32) if saliency is None else saliency
         return chosen, kept.indices, *self._diagnostics(kept, features, attention), kept.hidden
 
     def _diagnostics(self, kept: Kept, features: Tensor, attention: Tensor) -> tuple[Tensor, ...]:
@@ -72,8 +75,8 @@ class VisionGraph(nn.Module):
         self.project = projector
         self.prune = PruneStage(pruner, grid, leading)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Map pixel values (B, 3, H, W) to the outputs named in `VISION_OUTPUTS`."""
+    def forward(self, pixel_values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Map pixel values (B, 3, H, W), and which tokens (B, N) show the image, to the outputs named in `VISION_OUTPUTS`."""
         seen: Seen = self.vision(pixel_values)
-        chosen, *others, merged = self.prune(self.project(seen.hidden), seen)
+        chosen, *others, merged = self.prune(self.project(seen.hidden), seen, valid)
         return (chosen if merged is None else self.project(merged)), *others

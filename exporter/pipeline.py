@@ -105,9 +105,9 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
         )
     gc.collect()
     on_step("write token table")
-    _write_table(parts.decoder, folder)
+    _write_table(parts, folder)
     _write_small_files(request, folder)
-    manifest = _manifest(request, vision, stages, folder)
+    manifest = _manifest(request, vision, stages, tuple(parts.extra_rows), folder)
     write_manifest(folder, manifest)
     # Weights that are not prepacked are the files' own pages, so that the check needs no second copy of the model.
     with _open(folder, config.target) as session:
@@ -142,13 +142,16 @@ def _write_vision(request: Plan, parts: Parts, folder: Path, on_step: Step) -> t
     dtype, image, record = vision_dtype(request.config), request.image, TARGETS[target]
     projector = _in_dtype(parts.project, dtype)
     example = torch.zeros(2, 3, *spec.image_size, dtype=torch.uint8 if image.layout == "uint8" else dtype)
+    examples = {"pixel_values": example}
+    if request.checkpoint.frame.crops.is_padded:
+        examples["valid"] = torch.ones(2, spec.tokens_per_crop)
     models: dict[str, ir.Model] = {}
     specs: list[VisionSpec] = []
     for budget, pruner in request.pruners.items():
         on_step(f"trace vision {budget}")
         tower = parts.tower(pruner.scored_block, image if image.layout == "uint8" else None)
         graph = VisionGraph(_in_dtype(tower, dtype), projector, pruner, spec.grid, spec.leading).eval()
-        traced = trace(graph, {"pixel_values": example}, output_names=VISION_OUTPUTS, opset=target_opset(target))
+        traced = trace(graph, examples, output_names=VISION_OUTPUTS, opset=target_opset(target))
         for rewrite in record.passes.values():
             rewrite(traced)
         name = f"vision_{budget}.onnx"
@@ -185,8 +188,10 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
 
 
-def _write_table(decoder: nn.Module, folder: Path) -> None:
-    table = token_rows(decoder)
+def _write_table(parts: Parts, folder: Path) -> None:
+    table = token_rows(parts.decoder)
+    if parts.extra_rows:
+        table = torch.cat([table, *(row[None].to(table.dtype) for row in parts.extra_rows.values())])
     if table.dtype not in (torch.float16, torch.float32):
         table = table.float()  # NumPy has no bfloat16.
     (folder / EMBED_TOKENS).write_bytes(save({TENSOR: table.contiguous()}))
@@ -200,25 +205,27 @@ def _write_small_files(request: Plan, folder: Path) -> None:
             shutil.copyfile(request.checkpoint.folder / name, folder / name)
 
 
-def _manifest(request: Plan, vision: list[VisionSpec], stages: dict[str, GraphSpec], folder: Path) -> Manifest:
+def _manifest(
+    request: Plan, vision: list[VisionSpec], stages: dict[str, GraphSpec], extra: tuple[str, ...], folder: Path
+) -> Manifest:
     checkpoint, config, spec = request.checkpoint, request.config, request.checkpoint.spec
-    first = request.pruners[config.budgets[0]] if config.budgets[0] in request.pruners else NoPruner()
+    first = request.pruners[config.counts[0]] if config.counts[0] in request.pruners else NoPruner()
     # As JSON holds them, so that a manifest that is read back is equal.
     values: Any = first
     params = json.loads(json.dumps({key: value for key, value in asdict(values).items() if key != "keep"}))
     name = next(key for key, cls in PRUNERS.items() if isinstance(first, cls))
     for leftover in ("genai_config.json",):
         (folder / leftover).unlink(missing_ok=True)
-    decoder = _decoder_spec(checkpoint, folder)
+    decoder = _decoder_spec(checkpoint, extra, folder)
     splice = _write_splice(decoder, folder) if TARGETS[config.target].splice else None
     files = {f.name: FileSpec(f.stat().st_size, file_sha256(f)) for f in sorted(folder.iterdir()) if f.name != MANIFEST}
     return Manifest(
         source=checkpoint.source(),
         family=checkpoint.family.model_type,
         pruner=PrunerSpec(name, params, request.gate),
-        budgets=(*config.budgets, *(graph.budget for graph in vision if graph.budget not in config.budgets)),
-        crops=spec.crops,
-        layout=spec.layout,
+        budgets=(*config.counts, *(graph.budget for graph in vision if graph.budget not in config.counts)),
+        crops=checkpoint.frame.crops,
+        layout=checkpoint.frame.layout,
         saliency=spec.saliency,
         target=config.target,
         precision=config.resolved_precision,
@@ -236,7 +243,7 @@ def _manifest(request: Plan, vision: list[VisionSpec], stages: dict[str, GraphSp
     )
 
 
-def _decoder_spec(checkpoint: Checkpoint, folder: Path) -> DecoderSpec:
+def _decoder_spec(checkpoint: Checkpoint, extra: tuple[str, ...], folder: Path) -> DecoderSpec:
     graph = ir.load(folder / DECODER).graph
     text = checkpoint.config.text_config
     kv_dtype = next(v.dtype for v in graph.inputs if v.name == "past_key_values.0.key")
@@ -250,6 +257,7 @@ def _decoder_spec(checkpoint: Checkpoint, folder: Path) -> DecoderSpec:
         vocab_size=text.vocab_size,
         context_length=context_length(text),
         kv_dtype="float16" if kv_dtype == ir.DataType.FLOAT16 else "float32",
+        extra_rows={name: text.vocab_size + at for at, name in enumerate(extra)},
         roles={str(value.name): _role(str(value.name)) for value in graph.inputs},
         cache="shared" if any(str(value.name).startswith("present.") for value in graph.outputs) else "appended",
     )

@@ -77,9 +77,13 @@ def plan(config: ExportConfig) -> Plan:
     check_output(config)
     checkpoint = open_checkpoint(config, weights=False)
     count = checkpoint.spec.tokens_per_crop
-    for budget in config.budgets:
+    config = config.resolved(count)
+    for budget in config.counts:
         if budget > count:
-            raise InputError(f"budget {budget} is more than the {count} image tokens of this model")
+            what = (
+                "image tokens of this model" if checkpoint.frame.crops.kind == "whole" else "image tokens of one of its crops"
+            )
+            raise InputError(f"budget {budget} is more than the {count} {what}")
     check_decoder(checkpoint.config.text_config, config.target)
     _warn_of_context(checkpoint.config.text_config)
     check_text(config, checkpoint)
@@ -107,7 +111,7 @@ def _pruners(config: ExportConfig, spec: Description, references: dict[str, Any]
     """Return the pruner of each budget, N (unpruned) last."""
     parse(config.pruner)
     count = spec.tokens_per_crop
-    pruners = {budget: pruner_for(config.pruner, spec, budget, **references) for budget in config.budgets if budget < count}
+    pruners = {budget: pruner_for(config.pruner, spec, budget, **references) for budget in config.counts if budget < count}
     for budget, pruner in pruners.items():
         if isinstance(pruner, NoPruner):
             raise InputError(f"pruner 'none' keeps all {count} image tokens; use it with --budget {count}")

@@ -42,20 +42,35 @@ class Reference:
         self.parts.vision.to(torch.float32)
         self.parts.project.to(torch.float32)
 
+    def vision(self, pixel_values: Array, scored: ScoredBlock = "feature", size: tuple[int, int] = (0, 0)) -> VisionTokens:
+        """Return the unpruned tokens of crops; see `look`."""
+        return self.look(pixel_values, scored, size)[0]
+
     @torch.no_grad()
-    def vision(self, pixel_values: Array, scored: ScoredBlock = "feature") -> VisionTokens:
-        """Return the unpruned tokens of pixel values (B, 3, H, W), scored by eager attention's probabilities."""
+    def look(self, pixel_values: Array, scored: ScoredBlock, size: tuple[int, int]) -> tuple[VisionTokens, Array]:
+        """Run the model's own `get_image_features`.
+
+        Args:
+            pixel_values: (C, 3, H, W), the crops of one image in order; or of several, for a family that takes them whole.
+            scored: Whose attention scores the tokens.
+            size: (height, width) of the image before it was cut.
+
+        Returns:
+            The unpruned tokens of each crop, scored by eager attention's probabilities; and the image's features (S, D) as the
+            model itself puts them together.
+        """
         spec, parts = self.checkpoint.spec, self.parts
         attention = parts.attention(spec.scored_block(scored))
+        given = parts.inputs(torch.from_numpy(pixel_values).to(self.device), size)
         with (
             _eager(attention.config),
             _returned(attention.module) as mixed,
             _returned(attention.query) as queries,
             _returned(attention.keys) as keys,
             _given(parts.project) as hidden,
+            _returned(parts.project) as features,
         ):
-            found = self.model.get_image_features(torch.from_numpy(pixel_values).to(self.device), return_dict=True)
-        features = torch.stack(list(found.pooler_output))
+            found = self.model.get_image_features(**given, return_dict=True)
         probabilities = mixed[0][1].float().mean(dim=1)  # (B, N, N)
         query, key = queries[0], keys[0]
         unsplit = None
@@ -64,9 +79,20 @@ class Reference:
             unsplit = (torch.einsum("bd,bnd->bn", query[:, 0], key) / key.shape[2] ** 0.5).softmax(dim=1)
         else:
             saliency = probabilities.mean(dim=1)
-        scores = (key.unflatten(2, (attention.heads, -1)), saliency, unsplit)
-        told = (None if part is None else part[:, parts.skipped :].cpu() for part in scores)
-        return VisionTokens(features.cpu(), Seen(hidden[0].cpu(), *told), spec.grid, spec.leading)
+        told = (None if part is None else part[:, parts.skipped :].cpu() for part in (key, saliency, unsplit))
+        cell_keys, saliency, unsplit = (None if part is None else self._of_cells(part) for part in told)
+        assert cell_keys is not None
+        seen = Seen(hidden[0].cpu(), cell_keys.reshape(*cell_keys.shape[:2], attention.heads, -1), saliency, unsplit)
+        packed = torch.cat([one.reshape(-1, one.shape[-1]) for one in found.pooler_output])
+        return VisionTokens(features[0].cpu(), seen, spec.grid, spec.leading), packed.cpu().numpy()
+
+    def _of_cells(self, part: Tensor) -> Tensor:
+        """Sum what patches have, (B, N) or (B, N, E), over those that become one token."""
+        cell, (rows, columns) = self.parts.cell, self.checkpoint.spec.grid
+        if cell == 1:
+            return part
+        order = torch.arange(part.shape[1]).view(rows, cell, columns, cell).transpose(1, 2).reshape(rows * columns, -1)
+        return part[:, order].sum(dim=2)
 
     @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:
@@ -88,9 +114,13 @@ class Reference:
 
     @torch.no_grad()
     def rows(self, ids: Sequence[int]) -> Array:
-        """Return the token table's rows (len(ids), D) in fp32."""
-        rows = token_rows(self.parts.decoder, torch.tensor(list(ids), dtype=torch.long, device=self.device))
-        found: Array = rows.float().cpu().numpy()
+        """Return rows (len(ids), D) of the token table in fp32: those of tokens, and behind them the extra ones."""
+        wanted = torch.tensor(list(ids), dtype=torch.long)
+        beyond = wanted - self.checkpoint.config.text_config.vocab_size
+        rows = token_rows(self.parts.decoder, wanted.where(beyond < 0, 0).to(self.device)).float().cpu()
+        for at, row in enumerate(self.parts.extra_rows.values()):
+            rows[beyond == at] = row.float().cpu()
+        found: Array = rows.numpy()
         return found
 
     @torch.no_grad()

@@ -7,14 +7,14 @@ the two differ, that is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from leanvlm.runtime.errors import CheckpointError
+from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
 from leanvlm.runtime.records import shorten
 
 # Spaces at both ends, digits, accents, other scripts, an emoji, line breaks: where rebuilt tokenizers differ.
@@ -41,6 +41,25 @@ def load_tokenizer(checkpoint: Path) -> Any:
     except BaseException as error:  # The files can be wrong in any way; for a panic tokenizers raises what is no Exception.
         why = shorten(error) or type(error).__name__
         raise CheckpointError(f"{checkpoint}: transformers cannot read the tokenizer: {why}") from error
+
+
+def named_token(config: Mapping[str, Any], name: str, usual: str) -> str:
+    """Return the text of a model's own special token, as transformers reads it of `tokenizer_config.json`.
+
+    Args:
+        config: The file's content.
+        name: What the tokenizer's attribute is called.
+        usual: What counts where the file does not name it.
+
+    Raises:
+        UnsupportedModelError: It is no text.
+    """
+    own = config.get("extra_special_tokens")
+    found = own[name] if isinstance(own, Mapping) and name in own else config.get(name)
+    text = found.get("content") if isinstance(found, Mapping) else usual if found is None else found
+    if not isinstance(text, str):
+        raise UnsupportedModelError(f"the tokenizer's {name} is {shorten(repr(found))}; it must be a text")
+    return text
 
 
 def write_tokenizer(theirs: Any, folder: Path) -> bool:

@@ -22,7 +22,11 @@ ROUNDING = 3.0
 # What the rounding may make of FEATURES at most: beyond, fp32 is not enough for the model, or double precision ran another one.
 FEATURES_MOST = 1e-4
 
-# The same for merged tokens: sums weighted by attention carry its rounding too, exponentials of scores of order 10
+# Features of an image as the runtime puts them together against the checkpoint's own: the same numbers in another order, or
+# interpolated in another order of sums.
+LAYOUT = 1e-6
+
+# As FEATURES for merged tokens: sums weighted by attention carry its rounding too, exponentials of scores of order 10
 # (1.3e-5 on random weights).
 MERGED = {"fp32": 1e-4, "fp16": 5e-2}
 
@@ -65,3 +69,13 @@ def features_limit(precision: str, rounding: float) -> float:
     """Return what image features may differ by, from how far the reference itself is off in fp32."""
     limit = FEATURES[precision]
     return max(limit, min(ROUNDING * rounding, FEATURES_MOST))
+
+
+def kept_least(precision: str, budget: int) -> float:
+    """Return how many of a crop's kept tokens must be the reference's, at least.
+
+    A share, but in half precision one token may differ from 4 on: of 6 or 9 a single near tie is more than a tenth, and a tiny
+    random SmolVLM and LLaVA-NeXT each lost one so, with all other figures as usual.
+    """
+    share = KEPT_OVERLAP[precision] * budget
+    return min(share, budget - 1) if precision == "fp16" and budget >= 4 else share

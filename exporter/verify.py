@@ -20,14 +20,20 @@ import torch
 from PIL import Image
 
 from leanvlm.exporter import tolerances
-from leanvlm.exporter.pruners.base import Pruner, choose
+from leanvlm.exporter.pruners.base import Pruner, ScoredBlock, VisionTokens, choose
 from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.exporter.reference import Reference, cosine, relative_difference
 from leanvlm.exporter.rounding import BITS
+from leanvlm.exporter.towers.base import Seen
+from leanvlm.runtime.answer import Pruning
+from leanvlm.runtime.crops import PIXELS, VALID, CropRule, crop
+from leanvlm.runtime.encoder import in_parts
 from leanvlm.runtime.errors import LeanVLMWarning, VerificationError
 from leanvlm.runtime.generation import GenerateOptions
-from leanvlm.runtime.preprocess import preprocess
-from leanvlm.runtime.prompt import ImageFeatures, assemble, compose
+from leanvlm.runtime.layout import CropFeatures, ImageFeatures, image_runs
+from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.preprocess import ImageSpec
+from leanvlm.runtime.prompt import assemble, compose
 from leanvlm.runtime.session import Session, user_message
 from leanvlm.runtime.specs import GraphSpec
 from leanvlm.runtime.text import Message
@@ -61,37 +67,102 @@ def verify(
     Raises:
         VerificationError: A difference is over its tolerance, a value is not finite, or a selection did not converge.
     """
-    images = probe_images()
-    pixels = preprocess(images, session.manifest.image)
+    manifest = session.manifest
+    images = probe_images(manifest.crops)
+    given = [_inputs(image, manifest, manifest.image) for image in images]
+    inputs = {name: np.concatenate([one[name] for one in given]) for name in given[0]}
     # The checkpoint normalises in its own processor's steps, whatever the bundle folds.
-    normal = preprocess(images, replace(session.manifest.image, layout="float32"))
-    tokens = {where: reference.vision(normal, where) for where in {p.scored_block for p in pruners.values()}}
-    results: dict[str, Any] = {"images": len(images), "device": session.backend.device, "vision": {}, "tokens": {}}
+    normal = [_inputs(image, manifest, replace(manifest.image, layout="float32"))[PIXELS] for image in images]
+    views: dict[ScoredBlock, VisionTokens] = {}
+    for where in {p.scored_block for p in pruners.values()}:
+        looked = [reference.look(crops, where, image.size[::-1]) for crops, image in zip(normal, images, strict=True)]
+        views[where], packed = joined([tokens for tokens, _ in looked], inputs.get(VALID)), looked[0][1]
+    first = next(iter(views.values())).features.numpy()
+    whole = first[: len(normal[0])]
+    results: dict[str, Any] = {"images": len(images), "crops": len(inputs[PIXELS]), "device": session.backend.device}
+    results |= {"vision": {}, "tokens": {}}
+    _check_layout(session, reference, images[0], whole, packed)
     for budget, pruner in pruners.items():
         on_step(f"verify vision {budget}")
-        outputs = fetched(session.vision(budget).run({"pixel_values": pixels}))
-        _check_placement(budget, session.backend.misplaced(session.manifest.vision_graph(budget), pixels))
-        unpruned = tokens[pruner.scored_block]
-        with torch.no_grad():
-            expected = choose(pruner, unpruned)
-        merged = None if expected.hidden is None else reference.project(expected.hidden).numpy()
-        measured = _compare_vision(outputs, unpruned.features.numpy(), expected.indices.numpy(), merged)
-        precision = _vision_precision(session.manifest.vision_graph(budget))
-        if merged is None and precision == "fp32" and measured["features"] > tolerances.FEATURES[precision]:
+        outputs = _run(session, budget, inputs)
+        _check_placement(budget, session.backend.misplaced(manifest.vision_graph(budget), in_parts(inputs, len(images))[0]))
+        unpruned, precision = views[pruner.scored_block], _vision_precision(manifest.vision_graph(budget))
+        measured = _judge_vision(outputs, reference, pruner, unpruned)
+        if not measured["merged"] and precision == "fp32" and measured["features"] > tolerances.FEATURES[precision]:
             # A pass in double precision, only where it decides.
-            measured["rounding"] = reference.rounding(normal, unpruned.features.numpy())
+            measured["rounding"] = reference.rounding(np.concatenate(normal), unpruned.features.numpy())
         results["vision"][str(budget)] = measured
         _check_vision(budget, measured, precision)
-        measured |= _compare_rank(outputs["effective_rank"], unpruned.patches.features)
+        measured |= _compare_rank(outputs["effective_rank"], unpruned.shown.patches.features)
     on_step("verify decoder")
-    whole = next(iter(tokens.values())).features[0].numpy()
     question = f"{session.image_token}\n{PROMPT}" if raw else [user_message(PROMPT, 1)]
     for budget in pruners:
         merges = results["vision"][str(budget)]["merged"]
         measured = _compare_chain(session, reference, images[0], question, None if merges else whole, budget)
         results["tokens"][str(budget)] = measured
-        _check_chain(budget, measured, COMPUTED[session.manifest.decoder.kv_dtype])
+        _check_chain(budget, measured, COMPUTED[manifest.decoder.kv_dtype])
     return results
+
+
+@torch.no_grad()
+def _judge_vision(outputs: Mapping[str, Array], reference: Reference, pruner: Pruner, unpruned: VisionTokens) -> dict[str, Any]:
+    """Compare one vision graph's outputs with what its pruner makes of the checkpoint's own tokens."""
+    expected = choose(pruner, unpruned)
+    merged = None if expected.hidden is None else reference.project(expected.hidden).numpy()
+    return _compare_vision(outputs, unpruned.features.numpy(), expected.indices.numpy(), merged)
+
+
+def _inputs(image: Image.Image, manifest: Manifest, spec: ImageSpec) -> Mapping[str, Array]:
+    """Return what the vision graphs take of an image."""
+    (inputs,) = crop([image], spec, manifest.crops).inputs.values()
+    return inputs
+
+
+def joined(tokens: Sequence[VisionTokens], valid: Array | None = None) -> VisionTokens:
+    """Return the tokens of several images' crops as those of one batch, with what of them shows the images (C, N)."""
+    first = tokens[0]
+    hidden, *told = zip(*(one.seen for one in tokens), strict=True)
+    seen = Seen(torch.cat(hidden), *(None if part[0] is None else torch.cat(part) for part in told))
+    shows = None if valid is None else torch.from_numpy(valid)
+    return VisionTokens(torch.cat([one.features for one in tokens]), seen, first.grid, first.leading, shows)
+
+
+def _run(session: Session, budget: int, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run a vision graph on crops, as many at once as the backend takes."""
+    graph = session.vision(budget)
+    parts = [fetched(graph.run(part)) for part in in_parts(inputs, session.backend.crops_at_once)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _check_layout(session: Session, reference: Reference, image: Image.Image, whole: Array, packed: Array) -> None:
+    """Compare how the runtime puts an unpruned image's tokens together with how the checkpoint does.
+
+    Args:
+        session: The bundle.
+        reference: The checkpoint.
+        image: The image.
+        whole: The checkpoint's features (C, N, D) of its crops.
+        packed: The checkpoint's features (S, D) of the image, put together.
+
+    Raises:
+        VerificationError: Something stands elsewhere, or is missing.
+    """
+    manifest = session.manifest
+    arrangement = crop([image], manifest.image, manifest.crops).images[0].arrangement
+    shape = manifest.crops.shapes[0]
+    every, nothing = np.arange(shape.tokens), np.zeros(shape.tokens, np.float32)
+    pruning = Pruning(shape.tokens, None, shape.tokens, True, every, nothing, shape)
+    features = ImageFeatures(tuple(CropFeatures(rows, pruning) for rows in whole), arrangement)
+    runs = image_runs(features, manifest.layout)
+    prompt = assemble(runs, reference, manifest.positions, manifest.image_token_id, manifest.line_end)
+    found = prompt.embeddings()
+    if found.shape != packed.shape:
+        raise VerificationError(f"an unpruned image takes {len(found)} places in a prompt, the checkpoint's {len(packed)}")
+    difference = relative_difference(found, packed)
+    if not difference <= tolerances.LAYOUT:
+        raise VerificationError(
+            f"an unpruned image's tokens are not the checkpoint's: they differ by {difference:.2g} of their range"
+        )
 
 
 def fetched(outputs: Mapping[str, Any]) -> dict[str, Array]:
@@ -112,8 +183,12 @@ def _check_placement(budget: int, misplaced: Sequence[str]) -> None:
         raise VerificationError(f"budget {budget}: {len(misplaced)} nodes do not run on the device: {shown}")
 
 
-def probe_images() -> list[Image.Image]:
-    """Return two fixed images, of different size and content: smooth gradients, and patches of noise and lines."""
+def probe_images(rule: CropRule | None = None) -> list[Image.Image]:
+    """Return two fixed images, of different size and content: smooth gradients, and patches of noise and lines.
+
+    Args:
+        rule: How they will be cut. For tiles the first is wide and the second tall, so that they are few.
+    """
     rng = np.random.default_rng(7)
     rows, columns = np.mgrid[0:300, 0:420] / 300.0
     smooth = np.stack([rows, columns / 1.4, 1 - rows], axis=2) * 200 + 25
@@ -121,6 +196,8 @@ def probe_images() -> list[Image.Image]:
     busy = np.kron(rng.uniform(0, 255, (30, 24, 3)), np.ones((16, 16, 1)))
     busy[::11] = 0
     busy += rng.normal(0, 12, busy.shape)
+    if rule is not None and rule.kind == "tiles":
+        smooth, busy = smooth[60:170], busy[:, 100:260]
     return [Image.fromarray(np.clip(a, 0, 255).astype(np.uint8)) for a in (smooth, busy)]
 
 
@@ -161,7 +238,7 @@ def _compare_rank(estimated: Array, features: torch.Tensor) -> dict[str, Any]:
     error = float(np.abs(estimated / exact - 1).max())
     if error > tolerances.RANK:
         warnings.warn(
-            f"the graph's effective rank is off by {error:.1%} on a probe picture, over {tolerances.RANK:.0%}: the gate may "
+            f"the graph's effective rank is off by {error:.2%} on a probe picture, over {tolerances.RANK:.0%}: the gate may "
             f"keep other tokens than the exact rank would; compare with --pruner agile:gate=entropy",
             LeanVLMWarning,
             stacklevel=2,
@@ -189,10 +266,9 @@ def _check_vision(budget: int, measured: Mapping[str, Any], precision: str) -> N
         raise VerificationError(f"{where}: the selection did not converge; give the pruner more sweeps")
     if not measured["ascending"]:
         raise VerificationError(f"{where}: kept indices are not unique and ascending")
-    limit = tolerances.KEPT_OVERLAP[precision]
-    if measured["kept_overlap"] < limit:
-        share = measured["kept_overlap"]
-        raise VerificationError(f"{where}: keeps {share:.1%} of the checkpoint's choice, less than {limit:.0%}")
+    share, least = measured["kept_overlap"], tolerances.kept_least(precision, budget)
+    if round(share * budget) < least:
+        raise VerificationError(f"{where}: keeps {share:.1%} of the checkpoint's choice, less than {least / budget:.0%}")
     rounding = measured.get("rounding", 0.0)
     limit = tolerances.MERGED[precision] if measured["merged"] else tolerances.features_limit(precision, rounding)
     if not measured["features"] <= limit:
@@ -214,8 +290,8 @@ def _compare_chain(
         reference: The checkpoint.
         image: The image to ask about.
         question: What to ask.
-        features: The checkpoint's own features of it (N, D); None where tokens were merged, which exist in the bundle only
-            and have been compared before.
+        features: The checkpoint's own features of its crops (C, N, D); None where tokens were merged, which exist in the bundle
+            only and have been compared before.
         budget: The budget to use.
 
     Returns:
@@ -225,7 +301,7 @@ def _compare_chain(
     encoded = session.encode_images([image], budget)[0]
     # The most probable tokens, whatever the checkpoint's generation settings would make of the logits.
     answer = session.respond(question, [encoded], GenerateOptions(NEW_TOKENS, ignore_end=True)).answer
-    ids = session.prompt_ids(question, 1)
+    ids = session.prompt_ids(question, [encoded.arrangement])
     prompt = session.prompt(ids, [encoded])
     precision, dtype = session.manifest.precision, session.manifest.decoder.kv_dtype
     expected = exact = _judged(reference, session, ids, encoded, features, answer.token_ids)
@@ -260,11 +336,13 @@ def _judged(
     answer: Sequence[int],
 ) -> Array:
     """Return the checkpoint's logits (len(answer), V) for every token of an answer, from its own embeddings."""
-    (crop,) = encoded.crops
-    whole = crop if features is None else replace(crop, embeddings=features[crop.pruning.indices])
+    crops = encoded.crops
+    if features is not None:
+        pairs = zip(crops, features, strict=True)
+        crops = tuple(replace(one, embeddings=rows[one.pruning.indices]) for one, rows in pairs)
     manifest = session.manifest
-    runs = compose(ids, manifest.image_token_id, [ImageFeatures((whole,))], manifest.layout)
-    prompt = assemble(runs, reference, manifest.positions, manifest.image_token_id)
+    runs = compose(ids, manifest.image_token_id, [replace(encoded, crops=crops)], manifest.layout)
+    prompt = assemble(runs, reference, manifest.positions, manifest.image_token_id, manifest.line_end)
     sequence = np.concatenate([prompt.embeddings(), reference.rows(answer[:-1])])
     positions = np.concatenate([prompt.positions[0], prompt.next_position + np.arange(len(answer) - 1)])
     return reference.logits(sequence, positions, len(answer))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def export_command(
     model: Annotated[str, typer.Option(help="demo, llava, a Hub id or a folder with a checkpoint.")],
-    budget: Annotated[str, typer.Option(help="Image tokens kept per crop, such as 64 or 64,128.")] = "64",
+    budget: Annotated[str, typer.Option(help="Image tokens kept per crop, such as 64 or 64,128; or a share: 320/2880.")] = "64",
     pruner: Annotated[str, typer.Option(help="Name, or name:field=value,…")] = "agile",
     gate_file: Annotated[Path | None, typer.Option(help="What `calibrate gate` wrote for this model.")] = None,
     template: Annotated[str | None, typer.Option(help="File with a chat template (jinja); none exports without.")] = None,
@@ -81,7 +81,7 @@ def run_export(config: ExportConfig, *, dry_run: bool) -> None:
     console.print(f"verified against the checkpoint (greedy tokens equal at budget {checks})")
     if costs := [f"{b}: {c['unrounded']['cosine']:.3f}" for b, c in chain.items() if "unrounded" in c]:
         console.print(f"quantised alike; quantisation leaves a cosine of the first logits at budget {', '.join(costs)}")
-    print(config.named_output)
+    print(request.config.named_output)
 
 
 def _describe(request: Any) -> str:

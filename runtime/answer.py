@@ -56,6 +56,23 @@ class Pruning:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True)
+class ImageTokens:
+    """How many tokens an image has in a prompt.
+
+    Attributes:
+        kept: Of the image itself; padding, the ends of lines and the text around its crops are not counted.
+        total: The same unpruned.
+        crops: How many crops it was cut into.
+        tiles: Rows and columns of its tiles; (0, 0) if it is one crop.
+    """
+
+    kept: int
+    total: int
+    crops: int = 1
+    tiles: tuple[int, int] = (0, 0)
+
+
 @dataclass
 class Timings:
     """Wall times of one answer, in ms.
@@ -97,6 +114,7 @@ class Answer:
         finish_reason: `stop` (end token or stop string) or `length`.
         timings: Wall times.
         pruning: One entry a crop, in order; an image that is taken whole is one crop.
+        images: One entry an image, in order.
     """
 
     text: str
@@ -105,6 +123,7 @@ class Answer:
     finish_reason: str
     timings: Timings
     pruning: tuple[Pruning, ...]
+    images: tuple[ImageTokens, ...] = ()
 
 
 class Generation:

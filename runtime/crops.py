@@ -1,16 +1,42 @@
-"""How an image becomes crops: the pieces of fixed shapes that the vision graphs take."""
+"""How an image becomes crops: the pieces of fixed shapes that the vision graphs take.
+
+The sizes follow transformers' image processors to the pixel, which the tests compare level by level: `resolution` is the
+choice of its `select_best_resolution`, `aspect` that of `get_optimal_tiled_canvas`, `longest_edge` that of processors whose
+size is a `longest_edge`.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from leanvlm.runtime.errors import ManifestError
-from leanvlm.runtime.preprocess import ImageSource, ImageSpec, PixelValues, preprocess
-from leanvlm.runtime.records import Count, Size
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
 
-Cell = tuple[int, int]
+from leanvlm.runtime.errors import InputError, ManifestError
+from leanvlm.runtime.preprocess import (
+    MAX_PIXELS,
+    Edge,
+    ImageSource,
+    ImageSpec,
+    image_levels,
+    load_image,
+    normalised,
+)
+from leanvlm.runtime.records import Between, Count, Size
+
+Array = npt.NDArray[Any]
+Levels = npt.NDArray[np.uint8]
+Level = Annotated[int, Between(0, 255)]
+Thumbnail = Literal["none", "first", "last"]
+
+PIXELS, VALID = "pixel_values", "valid"
+MAX_TILES = 256
+"""Of one image; each is a run through the tower."""
+Tiles = Annotated[int, Between(1, MAX_TILES)]
 
 
 @dataclass(frozen=True)
@@ -38,17 +64,97 @@ class CropRule:
     """Which crops are cut of an image.
 
     Attributes:
-        kind: `whole`: the image is one crop, of the first shape.
-        shapes: Shapes of the crops, one set of vision graphs each.
+        kind: `whole`: the image is one crop. `tiles`: it is resized to a grid of tiles, and each is a crop.
+        shapes: Shapes of the crops, one set of vision graphs each; tiles and thumbnail have the first.
+        choose: How many tiles. `resolution`: of `arrangements` that which keeps most of the image's pixels and wastes fewest.
+            `aspect`: that whose sides are most like the image's; of equal ones the larger, if the image fills half of it.
+            `longest_edge`: as many as the image covers, once its longer side is `longest_edge`.
+        arrangements: Rows and columns to choose from; of equal ones the first counts with `resolution`.
+        fit: `stretch`: the tiles show the image with other proportions. `pad`: with its own, black around it.
+        thumbnail: Where a crop stands that shows all of the image, beside the tiles.
+        longest_edge: The longer side, in pixels, that every image is resized to before anything else.
+        several: Of a prompt with several images, `alike`: each is cut by this rule; `square`: each is one crop, padded to a
+            square.
+        background: Colour of that padding.
     """
 
-    kind: Literal["whole"]
+    kind: Literal["whole", "tiles"]
     shapes: tuple[CropShape, ...]
+    choose: Literal["resolution", "aspect", "longest_edge"] = "resolution"
+    arrangements: tuple[tuple[Tiles, Tiles], ...] = ()
+    fit: Literal["stretch", "pad"] = "stretch"
+    thumbnail: Thumbnail = "none"
+    longest_edge: Edge | None = None
+    several: Literal["alike", "square"] = "alike"
+    background: tuple[Level, Level, Level] = (0, 0, 0)
 
     def __post_init__(self) -> None:
-        """Check that there is a shape; raises ManifestError."""
+        """Check that the fields go together; raises ManifestError."""
         if not self.shapes:
             raise ManifestError("shapes is empty; it must hold at least one")
+        for shape in self.shapes:
+            if any(cells > side for cells, side in zip(shape.grid, shape.pixels, strict=True)):
+                raise ManifestError(f"a crop of {list(shape.pixels)} pixels has no grid of {list(shape.grid)} tokens")
+            if shape.leading and self.is_padded:
+                raise ManifestError("tokens in front of a crop's grid have no place among tiles with padding")
+        if self.kind == "tiles" and (self.choose == "longest_edge") != (not self.arrangements):
+            raise ManifestError("tiles are chosen by longest_edge, or of arrangements: give one or the other")
+        if self.kind == "tiles" and self.choose == "longest_edge" and self.longest_edge is None:
+            raise ManifestError("tiles are chosen by longest_edge, which is missing")
+        if self.most > MAX_TILES:
+            raise ManifestError(f"an image would become {self.most} crops; at most {MAX_TILES} are supported")
+        height, width = self.shapes[0].pixels
+        if self.most * height * width > MAX_PIXELS:
+            raise ManifestError(
+                f"an image would become {self.most} crops of {height} x {width}; they may have {MAX_PIXELS // 10**6} megapixels"
+            )
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some of a tile may be padding, so that the vision graphs are told which tokens show the image."""
+        return self.kind == "tiles" and self.fit == "pad"
+
+    @property
+    def most(self) -> int:
+        """The most crops that one image becomes."""
+        if self.kind == "whole":
+            return 1
+        tiles = max((rows * columns for rows, columns in self.arrangements), default=0)
+        if self.longest_edge is not None:
+            # The shorter side is rounded up to an even number, and so may be longer by one.
+            longest = self.longest_edge + self.longest_edge % 2
+            height, width = (-(-longest // side) for side in self.shapes[0].pixels)
+            tiles = max(tiles, height * width)
+        return tiles + (self.thumbnail != "none")
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How one image was cut.
+
+    Attributes:
+        tiles: Rows and columns of its tiles; (0, 0) for an image that is one crop.
+        thumbnail: Where among the crops that one stands that shows all of the image.
+        inner: Of the grid that the tokens of all tiles make together, the part that shows the image: rows from the first number
+            up to the second, columns from the third up to the fourth; the rest is padding. None where all of it does.
+    """
+
+    tiles: tuple[int, int] = (0, 0)
+    thumbnail: Thumbnail = "none"
+    inner: tuple[int, int, int, int] | None = None
+
+    @property
+    def crops(self) -> int:
+        """How many crops there are."""
+        return self.tiles[0] * self.tiles[1] + (self.thumbnail != "none") or 1
+
+
+@dataclass(frozen=True)
+class CroppedImage:
+    """How an image was cut, and its crops in order: the index of the shape, and the row of that shape's batch."""
+
+    arrangement: Arrangement
+    crops: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -56,24 +162,190 @@ class Cropped:
     """The crops of some images, those of one shape in one batch.
 
     Attributes:
-        pixels: Index of the shape to pixel values (C, 3, H, W).
-        images: For each image its crops, in order: the index of the shape, and the row of that shape's batch.
+        inputs: Index of the shape to what its vision graphs take, by name: pixel values (C, 3, H, W), and where images are
+            padded which tokens (C, N) show the image.
+        images: One entry an image.
     """
 
-    pixels: Mapping[int, PixelValues]
-    images: tuple[tuple[tuple[int, int], ...], ...]
+    inputs: Mapping[int, Mapping[str, Array]]
+    images: tuple[CroppedImage, ...]
 
 
-def crop(images: Sequence[ImageSource], spec: ImageSpec, rule: CropRule) -> Cropped:
+def arrange(size: tuple[int, int], rule: CropRule, among: int = 1) -> Arrangement:
+    """Say how an image will be cut.
+
+    Args:
+        size: Its (height, width) in pixels.
+        rule: Which crops.
+        among: How many images its prompt has.
+    """
+    if rule.kind == "whole" or (rule.several == "square" and among > 1):
+        return Arrangement()
+    tile, grid = rule.shapes[0].pixels, rule.shapes[0].grid
+    if rule.choose == "longest_edge":
+        covered = _whole_tiles(_longest_edge(size, rule.longest_edge), tile)
+        rows, columns = covered[0] // tile[0], covered[1] // tile[1]
+    elif rule.choose == "aspect":
+        rows, columns = _most_alike(size, rule.arrangements, tile)
+    else:
+        rows, columns = _best_resolution(size, rule.arrangements, tile)
+    if (rows, columns) == (1, 1) and rule.choose != "resolution":
+        return Arrangement()
+    inner = _shown(size, (rows * grid[0], columns * grid[1])) if rule.fit == "pad" else None
+    return Arrangement((rows, columns), rule.thumbnail, inner)
+
+
+def crop(images: Sequence[ImageSource], spec: ImageSpec, rule: CropRule, among: int | None = None) -> Cropped:
     """Cut images, at least one, into crops.
 
     Args:
         images: Each as `load_image` takes it.
         spec: How one crop becomes pixel values.
         rule: Which crops.
+        among: How many images the prompt has; None: these.
 
     Raises:
         InputError: An image cannot be used.
     """
-    assert rule.kind == "whole"
-    return Cropped({0: preprocess(images, spec)}, tuple(((0, row),) for row in range(len(images))))
+    found: list[Levels] = []
+    cut: list[CroppedImage] = []
+    for source in images:
+        image = load_image(source)
+        arrangement = arrange((image.height, image.width), rule, among or len(images))
+        square = rule.several == "square" and (among or len(images)) > 1
+        levels = [image_levels(_squared(image, rule), spec)] if square else _cut(image, spec, rule, arrangement)
+        cut.append(CroppedImage(arrangement, tuple((0, len(found) + row) for row in range(len(levels)))))
+        found += levels
+    batch = np.stack(found).transpose(0, 3, 1, 2)
+    inputs: dict[str, Array] = {PIXELS: normalised(np.ascontiguousarray(batch), spec)}
+    if rule.is_padded:
+        inputs[VALID] = np.concatenate([shown_tokens(image.arrangement, rule.shapes[0]) for image in cut])
+    return Cropped({0: inputs}, tuple(cut))
+
+
+def shown_tokens(arrangement: Arrangement, shape: CropShape) -> npt.NDArray[np.float32]:
+    """Return for each crop of an image (C, N) which tokens show the image, 1, and which are padding, 0."""
+    shown = np.ones((arrangement.crops, shape.tokens), np.float32)
+    (rows, columns), (height, width) = arrangement.tiles, shape.grid
+    if arrangement.inner is None:
+        return shown
+    top, bottom, left, right = arrangement.inner
+    picture = np.zeros((rows * height, columns * width), np.float32)
+    picture[top:bottom, left:right] = 1.0
+    tiles = picture.reshape(rows, height, columns, width).transpose(0, 2, 1, 3).reshape(rows * columns, -1)
+    first = int(arrangement.thumbnail == "first")
+    shown[first : first + len(tiles)] = tiles
+    return shown
+
+
+def _cut(image: Image.Image, spec: ImageSpec, rule: CropRule, arrangement: Arrangement) -> list[Levels]:
+    """Return the crops of an image, levels (H, W, 3) each."""
+    resample = Image.Resampling(spec.resample)
+    if rule.longest_edge is not None:
+        height, width = _longest_edge((image.height, image.width), rule.longest_edge)
+        image = image.resize((width, height), resample)
+    rows, columns = arrangement.tiles
+    tile = rule.shapes[0].pixels
+    if rule.kind == "tiles" and rule.choose == "longest_edge":
+        # Also of an image that fits one tile; and the thumbnail is made of what comes out.
+        height, width = _whole_tiles((image.height, image.width), tile)
+        image = image.resize((width, height), resample)
+    if not rows:
+        return [image_levels(image, spec)]
+    whole = _fitted(image, (rows * tile[0], columns * tile[1]), rule, resample)
+    tiles = [
+        whole[row * tile[0] : (row + 1) * tile[0], column * tile[1] : (column + 1) * tile[1]]
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    thumbnail = [] if arrangement.thumbnail == "none" else [image_levels(image, spec)]
+    return [*thumbnail, *tiles] if arrangement.thumbnail == "first" else [*tiles, *thumbnail]
+
+
+def _fitted(image: Image.Image, size: tuple[int, int], rule: CropRule, resample: Image.Resampling) -> Levels:
+    """Resize an image to (height, width), keeping its proportions with black around it or not."""
+    if rule.fit == "stretch":
+        return np.asarray(image.resize((size[1], size[0]), resample))
+    wide, high = size[1] / image.width, size[0] / image.height
+    if wide < high:
+        width, height = size[1], min(math.ceil(image.height * wide), size[0])
+    else:
+        width, height = min(math.ceil(image.width * high), size[1]), size[0]
+    canvas = np.zeros((*size, 3), np.uint8)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    canvas[top : top + height, left : left + width] = np.asarray(image.resize((width, height), resample))
+    return canvas
+
+
+def _squared(image: Image.Image, rule: CropRule) -> Image.Image:
+    """Pad an image to a square.
+
+    Raises:
+        InputError: It would have too many pixels.
+    """
+    side = max(image.size)
+    if side * side > MAX_PIXELS:
+        raise InputError(
+            f"an image of {image.width} x {image.height} is too narrow: padding it would make {side} x {side} pixels"
+        )
+    canvas = Image.new("RGB", (side, side), rule.background)
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
+
+
+def _best_resolution(size: tuple[int, int], among: Sequence[tuple[int, int]], tile: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows and columns that keep most pixels of an image (height, width), and of those that waste fewest."""
+    height, width = size
+
+    def merit(rows: int, columns: int) -> tuple[int, int]:
+        high, wide = rows * tile[0], columns * tile[1]
+        scale = min(wide / width, high / height)
+        used = min(int(width * scale) * int(height * scale), width * height)
+        return used, used - high * wide
+
+    return max(among, key=lambda arrangement: merit(*arrangement))
+
+
+def _most_alike(size: tuple[int, int], among: Sequence[tuple[int, int]], tile: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows and columns whose proportions are nearest to an image's (height, width)."""
+    height, width = size
+    best, least = (1, 1), math.inf
+    for rows, columns in among:
+        difference = abs(width / height - columns / rows)
+        larger = difference == least and width * height > 0.5 * tile[0] * tile[1] * rows * columns
+        if difference < least or larger:
+            best, least = (rows, columns), difference
+    return best
+
+
+def _longest_edge(size: tuple[int, int], longest: int | None) -> tuple[int, int]:
+    """Return (height, width) with the longer side as given and the shorter one rounded up to an even number."""
+    if longest is None:
+        return size
+    height, width = size
+    if width >= height:
+        shorter = int(longest / (width / height))
+        return max(shorter + shorter % 2, 1), longest
+    shorter = int(longest * (width / height))
+    return longest, max(shorter + shorter % 2, 1)
+
+
+def _whole_tiles(size: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
+    """Return the size in whole tiles that an image of (height, width) is enlarged to."""
+    height, width = size
+    aspect = width / height
+    if width >= height:
+        width = math.ceil(width / tile[1]) * tile[1]
+        return math.ceil(int(width / aspect) / tile[0]) * tile[0], width
+    height = math.ceil(height / tile[0]) * tile[0]
+    return height, math.ceil(int(height * aspect) / tile[1]) * tile[1]
+
+
+def _shown(size: tuple[int, int], cells: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return which of (rows, columns) of cells show a padded image (height, width), as `Arrangement.inner`."""
+    (height, width), (rows, columns) = size, cells
+    if width / height > columns / rows:
+        padding = (rows - int(round(height * (columns / width), 7))) // 2
+        return padding, rows - padding, 0, columns
+    padding = (columns - int(round(width * (rows / height), 7))) // 2
+    return 0, rows, padding, columns - padding

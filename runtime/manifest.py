@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from leanvlm.runtime.crops import CropRule
+from leanvlm.runtime.crops import PIXELS, VALID, CropRule
 from leanvlm.runtime.errors import InputError, ManifestError
+from leanvlm.runtime.layout import Layout
 from leanvlm.runtime.positions import PositionRule
 from leanvlm.runtime.preprocess import ImageSpec
-from leanvlm.runtime.prompt import Layout
 from leanvlm.runtime.records import Count, Size, plain, read, shorten
 from leanvlm.runtime.specs import (
     DecoderSpec,
@@ -90,6 +90,11 @@ class Manifest:
     schema: int = SCHEMA
 
     @property
+    def line_end(self) -> int:
+        """Row of the token table that ends a line of image tokens; -1 where the layout has none."""
+        return -1 if self.layout.row_end is None else self.decoder.extra_rows[self.layout.row_end]
+
+    @property
     def tokens_per_crop(self) -> int:
         """N of the largest crop shape: the budget that prunes nothing."""
         return max(shape.tokens for shape in self.crops.shapes)
@@ -155,6 +160,10 @@ class Manifest:
             raise ManifestError(f"{MANIFEST}: budgets {list(self.budgets)} must differ, and be {self.tokens_per_crop} at most")
         if self.crops.shapes[0].pixels != self.image.size:
             raise ManifestError(f"{MANIFEST}: images of {list(self.image.size)} do not fit the first crop shape")
+        if self.layout.row_end is not None and self.layout.row_end not in self.decoder.extra_rows:
+            raise ManifestError(f"{MANIFEST}: row_end {shorten(self.layout.row_end)} is none of the decoder's extra_rows")
+        if self.layout.mosaic and self.crops.shapes[0].leading:
+            raise ManifestError(f"{MANIFEST}: a mosaic has no place for tokens in front of its crops' grids")
         if self.positions.axes != 1:
             raise ManifestError(f"{MANIFEST}: positions of {self.positions.axes} axes are not run by this version of leanvlm")
         if self.image_token_id >= self.decoder.vocab_size:
@@ -170,14 +179,16 @@ class Manifest:
         """Check that every vision graph takes the images that are made and returns as many tokens as its budget says."""
         for graph in self.vision:
             budget, shape = graph.budget, self.crops.shapes[graph.shape]
-            check_names(graph, ("pixel_values",), VISION_OUTPUTS)
+            check_names(graph, (PIXELS, VALID) if self.crops.is_padded else (PIXELS,), VISION_OUTPUTS)
             for tensor in (*graph.inputs, *graph.outputs):
                 wanted: tuple[int | None, ...] = (None, *[None] * (len(tensor.shape) - 1))
-                if tensor.name == "pixel_values":
+                if tensor.name == PIXELS:
                     wanted = (None, 3, *shape.pixels)
+                elif tensor.name == VALID:
+                    wanted = (None, shape.tokens)
                 elif tensor.name in PER_TOKEN:
                     wanted = (None, budget, self.decoder.hidden_size)[: 3 if tensor.name == PER_TOKEN[0] else 2]
-                if not fits(tensor.shape, wanted, free=tensor.name == "pixel_values"):
+                if not fits(tensor.shape, wanted, free=tensor.name == PIXELS):
                     raise ManifestError(
                         f"{MANIFEST}: {graph.file} is listed at budget {budget}, but its {tensor.name} has the shape "
                         f"{list(tensor.shape)}"

@@ -145,7 +145,12 @@ def preprocess(images: Sequence[ImageSource], spec: ImageSpec) -> PixelValues:
         raise InputError("there is no image to preprocess; give at least one")
     levels = np.empty((len(images), 3, *spec.size), np.uint8)
     for row, image in zip(levels, images, strict=True):
-        row[:] = _levels(load_image(image), spec).transpose(2, 0, 1)
+        row[:] = image_levels(load_image(image), spec).transpose(2, 0, 1)
+    return normalised(levels, spec)
+
+
+def normalised(levels: npt.NDArray[np.uint8], spec: ImageSpec) -> PixelValues:
+    """Return what a vision graph takes of levels (B, 3, H, W): the levels, or what the processor makes of them."""
     if spec.layout == "uint8":
         return levels
     mean = np.asarray(spec.image_mean, np.float32).reshape(3, 1, 1)
@@ -156,7 +161,7 @@ def preprocess(images: Sequence[ImageSource], spec: ImageSpec) -> PixelValues:
     return values
 
 
-def _levels(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
+def image_levels(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
     """Resize and crop an RGB image to levels (H, W, 3)."""
     height, width = resized_size(image, spec)
     rows, columns = spec.size

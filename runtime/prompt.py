@@ -7,59 +7,19 @@ each position. The decoder carries it out where the embeddings are, in NumPy or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from leanvlm.runtime.answer import Pruning
 from leanvlm.runtime.embeddings import TokenRows
+from leanvlm.runtime.layout import CropFeatures, ImageFeatures, ImageRun, Layout, image_runs
 from leanvlm.runtime.positions import PositionRule
 
-Embeddings = npt.NDArray[np.floating[Any]]
-
-
-class DeviceTensor(Protocol):
-    """Embeddings (K, D) on a device; `numpy.asarray` brings them to the processor."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(K, D)."""
-        ...
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        """Return them as an array."""
-        ...
-
-
-@dataclass(frozen=True)
-class CropFeatures:
-    """One crop, encoded: embeddings (K, D) and what pruning did."""
-
-    embeddings: Embeddings | DeviceTensor
-    pruning: Pruning
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """One image, encoded: its crops, in the order in which the prompt has them."""
-
-    crops: tuple[CropFeatures, ...]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What an image becomes in a prompt: these token ids, then its crops, then those.
-
-    Attributes:
-        before: Token ids before its crops.
-        after: Token ids behind them.
-    """
-
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
+Run = tuple[int, ...] | ImageRun
+"""Token ids, or kept image tokens that stand together."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +27,15 @@ class Prompt:
     """What the decoder reads first.
 
     Attributes:
-        text: (T, D), the text's embeddings in order.
+        text: (T, D), the rows of the token table, in order.
         crops: The crops of all images, in order.
         index: (S,) int64, for each element of the prompt its row among the text's rows followed by the crops'.
         positions: (axes, S) int64, the position of each element for the decoder's rotary embedding.
         next_position: Where the answer's first token goes; it may be more than S, the cache's length.
-        ids: The tokens as transformers' processor writes them, each crop all of its N placeholders; for generation settings.
+        ids: The tokens as transformers' processor writes them, all placeholders of an image; for generation settings.
     """
 
-    text: Embeddings
+    text: npt.NDArray[np.floating[Any]]
     crops: tuple[CropFeatures, ...]
     index: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
@@ -92,15 +52,11 @@ class Prompt:
         return np.concatenate(rows)[self.index]
 
 
-Run = tuple[int, ...] | CropFeatures
-"""Token ids, or the kept tokens of one crop."""
-
-
 def compose(ids: Sequence[int], image_token_id: int, images: Sequence[ImageFeatures], layout: Layout) -> list[Run]:
     """Put images where their tokens are.
 
     Args:
-        ids: Token ids with one image token for each image.
+        ids: Token ids with one image token for each run of image tokens, as `Layout.expand` has them.
         image_token_id: The image token.
         images: The images, in order.
         layout: What one image becomes.
@@ -110,19 +66,19 @@ def compose(ids: Sequence[int], image_token_id: int, images: Sequence[ImageFeatu
     """
     runs: list[Run] = []
     text: list[int] = []
-    waiting: Iterator[ImageFeatures] = iter(images)
+    waiting = iter([run for image in images for run in image_runs(image, layout)])
     for token in ids:
         if token != image_token_id:
             text.append(token)
             continue
-        if text or layout.before:
-            runs.append((*text, *layout.before))
-        runs += next(waiting).crops
-        text = list(layout.after)
+        if text:
+            runs.append(tuple(text))
+        runs.append(next(waiting))
+        text = []
     return [*runs, tuple(text)] if text else runs
 
 
-def assemble(runs: Sequence[Run], table: TokenRows, rule: PositionRule, image_token_id: int) -> Prompt:
+def assemble(runs: Sequence[Run], table: TokenRows, rule: PositionRule, image_token_id: int, line_end: int = -1) -> Prompt:
     """Plan a prompt.
 
     Args:
@@ -130,14 +86,17 @@ def assemble(runs: Sequence[Run], table: TokenRows, rule: PositionRule, image_to
         table: Rows of the text's tokens.
         rule: How positions are counted.
         image_token_id: Stands for each of a crop's N tokens in `ids`.
+        line_end: Row of the table that ends a line of image tokens, where the layout has one.
     """
-    texts = [run for run in runs if isinstance(run, tuple)]
-    text = table.rows([token for run in texts for token in run])
-    crops = tuple(run for run in runs if not isinstance(run, tuple))
+    listed: list[int] = []
+    for run in runs:
+        listed += run if isinstance(run, tuple) else [line_end] * run.ends
+    text = table.rows(listed)
     row, crop_row, position = 0, len(text), 0
     index: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
     positions = [np.empty((rule.axes, 0), np.int64)]
     ids: list[int] = []
+    crops: list[CropFeatures] = []
     for run in runs:
         if isinstance(run, tuple):
             index.append(row + np.arange(len(run)))
@@ -145,9 +104,12 @@ def assemble(runs: Sequence[Run], table: TokenRows, rule: PositionRule, image_to
             row, position = row + len(run), position + len(run)
             ids += run
             continue
-        pruning = run.pruning
-        index.append(crop_row + np.arange(pruning.kept))
-        positions.append(rule.crop(position, pruning.shape, pruning.indices))
-        crop_row, position = crop_row + pruning.kept, position + rule.width(pruning.shape, pruning.kept)
-        ids += [image_token_id] * pruning.total
-    return Prompt(text, crops, np.concatenate(index), np.concatenate(positions, axis=1), position, tuple(ids))
+        rows = crop_row + run.rows
+        rows[run.rows < 0] = row + np.arange(run.ends)
+        index.append(rows)
+        positions.append(rule.crop(position, run.shape, run.indices))
+        row, position = row + run.ends, position + rule.width(run.shape, len(run.rows))
+        crop_row += sum(crop.embeddings.shape[0] for crop in run.crops)
+        crops += run.crops
+        ids += [image_token_id] * run.placeholders
+    return Prompt(text, tuple(crops), np.concatenate(index), np.concatenate(positions, axis=1), position, tuple(ids))

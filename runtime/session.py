@@ -6,25 +6,26 @@ embedding of a prompt goes is decided here, so the graphs know nothing of prompt
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from leanvlm.runtime.answer import Answer, Generation, Pruning, Timings
+from leanvlm.runtime.answer import Answer, Generation, Timings
 from leanvlm.runtime.backends import Backend, Decoder, Graph, open_backend
 from leanvlm.runtime.bundle import read_manifest, verify_files
-from leanvlm.runtime.crops import crop
+from leanvlm.runtime.crops import Arrangement
 from leanvlm.runtime.embeddings import TokenTable
-from leanvlm.runtime.errors import BackendError, ContextOverflowError, InputError, SessionClosedError
+from leanvlm.runtime.encoder import Encoder
+from leanvlm.runtime.errors import BundleError, ContextOverflowError, InputError, SessionClosedError
 from leanvlm.runtime.generation import MAX_NEW_TOKENS, Chooser, GenerateOptions, GenerationSettings
-from leanvlm.runtime.manifest import Manifest
-from leanvlm.runtime.preprocess import ImageSource, PixelValues, image_list
-from leanvlm.runtime.prompt import CropFeatures, ImageFeatures, Prompt, assemble, compose
+from leanvlm.runtime.layout import ImageFeatures, image_tokens, least_positions
+from leanvlm.runtime.manifest import MANIFEST, Manifest
+from leanvlm.runtime.preprocess import ImageSource, image_list
+from leanvlm.runtime.prompt import Prompt, assemble, compose
+from leanvlm.runtime.records import shorten
 from leanvlm.runtime.sandbox import sandbox
 from leanvlm.runtime.streaming import AnswerText
 from leanvlm.runtime.text import Message, Template, TextTokenizer, check_image_tokens
@@ -47,6 +48,7 @@ class Session:
         folder: Where it is.
         backend: What runs its graphs.
         settings: What its generation_config.json says.
+        encoder: What turns images into embeddings.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
@@ -56,11 +58,13 @@ class Session:
         self.template = Template.from_folder(folder)
         self.tokenizer = TextTokenizer.from_folder(folder)
         self.tokenizer.check(manifest.decoder.vocab_size, manifest.image_token_id)
+        if not self.image_token or any(self.image_token in text for text in manifest.layout.marks):
+            raise BundleError(f"{MANIFEST}: the image token {shorten(self.image_token)!r} is empty, or in a text of the layout")
         self.table = TokenTable(folder / manifest.embed_tokens, manifest.decoder.table_rows, manifest.decoder.hidden_size)
         self.settings = GenerationSettings.from_folder(folder)
         self.settings.check(manifest.decoder.vocab_size)
         self.end_ids = self.settings.end_ids
-        self._graphs: dict[str, Graph] = {}
+        self.encoder = Encoder(manifest, backend)
         self._decoder: Decoder | None = None
         self._closed = False
 
@@ -74,7 +78,7 @@ class Session:
         """Let go of the graphs and their memory; the next piece of a stream in progress is a SessionClosedError."""
         with self.backend.lock:
             self._closed = True
-            self._graphs.clear()
+            self.encoder.close()
             self._decoder = None
 
     def generate(
@@ -115,7 +119,8 @@ class Session:
 
         Raises:
             InputError: An option, image or prompt that cannot be used.
-            ContextOverflowError: Prompt and answer do not fit the model's context; said before any image is looked at.
+            ContextOverflowError: Prompt and answer do not fit the model's context; said before any image is encoded, unless
+                only the ends of lines make them too long.
         """
         images = image_list(images)
         options = self.settings.options(
@@ -126,45 +131,32 @@ class Session:
         if raw and not (isinstance(prompt, str) and prompt.strip()):
             raise InputError("a raw prompt is a text that is not empty")
         start, timings = perf_counter(), Timings()
-        ids = self.prompt_ids(messages, len(images))
-        self.check_context(ids, chosen, options.max_new_tokens)
+        # What text an image becomes may depend on its size.
+        images, arrangements = self.arrange(images)
+        opened = perf_counter()
+        timings.preprocess += 1e3 * (opened - start)
+        ids = self.prompt_ids(messages, arrangements)
+        self.check_context(ids, arrangements, chosen, options.max_new_tokens)
         options.logits.check_ids(self.manifest.decoder.vocab_size)
-        timings.splice += 1e3 * (perf_counter() - start)
+        timings.splice += 1e3 * (perf_counter() - opened)
         features = self.encode_images(images, chosen, timings)
         return self._answer(ids, features, options, timings, start)
 
-    def encode_images(self, images: Sequence[ImageSource], budget: int, timings: Timings | None = None) -> list[ImageFeatures]:
-        """Turn images into the embeddings that the decoder reads, keeping `budget` tokens of each crop.
+    def arrange(
+        self, images: Sequence[ImageSource], among: int | None = None
+    ) -> tuple[Sequence[ImageSource], list[Arrangement]]:
+        """Say how images will be cut, for which those that become tiles are opened; see `Encoder.arrange`."""
+        return self.encoder.arrange(images, among)
 
-        Args:
-            images: B images; none gives an empty list.
-            budget: One of the bundle's budgets.
-            timings: Receives the times of preprocess and vision.
-        """
-        timings = timings or Timings()
-        if not images:
-            return []
-        start = perf_counter()
-        cropped = crop(images, self.manifest.image, self.manifest.crops)
-        timings.preprocess += 1e3 * (perf_counter() - start)
-        encoded = {shape: self._encode(pixels, budget, shape, timings) for shape, pixels in cropped.pixels.items()}
-        return [ImageFeatures(tuple(encoded[shape][row] for shape, row in crops)) for crops in cropped.images]
+    def encode_images(
+        self, images: Sequence[ImageSource], budget: int, timings: Timings | None = None, among: int | None = None
+    ) -> list[ImageFeatures]:
+        """Turn images into the embeddings that the decoder reads; see `Encoder.encode`."""
+        return self.encoder.encode(images, budget, timings or Timings(), among)
 
-    def _encode(self, pixels: PixelValues, budget: int, shape: int, timings: Timings) -> list[CropFeatures]:
-        """Run the vision graph on crops of one shape, (C, 3, H, W)."""
-        spec = self.manifest.vision_graph(budget, shape)
-        with self.backend.lock:
-            self._check_open()
-            start = perf_counter()
-            outputs = self.vision(budget, shape).run({"pixel_values": pixels})
-            timings.vision += 1e3 * (perf_counter() - start)
-        kept = {outputs["keep_indices"].shape[1], outputs["image_features"][0].shape[0]}
-        if kept != {spec.budget}:
-            found = " and ".join(map(str, sorted(kept)))
-            raise BackendError(
-                f"{spec.file} returned {found} tokens where its budget is {spec.budget}: export the bundle again"
-            )
-        return [self._features(outputs, row, shape) for row in range(len(pixels))]
+    def vision(self, budget: int, shape: int = 0) -> Graph:
+        """Return the vision graph of a budget, opened on first use; see `Encoder.graph`."""
+        return self.encoder.graph(budget, shape)
 
     def respond(
         self,
@@ -186,7 +178,7 @@ class Session:
         timings = timings or Timings()
         begin = perf_counter()
         start = begin if start is None else start
-        ids = self.prompt_ids(messages, len(features))
+        ids = self.prompt_ids(messages, [image.arrangement for image in features])
         timings.splice += 1e3 * (perf_counter() - begin)
         return self._answer(ids, features, options, timings, start)
 
@@ -205,31 +197,30 @@ class Session:
         timings.splice += 1e3 * (perf_counter() - begin)
         return Generation(self._pieces(prompt, features, options, timings, start))
 
-    def prompt_ids(self, messages: str | Sequence[Message], images: int) -> list[int]:
-        """Render and tokenise a conversation, or tokenise a raw prompt; every image is one image token in the result."""
-        raw = isinstance(messages, str)
-        ids = self.tokenizer.encode(messages if isinstance(messages, str) else self.template.render(messages))
-        check_image_tokens(ids, self.manifest.image_token_id, images, self.image_token if raw else None)
+    def prompt_ids(self, messages: str | Sequence[Message], images: int | Sequence[Arrangement]) -> list[int]:
+        """Render and tokenise a conversation, or tokenise a raw prompt; every run of image tokens is one in the result.
+
+        Args:
+            messages: The conversation; or a text that is the whole prompt, with one image token for each image.
+            images: How each image is cut; or how many there are, each of one crop.
+
+        Raises:
+            InputError: The prompt has more or fewer image tokens than there are images.
+        """
+        raw, token, layout = isinstance(messages, str), self.image_token, self.manifest.layout
+        arrangements = [Arrangement()] * images if isinstance(images, int) else images
+        text = messages if isinstance(messages, str) else self.template.render(messages)
+        check_image_tokens(text.count(token), len(arrangements), token if raw else None)
+        ids = self.tokenizer.encode(layout.expand(text, token, arrangements))
+        runs = sum(layout.text(image, token).count(token) for image in arrangements)
+        if ids.count(self.manifest.image_token_id) != runs:
+            raise BundleError(f"the tokenizer does not take {shorten(token)!r} as one token; copy or export the bundle again")
         return ids
 
     @property
     def image_token(self) -> str:
         """The text that stands for an image in a raw prompt."""
         return str(self.tokenizer.tokenizer.id_to_token(self.manifest.image_token_id))
-
-    def vision(self, budget: int, shape: int = 0) -> Graph:
-        """Return the vision graph of a budget, opened on first use. Beside other threads, run it under `backend.lock`.
-
-        Args:
-            budget: Image tokens kept per crop.
-            shape: Index of the crop shape.
-        """
-        spec = self.manifest.vision_graph(budget, shape)
-        with self.backend.lock:
-            self._check_open()
-            if spec.file not in self._graphs:
-                self._graphs[spec.file] = self.backend.graph(spec)
-            return self._graphs[spec.file]
 
     def decoder(self) -> Decoder:
         """Return the decoder, opened on first use. Beside other threads, use it under `backend.lock`."""
@@ -243,43 +234,29 @@ class Session:
         if self._closed:
             raise SessionClosedError("this session is closed; load the bundle again")
 
-    def _features(self, outputs: Mapping[str, Any], row: int, shape: int) -> CropFeatures:
-        # One value that is not finite spoils the sum, so features that stay on the device need not be fetched to be checked.
-        if not np.isfinite(outputs["feature_sum"][row]):
-            raise BackendError("the vision graph returned features or attention that are not finite (NaN or infinity)")
-        embeddings, rank = outputs["image_features"][row], float(outputs["effective_rank"][row])
-        pruning = Pruning(
-            kept=embeddings.shape[0],
-            effective_rank=rank if rank > 0 else None,
-            num_selected=int(outputs["num_selected"][row]),
-            converged=bool(outputs["converged"][row]),
-            indices=outputs["keep_indices"][row],
-            attention=outputs["attention"][row],
-            shape=self.manifest.crops.shapes[shape],
-        )
-        return CropFeatures(embeddings, pruning)
-
     def prompt(self, ids: Sequence[int], images: Sequence[ImageFeatures]) -> Prompt:
         """Plan a prompt: the images' crops in place of the image tokens.
 
         Args:
             ids: As `prompt_ids` returns them.
-            images: One entry for each image token, in order.
+            images: One entry for each image of the prompt, in order.
         """
-        image = self.manifest.image_token_id
-        return assemble(compose(ids, image, images, self.manifest.layout), self.table, self.manifest.positions, image)
+        manifest = self.manifest
+        runs = compose(ids, manifest.image_token_id, images, manifest.layout)
+        return assemble(runs, self.table, manifest.positions, manifest.image_token_id, manifest.line_end)
 
-    def check_context(self, ids: Sequence[int], budget: int, new: int) -> None:
-        """Raise ContextOverflowError if a prompt does not fit the model's context with its answer, before images are encoded.
+    def check_context(self, ids: Sequence[int], images: Sequence[Arrangement], budget: int, new: int) -> None:
+        """Raise ContextOverflowError if a prompt cannot fit the model's context with its answer, before images are encoded.
 
         Args:
             ids: The prompt, as `prompt_ids` returns it.
+            images: How each image is cut.
             budget: Image tokens kept per crop.
             new: Tokens of the answer at most.
         """
-        shape, layout = self.manifest.crops.shapes[0], self.manifest.layout
-        width = self.manifest.positions.width(shape, min(budget, shape.tokens)) + len(layout.before) + len(layout.after)
-        self._check_fit(len(ids) + ids.count(self.manifest.image_token_id) * (width - 1), new)
+        shape, layout, kept = self.manifest.crops.shapes[0], self.manifest.layout, self.manifest.positions.kept
+        text = len(ids) - ids.count(self.manifest.image_token_id)
+        self._check_fit(text + sum(least_positions(image, layout, shape, budget, kept) for image in images), new)
 
     def _check_fit(self, prompt: int, new: int) -> None:
         context = self.manifest.decoder.context_length
@@ -313,7 +290,8 @@ class Session:
         if rest := text.flush():
             yield rest
         pruning = tuple(crop.pruning for image in features for crop in image.crops)
-        return Answer(text.text, tuple(ids), len(prompt), reason, timings, pruning)
+        images = tuple(image_tokens(image, self.manifest.layout) for image in features)
+        return Answer(text.text, tuple(ids), len(prompt), reason, timings, pruning, images)
 
     def _tokens(self, prompt: Prompt, options: GenerateOptions, timings: Timings, start: float) -> Generator[int, None, None]:
         """Yield up to `max_new_tokens` token ids: prefill, then one decode step a token, each in a turn of its own."""

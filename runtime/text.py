@@ -214,19 +214,17 @@ def find_template(folder: Path) -> str | None:
     return next((source for source in found if source is not None), None)
 
 
-def check_image_tokens(ids: Sequence[int], image_token_id: int, images: int, raw: str | None = None) -> None:
+def check_image_tokens(found: int, images: int, raw: str | None = None) -> None:
     """Make sure that a prompt has an image token for every image.
 
     Args:
-        ids: Token ids of the whole prompt.
-        image_token_id: The image token.
-        images: How many images are given with the prompt.
+        found: Image tokens of the prompt.
+        images: How many images are given with it.
         raw: The image token's text, where the user writes it; None where a template does.
 
     Raises:
         InputError: The prompt has more or fewer image tokens than there are images.
     """
-    found = list(ids).count(image_token_id)
     if found == images:
         return
     way_out = (

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,12 @@ BUDGET = 64
 
 # `make test-fast` runs these files, but for what exports a bundle or runs a command.
 FAST_FILES = {
-    "bench", "decoder_passes", "decoders", "doctor", "facade", "frame", "gates", "hostile_checkpoint", "kernels",
-    "latency_report", "layering", "loading", "logits", "manifest", "models", "optional", "output", "packaging",
-    "pass_cases", "passes", "patches", "positions", "preprocess", "promises", "pruners", "records", "rope", "rounding",
-    "sampling", "scenes", "size", "streaming", "tegrastats", "text", "text_files", "text_records",
+    "aliases", "bench", "crops", "decoder_passes", "decoders", "doctor", "facade", "frame", "gates", "hostile_checkpoint",
+    "kernels", "latency_report", "layering", "layout", "loading", "logits", "manifest", "models", "optional", "output",
+    "packaging", "pass_cases", "passes", "patches", "positions", "preprocess", "promises", "pruners", "records", "rope",
+    "rounding", "sampling", "scenes", "size", "streaming", "tegrastats", "text", "text_files", "text_records",
 }  # fmt: skip
-SLOW_FIXTURES = {"cuda_bundle", "demo_bundle", "leanvlm", "leanvlm_process", "tensorrt_bundle", "tiny_bundle"}
+SLOW_FIXTURES = {"cuda_bundle", "demo_bundle", "leanvlm", "leanvlm_process", "tensorrt_bundle", "tile_bundle", "tiny_bundle"}
 
 
 def pytest_configure() -> None:
@@ -65,6 +66,22 @@ def tiny_bundle(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     output = tmp_path_factory.mktemp("tiny") / "tiny-16"
     export(ExportConfig(str(tiny_llava), (16,), output))
     return output
+
+
+@pytest.fixture(scope="session")
+def tile_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that exports a tiny checkpoint of a family that cuts tiles, at 6 tokens a crop; no test may change it."""
+    import tiny
+
+    from leanvlm import ExportConfig, export
+
+    @cache
+    def exported(shape: str) -> Path:
+        folder = tmp_path_factory.mktemp("tiles")
+        export(ExportConfig(str(tiny.TINY[shape](folder / "checkpoint")), (6,), folder / "bundle"))
+        return folder / "bundle"
+
+    return exported
 
 
 @pytest.fixture(scope="session")

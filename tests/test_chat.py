@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import select
@@ -15,13 +16,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from leanvlm.runtime.answer import Generation
 from leanvlm.runtime.commands.ask import Request
-from leanvlm.runtime.commands.chat import chat
+from leanvlm.runtime.commands.chat import Chat, chat
 from leanvlm.runtime.console import one_line_errors
-from leanvlm.runtime.session import Session
+from leanvlm.runtime.errors import BundleError, InputError
+from leanvlm.runtime.session import Session, load, user_message
 from leanvlm.runtime.text import Message
 
 QUESTION = "What is below the green ring?"
@@ -132,9 +136,9 @@ def test_an_image_that_vanished_is_named_and_the_others_stay(
 ) -> None:
     encode = Session.encode_images
 
-    def vanished(session: Session, *arguments: Any) -> Any:
+    def vanished(session: Session, *arguments: Any, **options: Any) -> Any:
         photo.unlink(missing_ok=True)
-        return encode(session, *arguments)
+        return encode(session, *arguments, **options)
 
     monkeypatch.setattr(Session, "encode_images", vanished)
     out, err = typed(QUESTION, QUESTION, images=(photo, sample_image))
@@ -225,3 +229,97 @@ def test_a_terminal_has_editing_history_and_interrupts(demo_bundle: Path, photo:
         terminal.expect("> ")
         terminal.type("\x04")
         assert terminal.process.wait(PATIENCE) == 0
+
+
+# ------------------------------------------------------------------------------------------- tiles
+
+
+@pytest.fixture(params=["llava_next", "llava_onevision"])
+def tiled(request: pytest.FixtureRequest, tile_bundle: Callable[[str], Path]) -> Iterator[Session]:
+    with load(tile_bundle(request.param), threads=1) as session:
+        yield session
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """A wide picture and a tall one."""
+    draw = np.random.default_rng(5)
+    for name, size in (("wide", (70, 140)), ("tall", (200, 90))):
+        Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    return [tmp_path / "wide.png", tmp_path / "tall.png"]
+
+
+def conversation(session: Session) -> Chat:
+    return Chat(session, session.manifest.default_budget, session.settings.options(max_new_tokens=12, ignore_end=True))
+
+
+def test_images_of_several_prompts_may_be_encoded_together(tiled: Session, pictures: list[Path]) -> None:
+    """As an evaluation does, each is cut as if it were alone."""
+    together = tiled.encode_images(pictures, 6, among=1)
+    for picture, image in zip(pictures, together, strict=True):
+        (alone,) = tiled.encode_images([picture], 6)
+        assert image.arrangement == alone.arrangement
+        for found, wanted in zip(image.crops, alone.crops, strict=True):
+            np.testing.assert_allclose(found.embeddings, wanted.embeddings, atol=1e-5)
+
+
+def test_a_text_of_the_layout_with_the_image_token_is_refused(tile_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    """It would stand for an image that is not there."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tile_bundle("llava_next"), bundle)
+    manifest = json.loads((bundle / "leanvlm.json").read_text())
+    manifest["layout"]["before"] = "see <image>"
+    (bundle / "leanvlm.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="the image token '<image>' is empty, or in a text of the layout"):
+        load(bundle)
+
+
+def test_a_second_image_changes_how_the_first_is_cut(
+    tiled: Session, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each turn is what a session says that is given all images at once, and an image is encoded again only where it must."""
+    encoded: list[int] = []
+    encode = tiled.encode_images
+
+    def noted(images: Any, *arguments: Any, **options: Any) -> Any:
+        encoded.append(len(images))
+        return encode(images, *arguments, **options)
+
+    monkeypatch.setattr(tiled, "encode_images", noted)
+    chat, messages, answers = conversation(tiled), [], []
+    for turn, new in enumerate((pictures[:1], pictures[1:], [])):
+        chat.add(new)
+        answers.append(chat.say(f"What is {turn}?"))
+        messages.append(user_message(f"What is {turn}?", len(new)))
+        count = len(encoded)
+        fresh = tiled.generate(messages, pictures[: turn + 1], max_new_tokens=12, ignore_end=True)
+        del encoded[count:]
+        assert answers[-1].token_ids == fresh.token_ids
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": fresh.text}]})
+    square = tiled.manifest.crops.several == "square"
+    assert encoded == ([1, 2, 0] if square else [1, 1, 0])
+    crops = [[image.crops for image in answer.images] for answer in answers]
+    assert crops == [[3], *([[1, 1]] * 2 if square else [[3, 4]] * 2)]
+
+
+def test_an_image_that_goes_with_no_other_waits_no_more(
+    tile_bundle: Callable[[str], Path], pictures: list[Path], tmp_path: Path
+) -> None:
+    """A line of pixels can be cut into tiles, and cannot be padded to a square."""
+    narrow, wide = tmp_path / "narrow.png", pictures[0]
+    Image.new("RGB", (8200, 4)).save(narrow)
+    with load(tile_bundle("llava_onevision"), threads=1) as session:
+        chat = conversation(session)
+        for first, second in ((narrow, wide), (wide, narrow)):
+            chat.add([first])
+            chat.say("What?")
+            with pytest.raises(InputError, match="too narrow"):
+                chat.add([second])
+            assert chat.waiting == []
+            chat.reset()
+        chat.add([narrow])
+        chat.add([wide])
+        with pytest.raises(InputError, match=r"too narrow.*: left out now"):
+            chat.say("What?")
+        assert chat.waiting == [wide]
+        assert len(chat.say("What?").images) == 1

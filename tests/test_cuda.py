@@ -153,6 +153,23 @@ def test_images_of_one_run_and_of_several_give_the_same_answer(session: Session,
     )
 
 
+@pytest.mark.parametrize("stage", ["vision", "project"])
+def test_graphs_that_end_before_there_are_features_run(session: Session, images: list[Image.Image], stage: str) -> None:
+    """`profile` times stages by them; again and for another batch size their outputs are those of plain ONNX Runtime."""
+    spec = session.manifest.stages[stage]
+    assert "image_features" not in {tensor.name for tensor in spec.outputs}
+    provider = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}[DEVICE]
+    graph, plain = session.backend.graph(spec), onnxruntime.InferenceSession(session.folder / spec.file, providers=[provider])
+    for pictures in (images[:1], images, images[1:]):
+        pixels = preprocess(pictures, session.manifest.image)
+        with session.backend.lock:
+            outputs = graph.run({"pixel_values": pixels})
+        wanted = dict(zip(outputs, plain.run(list(outputs), {"pixel_values": pixels}), strict=True))
+        assert outputs.keys() == {tensor.name for tensor in spec.outputs}
+        for name, values in wanted.items():
+            np.testing.assert_array_equal(outputs[name], values)
+
+
 def test_padding_a_prompt_changes_nothing(session: Session, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = [_answer(session, images[:count], budget=BUDGET) for count in (0, 1, 2)]
     monkeypatch.setattr(cuda, "bucket", lambda length: length + 13)

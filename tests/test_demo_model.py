@@ -15,8 +15,8 @@ from leanvlm.demo.render import render
 from leanvlm.demo.scenes import Question, Scene, held_out_questions, make_scene
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.generation import GenerateOptions
+from leanvlm.runtime.layout import ImageFeatures
 from leanvlm.runtime.preprocess import preprocess
-from leanvlm.runtime.prompt import ImageFeatures
 from leanvlm.runtime.session import user_message
 
 SCENES = [(kind, seed) for kind in ("simple", "complex") for seed in range(8)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import onnxruntime
 import pytest
 import tiny
 import torch
+from conftest import Command
 from safetensors.torch import load_file
 
 from leanvlm.exporter import ExportConfig, export, tolerances, verify
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
+from leanvlm.exporter.config import Share, parse_budgets
 from leanvlm.exporter.passes import stage_names
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, parse
 from leanvlm.exporter.reference import Reference
@@ -188,6 +191,34 @@ def test_verification_sees_a_wrong_weight(tiny_llava: Path, tmp_path: Path, monk
     monkeypatch.setattr(pipeline, "save_sharing", spoiled)
     with pytest.raises(VerificationError, match="vision graph"):
         export(ExportConfig(str(tiny_llava), (16,), tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("share", "count"), [("640/2880", 128), ("320/2880", 64), ("160/2880", 32), ("2880/2880", 576)])
+def test_a_share_of_all_crops_is_as_many_tokens_of_each(share: str, count: int) -> None:
+    """LLaVA-NeXT's five crops have 576 tokens each."""
+    asked = ExportConfig("llava-next", parse_budgets(f"{share},7"))
+    assert asked.resolved(576).counts == (count, 7)
+    # What the folder is called is what was asked for.
+    name = f"llava-next-{share.replace('/', 'of')}-7"
+    assert asked.named_output == asked.resolved(576).named_output == Path(name)
+
+
+def test_shares_are_rounded_to_the_nearest_and_keep_something() -> None:
+    for kept in range(1, 51):
+        nearest = min(range(1, 8), key=lambda count: (abs(Fraction(count, 7) - Fraction(kept, 50)), -count))
+        assert Share(kept, 50).of(7) == nearest
+    assert Share(1, 10**9).of(576) == 1
+
+
+def test_a_dry_run_says_what_a_share_becomes(
+    leanvlm: Command, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = leanvlm("export", "--model", tiny_llava, "--budget", "32/242", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "to tiny-llava-32of242:" in result.stdout
+    assert re.findall(r"vision_\d+", result.stdout) == ["vision_16", "vision_121"]
     assert not list(tmp_path.iterdir())
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import tiny
 import torch
+from original import NEW_TOKENS, Original
 from PIL import Image
 from reference import REFERENCE, Crop
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from leanvlm.exporter import ExportConfig, export, tolerances
 from leanvlm.exporter.checkpoint import Checkpoint, load_model, open_checkpoint
@@ -23,77 +21,17 @@ from leanvlm.exporter.graphs import VisionGraph
 from leanvlm.exporter.plan import pruner_for
 from leanvlm.exporter.pruners import PRUNERS, VisionTokens
 from leanvlm.exporter.pruners.base import ScoredBlock
-from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.exporter.reference import Reference, relative_difference
 from leanvlm.runtime import load
+from leanvlm.runtime.crops import arrange
 from leanvlm.runtime.errors import InputError, LeanVLMWarning, UnsupportedModelError, UnsupportedPrunerError
+from leanvlm.runtime.positions import PositionRule
 from leanvlm.runtime.preprocess import preprocess
+from leanvlm.runtime.prompt import assemble, compose
 from leanvlm.runtime.session import user_message
 
 PROMPTS = ("What is on the table?", "Año 2026: count the red cups, please.")
-NEW_TOKENS = 24
 BUDGET = 16
-
-
-@dataclass(frozen=True)
-class Original:
-    """A tiny checkpoint as transformers runs it, in fp32.
-
-    Attributes:
-        shape: Its name in `TINY`.
-        folder: Its files.
-    """
-
-    shape: str
-    folder: Path
-    model: Any
-    processor: Any
-
-    def inputs(self, prompt: str, image: Image.Image) -> Any:
-        """Return what the processor makes of a question about an image."""
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return self.processor(text=text, images=[image], return_tensors="pt")
-
-    def greedy(self, **inputs: Any) -> list[int]:
-        """Return the answer of `generate`, of which no token may be a matter of rounding."""
-        settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "eos_token_id": None, "pad_token_id": 0}
-        out = self.model.generate(**inputs, **settings, return_dict_in_generate=True, output_scores=True)
-        logits = torch.stack(out.scores)[:, 0]
-        best = logits.topk(2, dim=1).values
-        assert ((best[:, 0] - best[:, 1]) > tolerances.TOKEN_MARGIN["fp32"] * logits.abs().amax(dim=1)).all()
-        return [int(token) for token in out.sequences[0, -NEW_TOKENS:]]
-
-    @torch.no_grad()
-    def choice(self, pixels: torch.Tensor, keep: int) -> list[int]:
-        """Return which image tokens the slow AgilePruner keeps; a class token among them is always kept."""
-        config, tower = self.model.config, self.model.model.vision_tower
-        layers = config.vision_feature_layer
-        depth = config.vision_config.num_hidden_layers
-        deepest = max(layer % (depth + 1) for layer in ([layers] if isinstance(layers, int) else layers))
-        tower.set_attn_implementation("eager")
-        attention = tower(pixels, output_attentions=True).attentions[deepest - 1][0].mean(dim=0).double()
-        tower.set_attn_implementation("sdpa")
-        tokens = self.model.get_image_features(pixels, return_dict=True).pooler_output[0]
-        has_class = config.vision_config.model_type == "clip_vision_model"
-        scores = (attention[0, 1:] if has_class else attention.mean(dim=0)).numpy()
-        first = len(tokens) - len(scores)
-        points = tokens[first:].double().numpy()
-        ratio = float(exact_effective_rank(tokens[None, first:])) / 90.0
-        kept, _ = reference.agile(reference.Crop(points, points, points[:, None], scores, scores), keep - first, ratio)
-        return [*range(first), *(first + index for index in kept)]
-
-    @torch.no_grad()
-    def pruned(self, inputs: Any, keep: int) -> torch.Tensor:
-        """Return the prompt's embeddings (1, S, D) with the kept image features at the image's positions."""
-        ids, features = inputs["input_ids"][0], self.model.get_image_features(inputs["pixel_values"], return_dict=True)
-        embeddings = self.model.get_input_embeddings()(ids)
-        positions = (ids == self.model.config.image_token_id).nonzero()[:, 0]
-        embeddings[positions] = features.pooler_output[0]
-        stays = torch.ones(len(ids), dtype=torch.bool)
-        stays[positions] = False
-        stays[positions[self.choice(inputs["pixel_values"], keep)]] = True
-        return embeddings[stays][None]
 
 
 # `test_generate` asks the usual shape more.
@@ -102,47 +40,58 @@ SHAPES = [pytest.param(shape, marks=[pytest.mark.slow] * (shape == "llava")) for
 
 @pytest.fixture(scope="module", params=SHAPES)
 def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Original:
-    folder = tiny.TINY[request.param](tmp_path_factory.mktemp("shape") / "checkpoint")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    return Original(request.param, folder, model, AutoProcessor.from_pretrained(folder))
+    return Original.open(request.param, tiny.TINY[request.param](tmp_path_factory.mktemp("shape") / "checkpoint"))
 
 
-@pytest.fixture(scope="module")
-def images() -> list[Image.Image]:
+def pictures(family: str) -> list[Image.Image]:
+    """Return two pictures; for a family that cuts tiles a wide one and a tall one."""
     from skimage import data
 
-    return [Image.fromarray(data.astronaut()), Image.fromarray(data.coffee()[:, 40:330])]
+    cuts = (np.s_[:], np.s_[:, 40:330]) if family == "llava" else (np.s_[100:290], np.s_[:, 200:370])
+    found = zip((data.astronaut(), data.coffee()), cuts, strict=True)
+    return [Image.fromarray(np.ascontiguousarray(levels[cut])) for levels, cut in found]
 
 
-def test_greedy_tokens_equal_generate(original: Original, images: list[Image.Image], tmp_path: Path) -> None:
+def test_greedy_tokens_equal_generate(original: Original, tmp_path: Path) -> None:
     """At the full budget, and pruned to what the slow pruner keeps of transformers' own features."""
+    family = original.shape.partition("/")[0]
+    count = open_checkpoint(ExportConfig(str(original.folder))).spec.tokens_per_crop
+    budget, images = min(BUDGET, max(count // 6, 2)), pictures(family)
     with warnings.catch_warnings():
         # Of a context that ends before the checkpoint's: `test_frame` reads it.
         warnings.simplefilter("ignore", LeanVLMWarning)
-        export(ExportConfig(str(original.folder), (BUDGET,), tmp_path / "bundle"))
+        export(ExportConfig(str(original.folder), (budget,), tmp_path / "bundle"))
     seen: set[tuple[int, ...]] = set()
+    questions = [(prompt, (image,)) for prompt in PROMPTS for image in images] + [(PROMPTS[0], tuple(images))]
     with load(tmp_path / "bundle") as session:
         full = max(session.manifest.budgets)
 
         def ours(budget: int) -> list[int]:
-            return list(session.generate(prompt, image, budget=budget, max_new_tokens=NEW_TOKENS, ignore_end=True).token_ids)
+            return list(session.generate(prompt, asked, budget=budget, max_new_tokens=NEW_TOKENS, ignore_end=True).token_ids)
 
-        for prompt in PROMPTS:
-            for image in images:
-                inputs = original.inputs(prompt, image)
-                assert int((inputs["input_ids"] == session.manifest.image_token_id).sum()) == full
-                encoded = session.encode_images([image], BUDGET)
-                ids = session.prompt(session.prompt_ids([user_message(prompt, 1)], 1), encoded).ids
-                assert list(ids) == inputs["input_ids"][0].tolist()
-                wanted = original.greedy(**inputs)
-                assert ours(full) == wanted
-                seen.add(tuple(wanted))
-                assert encoded[0].crops[0].pruning.indices.tolist() == original.choice(inputs["pixel_values"], BUDGET)
-                embeddings = original.pruned(inputs, BUDGET)
-                pruned = original.greedy(inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2]))
-                assert ours(BUDGET) == pruned
-                seen.add(tuple(pruned))
-    assert len(seen) == 2 * len(PROMPTS) * len(images), "the model ignores its prompt, its image or the pruning"
+        for prompt, asked in questions:
+            inputs = original.inputs(prompt, *asked)
+            encoded = session.encode_images(asked, budget)
+            ids = session.prompt_ids([user_message(prompt, len(asked))], [image.arrangement for image in encoded])
+            whole = session.prompt(ids, session.encode_images(asked, full))
+            assert list(whole.ids) == inputs["input_ids"][0].tolist()
+            wanted = original.greedy(**inputs)
+            assert ours(full) == wanted
+            seen.add(tuple(wanted))
+            crops = [crop.pruning.indices.tolist() for image in encoded for crop in image.crops]
+            kept = [
+                [token for token in crop if token in shown] for crop, shown in zip(crops, original.shown(inputs), strict=True)
+            ]
+            assert kept == original.choices(inputs, budget)
+            embeddings, positions = original.pruned(budget, prompt, *asked)
+            pruned = original.greedy(inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2]))
+            assert ours(budget) == pruned
+            rule = PositionRule("original")
+            table, end, image = session.table, session.manifest.line_end, session.manifest.image_token_id
+            plan = assemble(compose(ids, image, encoded, session.manifest.layout), table, rule, image, end)
+            assert plan.positions[0].tolist() == positions.tolist()
+            seen.add(tuple(pruned))
+    assert len(seen) == 2 * len(questions), "the model ignores its prompt, its image or the pruning"
     assert all(len(set(tokens)) > NEW_TOKENS // 3 for tokens in seen), "the model repeats itself"
 
 
@@ -151,26 +100,38 @@ def test_greedy_tokens_equal_generate(original: Original, images: list[Image.Ima
 
 @dataclass(frozen=True)
 class Side:
-    """A tiny checkpoint's vision side: our parts, and what transformers says of two images."""
+    """A tiny checkpoint's vision side: our parts, and what transformers says of two images, or of an image's crops.
+
+    Attributes:
+        size: (height, width) of the image.
+    """
 
     checkpoint: Checkpoint
     parts: Parts
     reference: Reference
     pixels: torch.Tensor
     features: torch.Tensor
+    size: tuple[int, int]
 
 
 # Those whose towers, layers or strategies differ; the decoder does not matter here.
-@pytest.fixture(scope="module", params=["llava", "llava/siglip", "llava/full", "llava/layers"])
+SIDES = [
+    "llava", "llava/siglip", "llava/full", "llava/layers", "llava_next", "llava_next/mistral", "llava_onevision", "internvl",
+    "internvl/qwen3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=SIDES)
 def side(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Side:
     folder = tiny.TINY[request.param](tmp_path_factory.mktemp("side") / "checkpoint")
     checkpoint = open_checkpoint(ExportConfig(str(folder)))
     reference = Reference(checkpoint, load_model(checkpoint))
-    pixels = torch.randn(2, 3, *checkpoint.spec.image_size, generator=torch.Generator().manual_seed(3))
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        features = torch.stack(list(model.get_image_features(pixels, return_dict=True).pooler_output))
-    return Side(checkpoint, reference.parts, reference, pixels, features)
+    height, width = checkpoint.spec.image_size
+    size = (height, 2 * width)
+    count = max(arrange(size, checkpoint.frame.crops).crops, 2)
+    pixels = torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(3))
+    features = Original.open(request.param, folder).projected(pixels, size)
+    return Side(checkpoint, reference.parts, reference, pixels, features, size)
 
 
 @pytest.mark.parametrize("scored", ["feature", "last"])
@@ -180,9 +141,9 @@ def test_a_tower_sees_what_the_model_sees(side: Side, scored: ScoredBlock) -> No
     with torch.no_grad():
         seen = side.parts.tower(scored, None)(side.pixels)
         assert torch.equal(side.parts.project(seen.hidden), side.features)
-    wanted = side.reference.vision(side.pixels.numpy(), scored)
+    wanted = side.reference.vision(side.pixels.numpy(), scored, side.size)
     assert relative_difference(wanted.features.numpy(), side.features.numpy()) < tolerances.FEATURES["fp32"]
-    assert seen.hidden.shape[:2] == (2, spec.tokens_per_crop)
+    assert seen.hidden.shape[:2] == (len(side.pixels), spec.tokens_per_crop)
     for name, found, other in zip(seen._fields, seen, wanted.seen, strict=True):
         told = name == "hidden" or name in spec.signals
         assert (found is not None) == (other is not None) == told
@@ -196,13 +157,14 @@ def test_scores_of_a_tower_without_a_class_token_are_attention_received(side: Si
     seen = side.parts.tower("feature", None)(side.pixels)
     total = seen.saliency.sum(dim=1)
     whole = side.parts.skipped == 0
-    assert torch.allclose(total, torch.ones(2), atol=1e-5) if whole else (total < 1).all()
+    assert torch.allclose(total, torch.ones_like(total), atol=1e-5) if whole else (total < 1).all()
 
 
 @pytest.mark.parametrize("name", sorted(PRUNERS))
 def test_every_pruner_runs_on_every_shape_or_is_refused(side: Side, name: str) -> None:
     """Against the slow version on what transformers computes; a class token among the tokens is always kept."""
-    spec, parts, keep = side.checkpoint.spec, side.parts, 20
+    spec, parts = side.checkpoint.spec, side.parts
+    keep = min(20, spec.tokens_per_crop // 2)
     if not PRUNERS[name].needs <= spec.signals:
         with pytest.raises(UnsupportedPrunerError, match=rf"'{name}' needs a class token.*: agile, attention, cenprune"):
             pruner_for(name, spec, keep)
@@ -211,8 +173,8 @@ def test_every_pruner_runs_on_every_shape_or_is_refused(side: Side, name: str) -
     graph = VisionGraph(parts.tower(pruner.scored_block, None), parts.project, pruner, spec.grid, spec.leading)
     with torch.no_grad():
         features, indices, *_ = graph(side.pixels)
-    tokens = side.reference.vision(side.pixels.numpy(), pruner.scored_block)
-    for row in range(2):
+    tokens = side.reference.vision(side.pixels.numpy(), pruner.scored_block, side.size)
+    for row in range(len(side.pixels)):
         chosen, merged = REFERENCE[name](_crop(tokens.patches, row), keep - spec.leading)
         kept = [*range(spec.leading), *(spec.leading + index for index in chosen)]
         assert indices[row].tolist() == kept
@@ -238,7 +200,7 @@ def test_the_full_budget_of_every_pruner_is_the_unpruned_model(side: Side, name:
     with torch.no_grad():
         features, indices, *_ = graph(side.pixels)
     assert torch.equal(features, side.features)
-    assert indices.tolist() == [list(range(spec.tokens_per_crop))] * 2
+    assert indices.tolist() == [list(range(spec.tokens_per_crop))] * len(side.pixels)
 
 
 def test_a_budget_that_only_the_class_token_fills_is_refused(side: Side) -> None:
@@ -252,14 +214,14 @@ def test_a_budget_that_only_the_class_token_fills_is_refused(side: Side) -> None
 
 def test_a_strategy_that_would_drop_a_patch_is_refused(side: Side) -> None:
     config = side.checkpoint.config
-    if side.checkpoint.spec.saliency == "class":
+    if config.vision_config.model_type != "siglip_vision_model":
         return
     changed = type(config)(**config.to_dict() | {"vision_feature_select_strategy": "default"})
     with pytest.raises(UnsupportedModelError, match="would drop a patch: a 'siglip_vision_model' tower has no class token"):
         side.checkpoint.family.describe(changed)
 
 
-@pytest.mark.parametrize("shape", ["llava/siglip", "llava/full"])
+@pytest.mark.parametrize("shape", ["llava/siglip", "llava/full", "internvl"])
 def test_levels_in_place_of_pixels(shape: str, tmp_path: Path) -> None:
     """As the GPU targets take images, also those that are no whole number of patches."""
     checkpoint = open_checkpoint(ExportConfig(str(tiny.TINY[shape](tmp_path / "checkpoint"))))

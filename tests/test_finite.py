@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.embeddings import TokenTable
 from leanvlm.runtime.errors import BackendError, BundleError
-from leanvlm.runtime.prompt import ImageFeatures
+from leanvlm.runtime.layout import ImageFeatures
 from leanvlm.runtime.session import user_message
 
 Array = npt.NDArray[Any]

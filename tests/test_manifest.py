@@ -12,13 +12,13 @@ from mutations import paths, replaced
 
 from leanvlm.runtime.bundle import file_sha256, read_manifest, verify_files, write_manifest
 from leanvlm.runtime.commands.inspection import describe
-from leanvlm.runtime.crops import CropRule, CropShape
+from leanvlm.runtime.crops import MAX_TILES, CropRule, CropShape
 from leanvlm.runtime.errors import BundleError, InputError, LeanVLMError, ManifestError
 from leanvlm.runtime.manifest import MANIFEST, SCHEMA, VISION_OUTPUTS, Manifest
 from leanvlm.runtime.positions import PositionRule
 from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.prompt import Layout
-from leanvlm.runtime.records import LIMIT
+from leanvlm.runtime.records import LIMIT, plain, read
 from leanvlm.runtime.specs import DecoderSpec, FileSpec, GraphSpec, PrunerSpec, SourceSpec, TensorSpec, VisionSpec
 
 CONTENTS = {"vision_4.onnx": b"four", "vision_6.onnx": b"six tokens", "decoder.onnx": b"", "embed.safetensors": b"table"}
@@ -147,7 +147,7 @@ def test_another_schema_is_refused(manifest: Manifest, schema: object) -> None:
         ({"crops": {"kind": "whole", "shapes": [{"pixels": [28, 42], "grid": [2, 4]}]}}, "do not match"),
         ({"crops": {"kind": "whole", "shapes": [{"pixels": [28, 28], "grid": [2, 3]}]}}, "do not fit the first crop shape"),
         ({"crops": {"kind": "whole", "shapes": []}}, "crops: shapes is empty"),
-        ({"crops": {"kind": "tiles", "shapes": []}}, 'crops.kind is "tiles"; it must be one of'),
+        ({"crops": {"kind": "mosaic", "shapes": []}}, 'crops.kind is "mosaic"; it must be one of'),
         ({"saliency": "random"}, 'saliency is "random"'),
         ({"target": "abacus"}, 'target is "abacus"; it must be one of'),
         ({"positions": {"kept": "random"}}, 'positions.kept is "random"; it must be one of'),
@@ -163,6 +163,8 @@ def test_another_schema_is_refused(manifest: Manifest, schema: object) -> None:
         ({"vision": {"4": {}}}, "vision is an object of 1; it must be a list"),
         ({"embed_tokens": "elsewhere"}, "elsewhere is used but not listed"),
         ({"files": {}}, "is used but not listed"),
+        ({"layout": {"mosaic": True, "row_end": "newline"}}, "row_end newline is none of the decoder's extra_rows"),
+        ({"layout": {"before_tile": "x" * 257}}, "layout has a text of more than 256 characters"),
     ],
 )
 def test_parts_that_do_not_fit_each_other_are_refused(manifest: Manifest, changes: dict[str, Any], words: str) -> None:
@@ -347,3 +349,41 @@ def test_a_longer_or_missing_file_is_seen_without_reading_it(bundle: Path, manif
     (bundle / name).unlink()
     with pytest.raises(LeanVLMError, match=f"{name} is missing"):
         read_manifest(bundle)
+
+
+TILES = {"kind": "tiles", "shapes": [{"pixels": [28, 42], "grid": [2, 3]}], "arrangements": [[1, 2], [2, 2]]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arrangements": []}, "give one or the other"),
+        ({"choose": "longest_edge"}, "give one or the other"),
+        ({"choose": "longest_edge", "longest_edge": 84}, "give one or the other"),
+        ({"choose": "longest_edge", "arrangements": []}, "chosen by longest_edge, which is missing"),
+        ({"choose": "longest_edge", "arrangements": [], "longest_edge": 0}, "longest_edge is 0; it must be from 1 to 4096"),
+        ({"choose": "longest_edge", "arrangements": [], "longest_edge": 4096}, "would become 14406 crops; at most 256"),
+        ({"arrangements": [[1, 257]]}, r"arrangements\[0\]\[1\] is 257; it must be from 1 to 256"),
+        ({"arrangements": [[0, 2]]}, r"arrangements\[0\]\[0\] is 0; it must be from 1 to 256"),
+        ({"arrangements": [[1, 2.0]]}, r"arrangements\[0\]\[1\] is 2.0; it must be a whole number"),
+        ({"arrangements": [[16, 16]], "thumbnail": "last"}, "would become 257 crops; at most 256"),
+        ({"shapes": []}, "shapes is empty"),
+        ({"shapes": [{"pixels": [4096, 4096], "grid": [2, 3]}]}, "would become 4 crops of 4096 x 4096; they may have 64 megap"),
+        ({"fit": "crop"}, 'fit is "crop"; it must be one of'),
+        ({"thumbnail": True}, "thumbnail is true"),
+        ({"several": None}, "several is null"),
+        ({"background": [0, 0, 256]}, r"background\[2\] is 256; it must be from 0 to 255"),
+        ({"tile": 3}, 'it has the key "tile"'),
+    ],
+)
+def test_rules_that_do_not_fit_together_are_refused(changes: dict[str, Any], words: str) -> None:
+    assert read(CropRule, TILES, "manifest", ManifestError).most == 4
+    with pytest.raises(ManifestError, match=words):
+        read(CropRule, TILES | changes, "manifest", ManifestError)
+
+
+def test_the_largest_rules_are_taken() -> None:
+    shape = CropShape((28, 28), (2, 2))
+    assert CropRule("tiles", (shape,), arrangements=((16, 16),)).most == MAX_TILES
+    rule = CropRule("tiles", (shape,), arrangements=((1, 255),), thumbnail="last")
+    assert read(CropRule, plain(rule), "manifest", ManifestError) == rule

@@ -16,10 +16,11 @@ from leanvlm.exporter import ExportConfig, export
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.answer import Pruning
 from leanvlm.runtime.bundle import read_manifest
-from leanvlm.runtime.crops import CropShape
+from leanvlm.runtime.crops import Arrangement, CropShape
 from leanvlm.runtime.errors import ContextOverflowError, ManifestError
+from leanvlm.runtime.layout import CropFeatures, ImageFeatures, Layout
 from leanvlm.runtime.positions import PositionRule
-from leanvlm.runtime.prompt import CropFeatures, ImageFeatures, Layout, Prompt, assemble, compose
+from leanvlm.runtime.prompt import Prompt, assemble, compose
 from leanvlm.runtime.session import user_message
 
 NEW_TOKENS = 16
@@ -50,8 +51,8 @@ def _image(kept: list[int], shape: CropShape = SHAPE) -> ImageFeatures:
     return ImageFeatures((CropFeatures(np.full((len(kept), 3), 100.0, np.float32) + np.array(kept)[:, None], pruning),))
 
 
-def _prompt(rule: PositionRule, layout: Layout = Layout()) -> Prompt:  # noqa: B008 (frozen)
-    return assemble(compose([5, 6, 1, 7, 1, 8, 9], 1, [_image([0, 4]), _image([1])], layout), Rows(), rule, 1)
+def _prompt(rule: PositionRule) -> Prompt:
+    return assemble(compose([5, 6, 1, 7, 1, 8, 9], 1, [_image([0, 4]), _image([1])], Layout()), Rows(), rule, 1)
 
 
 def test_positions_of_two_images_and_text() -> None:
@@ -66,7 +67,12 @@ def test_positions_of_two_images_and_text() -> None:
 
 
 def test_an_image_stands_between_what_its_layout_says() -> None:
-    prompt = _prompt(PositionRule("compact"), Layout((20, 21), (22,)))
+    layout = Layout(before="<[", after=">")
+    text = layout.expand("ab*c*de", "*", [Arrangement()] * 2)
+    assert text == "ab<[*>c<[*>de"
+    ids = {"a": 5, "b": 6, "<": 20, "[": 21, "*": 1, ">": 22, "c": 7, "d": 8, "e": 9}
+    runs = compose([ids[letter] for letter in text], 1, [_image([0, 4]), _image([1])], layout)
+    prompt = assemble(runs, Rows(), PositionRule("compact"), 1)
     assert prompt.embeddings()[:, 0].tolist() == [5, 6, 20, 21, 100, 104, 22, 7, 20, 21, 101, 22, 8, 9]
     assert list(prompt.ids) == [5, 6, 20, 21, *[1] * 6, 22, 7, 20, 21, *[1] * 6, 22, 8, 9]
     nothing = assemble(compose([], 1, [], Layout()), Rows(), PositionRule("compact"), 1)

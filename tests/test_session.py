@@ -137,6 +137,6 @@ def test_no_more_threads_than_processors(demo_bundle: Path) -> None:
 def test_budgets_open_when_first_used(demo_bundle: Path, sample_image: Path) -> None:
     with load(demo_bundle) as session:
         session.generate(QUESTION, [sample_image], max_new_tokens=1)
-        assert set(session._graphs) == {"vision_64.onnx"}
+        assert set(session.encoder._graphs) == {"vision_64.onnx"}
         session.generate(QUESTION, [sample_image], max_new_tokens=1, budget=576)
-        assert set(session._graphs) == {"vision_64.onnx", "vision_576.onnx"}
+        assert set(session.encoder._graphs) == {"vision_64.onnx", "vision_576.onnx"}

@@ -151,7 +151,7 @@ PROFILE = (
     "leanvlm.runtime.commands.profile:read_image",
     "leanvlm.runtime.commands.profile:load",
     "leanvlm.runtime.commands.profile:answer_once",
-    "leanvlm.runtime.commands.profile:preprocess",
+    "leanvlm.runtime.commands.profile:crop",
     "onnxruntime:InferenceSession.end_profiling",
     "leanvlm.runtime.backends.ort:check_graph",
     "leanvlm.runtime.commands.profile:peak_memory",

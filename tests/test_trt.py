@@ -20,6 +20,7 @@ from leanvlm.runtime.backends import trt
 from leanvlm.runtime.bundle import read_manifest, verify_files, write_manifest
 from leanvlm.runtime.engines.profiles import Limits
 from leanvlm.runtime.errors import BackendError, BundleError, InputError, MissingExtraError
+from leanvlm.runtime.preprocess import preprocess
 from leanvlm.runtime.session import Session, user_message
 from leanvlm.runtime.specs import EngineSpec
 
@@ -128,10 +129,21 @@ def test_steps_run_one_by_one_where_nothing_can_be_captured(
 
 def test_sizes_outside_the_profiles_are_refused_with_what_to_build(opened: Open, images: list[Image.Image]) -> None:
     session = opened(Limits(images=1, prompt=600, positions=640))
+    pixels = preprocess(images, session.manifest.image)
     with pytest.raises(BackendError, match=r"vision_64.engine takes pixel_values from .* to \[1, 3.*--max-images"):
-        session.encode_images(images, 64)
+        session.vision(64).run({"pixel_values": pixels})
     with pytest.raises(BackendError, match=r"decoder.engine takes past_key_values.*--max-positions"):
         session.generate(PROMPT, images[:1], max_new_tokens=700, ignore_end=True)
+
+
+def test_more_crops_than_an_engine_takes_go_through_it_in_parts(opened: Open, images: list[Image.Image]) -> None:
+    session = opened(Limits(images=1, prompt=1400, positions=1500))
+    assert session.backend.crops_at_once == 1
+    together, alone = session.encode_images(images, 64), [session.encode_images([image], 64)[0] for image in images]
+    for ours, other in zip(together, alone, strict=True):
+        assert (np.asarray(ours.crops[0].embeddings) == np.asarray(other.crops[0].embeddings)).all()
+        assert ours.crops[0].pruning.indices.tolist() == other.crops[0].pruning.indices.tolist()
+    assert together[0].crops[0].pruning.indices.tolist() != together[1].crops[0].pruning.indices.tolist()
 
 
 @pytest.mark.parametrize(

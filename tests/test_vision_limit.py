@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,48 @@ def test_a_small_mistake_does_not_pass(tiny_llava: Path, bundle: Session, mistak
         MISTAKES[mistake](model)
     with pytest.raises(VerificationError, match="vision graph of budget 16: features differ by"):
         verify(bundle, Reference(request.checkpoint, model), request.pruners)
+
+
+@pytest.mark.parametrize(
+    ("precision", "budget", "least"), [("fp32", 6, 5.88), ("fp16", 3, 2.7), ("fp16", 6, 5), ("fp16", 64, 57.6)]
+)
+def test_in_half_precision_one_token_may_differ(precision: str, budget: int, least: float) -> None:
+    """Of a few that is more than the share that may; of three it would be any."""
+    assert tolerances.kept_least(precision, budget) == pytest.approx(least)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_end": None}, "takes 70 places in a prompt, the checkpoint's 73"),
+        ({"mosaic": False, "row_end": None}, "takes 100 places in a prompt, the checkpoint's 73"),
+    ],
+)
+def test_a_layout_that_is_not_the_checkpoints_does_not_pass(
+    tile_bundle: Callable[[str], Path], change: dict[str, Any], message: str
+) -> None:
+    folder = tile_bundle("llava_next")
+    request = planned(folder.parent / "checkpoint")
+    with load(folder) as session:
+        session.manifest = replace(session.manifest, layout=replace(session.manifest.layout, **change))
+        with pytest.raises(VerificationError, match=message):
+            verify(session, Reference(request.checkpoint, load_model(request.checkpoint)), request.pruners)
+
+
+def test_tokens_of_another_tile_do_not_pass(tile_bundle: Callable[[str], Path]) -> None:
+    """As many as there should be, in another order."""
+    folder = tile_bundle("llava_next")
+    request = planned(folder.parent / "checkpoint")
+    reference = Reference(request.checkpoint, load_model(request.checkpoint))
+    look = reference.look
+
+    def turned(*given: Any) -> tuple[Any, Any]:
+        tokens, packed = look(*given)
+        return tokens, packed[::-1].copy()
+
+    reference.look = turned  # type: ignore[method-assign]
+    with load(folder) as session, pytest.raises(VerificationError, match="an unpruned image's tokens are not the checkpoint's"):
+        verify(session, reference, request.pruners)
 
 
 def test_no_mistake_passes(tiny_llava: Path, bundle: Session) -> None:

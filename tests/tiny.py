@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tiny_tiles
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tiny_parts import TEMPLATE, byte_tokenizer, spread
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -41,12 +42,6 @@ LONGROPE = {
     "factor": 2.0, "short_factor": [1.0 + 0.1 * index for index in range(8)],
     "long_factor": [1.0 + index for index in range(8)],
 }  # fmt: skip
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image>\n{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %} "
-    "{% else %}ASSISTANT: {% for c in m['content'] %}{{ c['text'] }}{% endfor %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
 
 
 def llava(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
@@ -98,7 +93,7 @@ def checkpoint(
     model = LlavaForConditionalGeneration(config).eval()
     if spare:
         model.resize_token_embeddings(len(tokenizer) + spare)
-    _spread(model, norms)
+    spread(model, norms)
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
     model.to(dtype).save_pretrained(folder)
@@ -125,21 +120,6 @@ def siglip() -> SiglipVisionConfig:
     )  # fmt: skip
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose tokens are bytes: any text goes through it."""
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate([*special, *symbols])}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        additional_special_tokens=["<image>"], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-
-
 def image_processor(size: int = IMAGE_SIZE) -> CLIPImageProcessor:
     """Return CLIP's image processor at a tiny tower's size."""
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
@@ -153,27 +133,6 @@ def processor(
         image_processor=images, tokenizer=tokenizer, patch_size=PATCH, image_token="<image>",
         vision_feature_select_strategy=strategy, num_additional_image_tokens=classes, chat_template=TEMPLATE,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def _spread(model: Any, norms: float) -> None:
-    """Widen the initial weights: with transformers' own, a random decoder repeats one token whatever the image."""
-    table = model.get_input_embeddings()
-    # A tied head finds the last token's own row again, if much of it is left behind the blocks.
-    rows = 0.03 / getattr(table, "scalar_embed_scale", 1.0) if model.config.tie_word_embeddings else 1.0
-    for name, parameter in model.named_parameters():
-        if parameter is table.weight:
-            parameter.normal_(0, rows)
-        elif parameter.dim() >= 2:
-            fan = parameter[0].numel()
-            scale = 2.5 if "q_proj" in name or "k_proj" in name or "qkv_proj" in name else 1.2
-            parameter.normal_(0, 1.0 if "embed" in name else scale * fan**-0.5)
-        elif name.endswith("bias"):
-            parameter.normal_(0, 0.1)
-        elif norms and "language_model" in name and "norm" in name:
-            parameter.add_(norms * torch.randn_like(parameter))
-            # Heads of unit length attend to everything alike.
-            parameter.mul_(2.5 if "q_norm" in name or "k_norm" in name else 1.0)
 
 
 # Family, and what of its shapes, to a function that saves one. Each shape of a tower stands with another decoder.
@@ -192,9 +151,10 @@ TINY: dict[str, Callable[[Path], Path]] = {
     "llava/layers": partial(checkpoint, text=GemmaConfig, vision_feature_layer=[-2, 0, 3]),
     "llava/resized": partial(checkpoint, seed=2, text=MistralConfig, spare=37, text_options={"sliding_window": 400}),
     "llava/tied": partial(checkpoint, text=Qwen3Config, text_options={"tie_word_embeddings": True}),
-    "llava/gemma2": partial(checkpoint, text=Gemma2Config, text_options={"query_pre_attn_scalar": 24, "sliding_window": 300}),
+    "llava/gemma2": partial(checkpoint, text=Gemma2Config, text_options={"query_pre_attn_scalar": 24, "sliding_window": 340}),
     # Its gated blocks are as wide as there are tokens, as its head is.
     "llava/smollm3": partial(
         checkpoint, text=SmolLM3Config, text_options={"no_rope_layer_interval": 2, "intermediate_size": VOCABULARY}
     ),
+    **tiny_tiles.TINY,
 }  # fmt: skip

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from leanvlm.exporter.families.base import Description, Family, Parts
+from leanvlm.exporter.families.base import Description, Family, Frame, Parts
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.records import shorten
 
-__all__ = ["ARCHITECTURES", "FAMILIES", "Description", "Family", "Parts", "family_for"]
+__all__ = ["ARCHITECTURES", "FAMILIES", "Description", "Family", "Frame", "Parts", "family_for"]
 
 FAMILIES: dict[str, str] = {
+    "internvl": "leanvlm.exporter.families.internvl:InternVlFamily",
     "llava": "leanvlm.exporter.families.llava:LlavaFamily",
+    "llava_next": "leanvlm.exporter.families.llava_next:LlavaNextFamily",
+    "llava_onevision": "leanvlm.exporter.families.llava_onevision:LlavaOnevisionFamily",
 }
 # For configurations that name their architecture only.
-ARCHITECTURES = {"LlavaForConditionalGeneration": "llava"}
+ARCHITECTURES = {
+    "InternVLForConditionalGeneration": "internvl",
+    "LlavaForConditionalGeneration": "llava",
+    "LlavaNextForConditionalGeneration": "llava_next",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+}
 
 
 def family_for(model_type: str) -> Family:

@@ -7,15 +7,19 @@ checkpoint's own; nothing foreign is patched.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from leanvlm.exporter import decoders
 from leanvlm.exporter.pruners.base import ScoredBlock, Signal
 from leanvlm.runtime.crops import CropRule, CropShape
+from leanvlm.runtime.errors import UnsupportedModelError
+from leanvlm.runtime.layout import Layout
 from leanvlm.runtime.preprocess import ImageSpec
-from leanvlm.runtime.prompt import Layout
+from leanvlm.runtime.records import shorten
 
 # Whose attention a token's score is: the class token's, or that of all tokens on average.
 Saliency = Literal["class", "received"]
@@ -26,13 +30,12 @@ class Description:
     """What a checkpoint's configuration says of its image tokens.
 
     Attributes:
-        grid: Rows and columns of patches.
+        grid: Rows and columns of image tokens, behind any merging of patches.
         image_size: Pixels on each side, (height, width), that the tower takes.
         image_token_id: The token that stands for an image in the prompt.
         layers: The hidden states that the projector reads, side by side; 0 = embeddings.
         blocks: Blocks of the tower.
         saliency: What scores the tokens.
-        layout: What an image becomes in the prompt.
         leading: Tokens in front of the patches that have no position on the grid, such as a class token; they are always kept.
     """
 
@@ -43,17 +46,16 @@ class Description:
     blocks: int
     saliency: Saliency = "class"
     leading: int = 0
-    layout: Layout = Layout()  # noqa: RUF009 (frozen)
+
+    @property
+    def shape(self) -> CropShape:
+        """The shape of a crop that the tower takes."""
+        return CropShape(self.image_size, self.grid, self.leading)
 
     @property
     def tokens_per_crop(self) -> int:
         """N, the image tokens of one crop."""
-        return self.leading + self.grid[0] * self.grid[1]
-
-    @property
-    def crops(self) -> CropRule:
-        """How the runtime cuts an image: it is one crop."""
-        return CropRule("whole", (CropShape(self.image_size, self.grid, self.leading),))
+        return self.shape.tokens
 
     @property
     def signals(self) -> frozenset[Signal]:
@@ -63,6 +65,21 @@ class Description:
     def scored_block(self, where: ScoredBlock) -> int:
         """Return the 0-based block whose attention scores the tokens, for what a pruner asks for."""
         return max(max(self.layers) - 1, 0) if where == "feature" else self.blocks - 1
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a checkpoint's processors do to images and their place in a prompt, as records that the manifest takes as they are.
+
+    Attributes:
+        image: How one crop becomes pixel values.
+        crops: How an image becomes crops.
+        layout: What an image becomes in the prompt.
+    """
+
+    image: ImageSpec
+    crops: CropRule
+    layout: Layout = Layout()  # noqa: RUF009 (frozen)
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,9 @@ class Parts:
         attention: The self-attention of the tower's block of that number.
         skipped: Tokens of the tower in front of those that a pruner may see as `leading` or as patches.
         decoder: The causal language model, with `model` and `lm_head`.
+        inputs: What the model's `get_image_features` takes for the crops (C, 3, H, W) of an image of a size (height, width).
+        cell: Patches on each side of what becomes one token.
+        extra_rows: Embeddings (D,) that the model learned beside those of tokens, by name; each becomes a row of the table.
     """
 
     vision: nn.Module
@@ -104,6 +124,9 @@ class Parts:
     attention: Callable[[int], Attention]
     skipped: int
     decoder: nn.Module
+    inputs: Callable[[Tensor, tuple[int, int]], dict[str, Any]]
+    cell: int = 1
+    extra_rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Family(Protocol):
@@ -124,6 +147,19 @@ class Family(Protocol):
         """
         ...
 
+    def frame(self, config: Any, processor: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Frame:
+        """Read what the checkpoint's processors do.
+
+        Args:
+            config: A transformers configuration that `describe` took.
+            processor: The image processor's configuration, resolved.
+            tokenizer: The content of `tokenizer_config.json`.
+
+        Raises:
+            UnsupportedModelError: A step that is not handled, or sizes that do not fit the tower.
+        """
+        ...
+
     def empty(self, config: Any) -> nn.Module:
         """Build the checkpoint's model on the meta device."""
         ...
@@ -139,3 +175,63 @@ class Family(Protocol):
     def parts(self, model: nn.Module) -> Parts:
         """Take a model apart."""
         ...
+
+
+class ModelFamily:
+    """What families have alike whose configuration is a `vision_config` and a `text_config`.
+
+    Attributes:
+        model_type: Theirs.
+        model: The model's class in transformers.
+        towers: What a `vision_config` may call its type.
+    """
+
+    model_type: ClassVar[str]
+    model: ClassVar[Callable[[Any], nn.Module]]
+    towers: ClassVar[tuple[str, ...]]
+
+    def check_parts(self, raw: Mapping[str, Any]) -> None:
+        """Refuse other towers and decoders: of some, transformers makes lists as long as a number in the file says.
+
+        Raises:
+            UnsupportedModelError: A tower or decoder that this family does not handle.
+        """
+        known = {"vision_config": ("tower", self.towers), "text_config": ("decoder", tuple(decoders.DECODERS))}
+        for name, (called, kinds) in known.items():
+            part = raw.get(name)
+            kind = part.get("model_type") if isinstance(part, Mapping) else None
+            if kind and kind not in list(kinds):
+                raise UnsupportedModelError(
+                    f"{self.model_type} with a {shorten(repr(kind))} {called} is not supported; supported: {', '.join(kinds)}"
+                )
+
+    def check_config(self, config: Any) -> None:
+        """Do the same with a transformers configuration, whose classes fill in what a file leaves out."""
+        parts = ("vision_config", "text_config")
+        self.check_parts({name: {"model_type": getattr(config, name).model_type} for name in parts})
+
+    def empty(self, config: Any) -> nn.Module:
+        """Build the model on the meta device: structure, no memory."""
+        with torch.device("meta"):
+            model = type(self).model(config)
+        return model.eval()
+
+
+def language_model_key(key: str) -> str:
+    """Map `language_model.model.x`, `model.language_model.x` and so on, of several transformers versions, to one spelling."""
+    key = key.removeprefix("model.")
+    for old, new in (("language_model.model.", "language_model."), ("language_model.lm_head.", "lm_head.")):
+        if key.startswith(old):
+            return new + key[len(old) :]
+    return key
+
+
+def cells_of(patches: int, cell: int, named: str) -> tuple[int, int]:
+    """Return the grid of cells of cell x cell patches, of so many patches a side; `named` is the field that sets `cell`.
+
+    Raises:
+        UnsupportedModelError: They are no whole number.
+    """
+    if patches % cell:
+        raise UnsupportedModelError(f"{patches} patches a row are no whole number of cells of {cell}; see {named}")
+    return patches // cell, patches // cell

@@ -6,20 +6,22 @@ out, with `full` it is an image token like the others, but without a position on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from leanvlm.exporter import decoders
-from leanvlm.exporter.families.base import Attention, Description, Parts, Saliency
+from leanvlm.exporter.families.base import Attention, Description, Frame, ModelFamily, Parts, Saliency, language_model_key
+from leanvlm.exporter.image_processor import read_image_processor
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.exporter.ranges import DecoderRanges, LlavaRanges, TowerRanges, check_ranges
 from leanvlm.exporter.towers.base import BlockTower
 from leanvlm.exporter.towers.clip import ClipTower
 from leanvlm.exporter.towers.siglip import SiglipTower
+from leanvlm.runtime.crops import CropRule
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.records import shorten
@@ -28,27 +30,12 @@ from leanvlm.runtime.records import shorten
 TOWERS: dict[str, Saliency] = {"clip_vision_model": "class", "siglip_vision_model": "received"}
 
 
-class LlavaFamily:
+class LlavaFamily(ModelFamily):
     """LLaVA checkpoints of any size, in the key layouts of all transformers versions."""
 
     model_type = "llava"
-
-    def check_parts(self, raw: Mapping[str, Any]) -> None:
-        """Refuse other towers and decoders: of some, transformers makes lists as long as a number in the file says.
-
-        Raises:
-            UnsupportedModelError: A tower or decoder that this family does not handle.
-        """
-        known: dict[str, tuple[str, Iterable[str]]] = {
-            "vision_config": ("tower", TOWERS),
-            "text_config": ("decoder", decoders.DECODERS),
-        }
-        for name, (called, kinds) in known.items():
-            part = raw.get(name)
-            kind = part.get("model_type") if isinstance(part, Mapping) else None
-            if kind and kind not in list(kinds):
-                shown = shorten(repr(kind))
-                raise UnsupportedModelError(f"LLaVA with a {shown} {called} is not supported; supported: {', '.join(kinds)}")
+    model: ClassVar[Callable[[Any], nn.Module]] = LlavaForConditionalGeneration
+    towers: ClassVar[tuple[str, ...]] = tuple(TOWERS)
 
     def describe(self, config: Any) -> Description:
         """Read a `LlavaConfig`.
@@ -57,7 +44,7 @@ class LlavaFamily:
             UnsupportedModelError: A tower, decoder or feature selection that this family does not handle.
             CheckpointError: A number that is not possible.
         """
-        self.check_parts({name: {"model_type": getattr(config, name).model_type} for name in ("vision_config", "text_config")})
+        self.check_config(config)
         check_ranges(TowerRanges, config.vision_config, "vision_config in config.json")
         check_ranges(DecoderRanges, config.text_config, "text_config in config.json")
         check_ranges(LlavaRanges, config, "config.json")
@@ -89,23 +76,22 @@ class LlavaFamily:
             raise UnsupportedModelError(f"vision_feature_layer {shorten(named)} is outside a tower of {depth} blocks")
         return tuple(layer if layer >= 0 else depth + 1 + layer for layer in layers)
 
-    def empty(self, config: Any) -> nn.Module:
-        """Build the model on the meta device: structure, no memory."""
-        with torch.device("meta"):
-            model: nn.Module = LlavaForConditionalGeneration(config)
-        return model.eval()
+    def frame(self, config: Any, processor: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Frame:
+        """Read what the image processor does: an image is one crop.
+
+        Raises:
+            UnsupportedModelError: A step that is not handled, or another size than the tower's.
+        """
+        image, shape = read_image_processor(processor), self.describe(config).shape
+        if image.size != shape.pixels:
+            raise UnsupportedModelError(f"the processor makes images of {image.size}, the tower takes {shape.pixels}")
+        return Frame(image, CropRule("whole", (shape,)))
 
     def canonical_key(self, key: str) -> str:
         """Map `language_model.model.x`, `model.language_model.x`, `vision_tower.vision_model.x` … to one spelling."""
-        key = key.removeprefix("model.")
-        for old, new in (
-            ("language_model.model.", "language_model."),
-            ("language_model.lm_head.", "lm_head."),
-            ("vision_tower.vision_model.", "vision_tower."),
-        ):
-            if key.startswith(old):
-                return new + key[len(old) :]
-        return key
+        key = language_model_key(key)
+        old, new = "vision_tower.vision_model.", "vision_tower."
+        return new + key[len(old) :] if key.startswith(old) else key
 
     def finish(self, model: nn.Module) -> None:
         """Recompute the tower's position ids, and what the decoder computes from its configuration."""
@@ -138,6 +124,7 @@ class LlavaFamily:
             attention=attention,
             skipped=skipped,
             decoder=decoders.causal_model(core.model.language_model, core.lm_head),
+            inputs=lambda pixels, size: {"pixel_values": pixels},
         )
 
     @staticmethod

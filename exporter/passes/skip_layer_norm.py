@@ -28,7 +28,7 @@ def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     if is_constant(x, rank=2) and x is not None:  # Position embeddings (S, D), the same for every image.
         skip, x = constant(graph, f"{x.name}_row", array(x)[None]), skip
-    elif is_constant(skip) or is_constant(x):
+    elif is_constant(skip) or is_constant(x) or x is None or x.shape is None or len(x.shape) != 3:
         return False
     biased = producer(x, "Add")
     bias = None

@@ -7,7 +7,7 @@ It decides which tokens stay and knows nothing of model families.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -29,14 +29,19 @@ class VisionTokens:
     Attributes:
         features: (B, N, D), after the projector.
         seen: The same tokens before the projector, and what the tower tells of them.
-        grid: MatrixRows and columns of the patches.
+        grid: Rows and columns of the patches.
         leading: How many tokens stand in front of the patches and have no position on the grid; a pruner gets none.
+        valid: (B, N) in fp32, 1 where a token shows the image and 0 where it is padding around it; None where all do.
     """
 
     features: Tensor
     seen: Seen
     grid: tuple[int, int]
     leading: int = 0
+    valid: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.valid is None or not self.leading, "padding and tokens in front of the grid do not go together"
 
     @property
     def patches(self) -> VisionTokens:
@@ -44,6 +49,20 @@ class VisionTokens:
         if not self.leading:
             return self
         return VisionTokens(self.features[:, self.leading :], self.seen.patches(self.leading), self.grid)
+
+    @property
+    def shown(self) -> VisionTokens:
+        """The same with neutral padding: nothing attends to it, and it is what the other tokens are on average.
+
+        So it adds nothing to an effective rank, whose features are centred, and no entropy.
+        """
+        if self.valid is None:
+            return self
+        shows = self.valid > 0
+        hidden, keys = _averaged(self.hidden, shows), self.seen.keys
+        keys = None if keys is None else _averaged(keys.flatten(2), shows).reshape(keys.shape)
+        told = (None if part is None else torch.where(shows, part, 0.0) for part in (self.seen.saliency, self.seen.unsplit))
+        return replace(self, features=_averaged(self.features, shows), seen=Seen(hidden, keys, *told))
 
     @property
     def count(self) -> int:
@@ -69,6 +88,14 @@ class VisionTokens:
     def unsplit(self) -> Tensor:
         """(B, N), the class token's attention of one head of width H * d; only for a pruner that needs `unsplit`."""
         return _told(self.seen.unsplit)
+
+
+def _averaged(part: Tensor, shows: Tensor) -> Tensor:
+    """Replace what does not show the image, in tokens (B, N, E), by the average of what does."""
+    weights = shows.float()[:, None, :]
+    mean = (weights @ part.float()) / weights.sum(dim=2, keepdim=True).clamp(min=1.0)
+    # All of a crop may be padding; then it stays as it is.
+    return torch.where(shows[:, :, None] | ~shows.any(dim=1)[:, None, None], part, mean.to(part.dtype))
 
 
 def _told(part: Tensor | None) -> Tensor:
@@ -123,9 +150,21 @@ def enforce(holds: bool, rule: str) -> None:
         raise UnsupportedPrunerError(rule)
 
 
-def choose(pruner: Pruner, tokens: VisionTokens) -> Kept:
-    """Choose among the patches; tokens without a position on the grid are always kept, in front."""
-    first, kept = tokens.leading, pruner(tokens.patches)
+def choose(pruner: Pruner, tokens: VisionTokens, shown: VisionTokens | None = None) -> Kept:
+    """Choose among the patches; tokens without a position on the grid are always kept, in front.
+
+    Padding is kept only where a crop has fewer other tokens than are kept: what a pruner takes of it gives way to the most
+    attended of the others.
+
+    Args:
+        pruner: The method.
+        tokens: The tokens.
+        shown: `tokens.shown`, where it is at hand.
+    """
+    shown = tokens.shown if shown is None else shown
+    first, kept = tokens.leading, pruner(shown.patches)
+    if tokens.valid is not None and kept.indices.shape[1] < tokens.count:
+        return _without_padding(kept, tokens, shown.saliency, tokens.valid)
     if not first:
         return kept
     batch = tokens.features.shape[0]
@@ -135,6 +174,26 @@ def choose(pruner: Pruner, tokens: VisionTokens) -> Kept:
     if "num_selected" in diagnostics:
         diagnostics["num_selected"] = diagnostics["num_selected"] + first
     return Kept(torch.cat([always, kept.indices + first], dim=1), merged, diagnostics)
+
+
+def _without_padding(kept: Kept, tokens: VisionTokens, saliency: Tensor, valid: Tensor) -> Kept:
+    """Replace padding in a choice, as far as there is anything else."""
+    count, keep = tokens.count, kept.indices.shape[1]
+    index = torch.arange(count, device=kept.indices.device)
+    chosen = (kept.indices[:, :, None] == index).float().sum(dim=1)  # (B, N)
+    # First what was chosen, then the others by attention; in both padding would come last, and comes behind all.
+    order = rank_by(saliency) + count * (1 - chosen) + 2 * count * (1 - valid)
+    indices = first_by(order, keep)
+    diagnostics = dict(kept.diagnostics)
+    if "num_selected" in diagnostics:
+        most = (chosen * valid).sum(dim=1).to(diagnostics["num_selected"].dtype)
+        diagnostics["num_selected"] = torch.minimum(diagnostics["num_selected"], most)
+    if kept.hidden is None:
+        return Kept(indices, None, diagnostics)
+    same = indices[:, :, None] == kept.indices[:, None, :]  # (B, K, K)
+    merged = same.to(kept.hidden.dtype) @ kept.hidden
+    hidden = torch.where(same.any(dim=2)[:, :, None], merged, gather_tokens(tokens.hidden, indices))
+    return Kept(indices, hidden, diagnostics)
 
 
 def gather_tokens(features: Tensor, indices: Tensor) -> Tensor:

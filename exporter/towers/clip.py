@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.towers.base import BlockTower
+from leanvlm.exporter.towers.base import BlockTower, class_scores
 from leanvlm.runtime.preprocess import ImageSpec
 
 
@@ -18,7 +18,7 @@ class ClipTower(BlockTower):
     def __init__(
         self, clip: Any, layers: Sequence[int], scored: int, image: ImageSpec | None = None, *, skipped: int = 1
     ) -> None:
-        super().__init__(clip.embeddings, clip.encoder.layers, layers, scored, skipped, image)
+        super().__init__(clip.embeddings, clip.embeddings.patch_embedding, clip.encoder.layers, layers, scored, skipped, image)
         self.pre_norm = clip.pre_layrnorm
 
     def embed(self, pixel_values: Tensor) -> Tensor:
@@ -30,12 +30,6 @@ class ClipTower(BlockTower):
         return embedded
 
     def scores(self, block: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the keys and softmax(q_cls K^T), averaged over heads and un-split: one row only."""
-        attn = block.self_attn
-        states = block.layer_norm1(states)
-        query, keys = attn.q_proj(states[:, :1]).float(), attn.k_proj(states)  # (B, 1, Dv), (B, N, Dv)
-        split = keys.unflatten(2, (-1, attn.head_dim))
-        heads = query.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # (B, H, 1, d)
-        scores = (heads * attn.scale) @ split.float().permute(0, 2, 3, 1)
-        unsplit = (query * query.shape[2] ** -0.5) @ keys.float().transpose(1, 2)
-        return split, scores.softmax(dim=-1).mean(dim=1)[:, 0], unsplit.softmax(dim=-1)[:, 0]
+        """Return the class token's attention."""
+        attn, states = block.self_attn, block.layer_norm1(states)
+        return class_scores(attn.q_proj(states[:, :1]), attn.k_proj(states), attn.num_heads)

@@ -54,6 +54,11 @@ class Backend(Protocol):
     device: str
     lock: AbstractContextManager[Any]
 
+    @property
+    def crops_at_once(self) -> int:
+        """The most crops that go through a vision graph in one run."""
+        ...
+
     def graph(self, spec: GraphSpec) -> Graph:
         """Open a vision graph."""
         ...
@@ -62,11 +67,11 @@ class Backend(Protocol):
         """Open the decoder."""
         ...
 
-    def vision_shares(self, spec: GraphSpec, pixel_values: Array, runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: GraphSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
         """Return the share of vision, project and prune in a vision graph's time."""
         ...
 
-    def misplaced(self, spec: GraphSpec, pixel_values: Array) -> list[str]:
+    def misplaced(self, spec: GraphSpec, inputs: Mapping[str, Array]) -> list[str]:
         """Return the nodes, shape arithmetic aside, that do not run on the device: of a vision graph and of the decoder."""
         ...
 

@@ -15,7 +15,7 @@ The same code runs a bundle for cuda on the processor when that is asked for, wi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -32,6 +32,7 @@ from leanvlm.runtime.backends.ort import GRAPH_STAGES, PROVIDERS, OrtBackend, ch
 from leanvlm.runtime.backends.ort_memory import UNCAPTURED, DeviceMemory, OrtBuffer, preload_libraries
 from leanvlm.runtime.backends.placement import misplaced_nodes
 from leanvlm.runtime.backends.sequences import Decoder
+from leanvlm.runtime.crops import PIXELS
 from leanvlm.runtime.errors import BackendError, GraphError
 from leanvlm.runtime.machine.gpu import free_memory, gpus, misfit
 from leanvlm.runtime.machine.kernels import without_kernels
@@ -44,6 +45,8 @@ Array = npt.NDArray[Any]
 FINE, COARSE = 256, 64
 # Lengths of prompts whose tensors are kept.
 PROMPT_SLOTS = 8
+# Each number of crops keeps tensors and a captured graph; SmolVLM makes 17 of an image, LLaVA-OneVision of a photograph 21.
+CROPS_AT_ONCE = 24
 # A cache for a short question and answer, to judge whether a model fits before it is loaded.
 USUAL_POSITIONS = 512
 # While ONNX Runtime captures, no other thread of the process may allocate on the GPU, so sessions share one lock.
@@ -73,6 +76,11 @@ class CudaBackend(OrtBackend):
             self._check_kernels()
             self._check_memory()
             preload_libraries(self.ort)
+
+    @property
+    def crops_at_once(self) -> int:
+        """The most crops that go through a vision graph in one run."""
+        return super().crops_at_once if self.device == "cpu" else CROPS_AT_ONCE
 
     def graph(self, spec: GraphSpec) -> DeviceGraph:
         """Open a vision graph."""
@@ -104,30 +112,30 @@ class CudaBackend(OrtBackend):
         }
         return [(PROVIDERS["cuda"], settings), PROVIDERS["cpu"]]
 
-    def vision_shares(self, spec: GraphSpec, pixel_values: Array, runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: GraphSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
         """Return the share of each stage in a vision graph's time: what it takes longer than the graph that ends before it."""
         if self.device == "cpu":
-            return super().vision_shares(spec, pixel_values, runs)
+            return super().vision_shares(spec, inputs, runs)
         cuts = [self.manifest.stages[stage] for stage in GRAPH_STAGES[:-1]]
-        ends = [self._median_ms(graph, pixel_values, runs) for graph in (*cuts, spec)]
+        ends = [self._median_ms(graph, inputs, runs) for graph in (*cuts, spec)]
         spent = [max(end - start, 0.0) for start, end in zip([0.0, *ends], ends, strict=False)]
         return {stage: time / sum(spent) for stage, time in zip(GRAPH_STAGES, spent, strict=True)}
 
-    def _median_ms(self, spec: GraphSpec, pixel_values: Array, runs: int) -> float:
+    def _median_ms(self, spec: GraphSpec, inputs: Mapping[str, Array], runs: int) -> float:
         graph, times = self._graph(spec), []
-        graph.run({"pixel_values": pixel_values})
+        graph.run(inputs)
         for _ in range(4 * runs):
             begin = perf_counter()
-            graph.replay(len(pixel_values))
+            graph.replay(len(inputs[PIXELS]))
             times.append(1e3 * (perf_counter() - begin))
         return median(times)
 
-    def misplaced(self, spec: GraphSpec, pixel_values: Array) -> list[str]:
+    def misplaced(self, spec: GraphSpec, inputs: Mapping[str, Array]) -> list[str]:
         """Return the nodes of a vision graph and the decoder that run on the processor, shape arithmetic aside."""
         if self.device == "cpu":
             return []
         decoder = self.manifest.decoder
-        events = self.node_events(spec, {"pixel_values": pixel_values})
+        events = self.node_events(spec, inputs)
         events += self.node_events(decoder.graph, _decoder_probe(decoder))
         return misplaced_nodes(events, PROVIDERS[self.device])
 

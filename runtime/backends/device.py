@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from leanvlm.runtime.crops import PIXELS
 from leanvlm.runtime.sampling import check_peak
 from leanvlm.runtime.specs import GraphSpec, TensorSpec
 
 Array = npt.NDArray[Any]
-FEATURES, PIXELS = "image_features", "pixel_values"
+FEATURES = "image_features"
 
 
 class DeviceBuffer(Protocol):
@@ -73,17 +74,18 @@ class DeviceFeatures:
         return DeviceRows(self, row)
 
     def numpy(self) -> Array:
-        """Fetch them."""
+        """Fetch them, all at once and once only: each crop may ask."""
         with self._lock:
-            if self._kept is not None:
-                return self._kept
-            assert self.buffer is not None
-            return self.buffer.numpy()
+            if self._kept is None:
+                assert self.buffer is not None
+                self._kept = self.buffer.numpy()
+            return self._kept
 
     def keep(self) -> None:
         """Move them out of the graph's way."""
         with self._lock:
-            self._kept, self.buffer = self.numpy(), None
+            self.numpy()
+            self.buffer = None
 
 
 @dataclass(frozen=True)
@@ -143,18 +145,22 @@ class DeviceGraph:
         self._given: dict[int, weakref.ref[DeviceFeatures]] = {}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
-        """Run the graph; the features stay on the device."""
-        pixels = inputs[PIXELS]
-        batch = len(pixels)
+        """Run the graph; the features stay on the device. A graph that ends before they are made returns its outputs."""
+        batch = len(inputs[PIXELS])
         slot = self._slot(batch)
         before = self._given.get(batch)
         if before is not None and (held := before()) is not None:
             held.keep()
-        slot.buffers[PIXELS].fill(pixels)
+        for name, values in inputs.items():
+            # A graph that ends early may not take all.
+            if name in slot.buffers:
+                slot.buffers[name].fill(values)
         slot.run()
-        features = DeviceFeatures(slot.buffers[FEATURES], self._lock)
-        self._given[batch] = weakref.ref(features)
-        return {FEATURES: features, **{name: slot.buffers[name].numpy() for name in self._outputs if name != FEATURES}}
+        fetched: dict[str, Any] = {name: slot.buffers[name].numpy() for name in self._outputs if name != FEATURES}
+        if FEATURES in slot.buffers:
+            fetched[FEATURES] = features = DeviceFeatures(slot.buffers[FEATURES], self._lock)
+            self._given[batch] = weakref.ref(features)
+        return fetched
 
     def replay(self, batch: int) -> None:
         """Run once more on the pixels of the last run of this batch size: for measuring."""

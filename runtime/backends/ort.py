@@ -33,6 +33,8 @@ Array = npt.NDArray[Any]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 GRAPH_STAGES = ("vision", "project", "prune")
 EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
+# A processor gains nothing from more, and the attention of 17 crops of 1,024 tokens and 16 heads would take 1.1 GB at once.
+CROPS_AT_ONCE = 4
 # Files of weights end so.
 DATA = ".data"
 
@@ -60,6 +62,11 @@ class OrtBackend:
         self._check_version()
         self._check_device()
 
+    @property
+    def crops_at_once(self) -> int:
+        """The most crops that go through a vision graph in one run."""
+        return CROPS_AT_ONCE
+
     def graph(self, spec: GraphSpec) -> Graph:
         """Open a vision graph."""
         return OrtGraph(self.session(spec), spec)
@@ -70,19 +77,19 @@ class OrtBackend:
         session = self.session(spec.graph)
         return Decoder(lambda capacity, kept: OrtCache(self.ort, session, spec, capacity))
 
-    def vision_shares(self, spec: GraphSpec, pixel_values: Array, runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: GraphSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
         """Return the share of each stage in a vision graph's node times, from a profiled session of its own.
 
         A fused node may have lost its name; it counts for the stage of the node before it.
         """
         spent, stage = dict.fromkeys(GRAPH_STAGES, 0.0), GRAPH_STAGES[0]
-        for event in self.node_events(spec, {"pixel_values": pixel_values}, runs):
+        for event in self.node_events(spec, inputs, runs):
             first = event["name"].lstrip("/").split("/")[0]
             stage = first if first in spent else stage
             spent[stage] += event["dur"]
         return {name: time / max(sum(spent.values()), 1e-9) for name, time in spent.items()}
 
-    def misplaced(self, spec: GraphSpec, pixel_values: Array) -> list[str]:
+    def misplaced(self, spec: GraphSpec, inputs: Mapping[str, Array]) -> list[str]:
         """Return nothing: on the processor every node is where it belongs."""
         return []
 

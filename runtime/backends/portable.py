@@ -17,7 +17,15 @@ import numpy.typing as npt
 from leanvlm.runtime.backends.ort import OrtBackend, OrtGraph, OrtScores, check_room, first_line
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.bundle import inside
-from leanvlm.runtime.engines.profiles import Limits, Profile, shapes_text, usual_limits, vision_profile, whole_profile
+from leanvlm.runtime.engines.profiles import (
+    Limits,
+    Profile,
+    shapes_text,
+    usual_image,
+    usual_limits,
+    vision_profile,
+    whole_profile,
+)
 from leanvlm.runtime.errors import BackendError, MissingExtraError
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.optional import require
@@ -104,7 +112,7 @@ class PortableBackend(OrtBackend):
     def _profile(self, spec: GraphSpec) -> Profile:
         limits = usual_limits(self.manifest, Limits())
         if spec is self.manifest.decoder.graph:
-            return whole_profile(self.manifest.decoder, limits, self.manifest.default_budget)
+            return whole_profile(self.manifest.decoder, limits, usual_image(self.manifest))
         return vision_profile(spec, limits)
 
     def _check_device(self) -> None:

@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from leanvlm.runtime.backends.cuda_memory import Buffer, CudaDevice, Device
-from leanvlm.runtime.backends.device import PIXELS, DeviceGraph, DeviceScores, Slot, batch_shape
+from leanvlm.runtime.backends.device import DeviceGraph, DeviceScores, Slot, batch_shape
 from leanvlm.runtime.backends.ort import check_room
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.backends.trt_engine import TrtContext, TrtEngine, bind_all
+from leanvlm.runtime.crops import PIXELS
 from leanvlm.runtime.engines.library import LIBRARIES, load_runtime, quiet_logger, this_sm
 from leanvlm.runtime.errors import BackendError
 from leanvlm.runtime.manifest import Manifest
@@ -57,6 +58,12 @@ class TrtBackend:
         self._logger = quiet_logger(self._module, self._complaints)
         self._memory: Device | None = None
 
+    @property
+    def crops_at_once(self) -> int:
+        """The most crops that go through a vision engine in one run: as many as all were built for."""
+        vision = [engine for engine in self._engines.values() if engine.budget is not None]
+        return min((max(engine.profiles[0][PIXELS][2][0], 1) for engine in vision if PIXELS in engine.profiles[0]), default=1)
+
     def graph(self, spec: GraphSpec) -> DeviceGraph:
         """Open the engine of a vision graph."""
         return DeviceGraph(spec, self.lock, partial(_vision_slot, self._open(spec.file), self._device()))
@@ -66,11 +73,11 @@ class TrtBackend:
         opened = TrtDecoder(self._open(self.manifest.decoder.graph.file), self.manifest.decoder, self._device())
         return Decoder(lambda capacity, kept: TrtCache(opened, capacity, kept))
 
-    def vision_shares(self, spec: GraphSpec, pixel_values: Array, runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: GraphSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
         """Return the whole for `vision`: TensorRT compiles the graph as one, with project and prune in it."""
         return {"vision": 1.0}
 
-    def misplaced(self, spec: GraphSpec, pixel_values: Array) -> list[str]:
+    def misplaced(self, spec: GraphSpec, inputs: Mapping[str, Array]) -> list[str]:
         """Return nothing: an engine runs on the GPU as a whole."""
         return []
 
@@ -239,7 +246,8 @@ class TrtCache:
 def _vision_slot(engine: TrtEngine, device: Device, batch: int) -> Slot:
     """Return the slot of a vision engine for a batch size."""
     spec, context = engine.spec, engine.context(0, device)
-    context.shape(PIXELS, batch_shape(spec.inputs[0], batch))
+    for tensor in spec.inputs:
+        context.shape(tensor.name, batch_shape(tensor, batch))
     tensors = (*spec.inputs, *spec.outputs)
     buffers = {tensor.name: Buffer(device, batch_shape(tensor, batch), tensor.dtype) for tensor in tensors}
     bind_all(context, buffers)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanvlm.runtime.answer import Answer, Pruning
+from leanvlm.runtime.answer import Answer, ImageTokens, Pruning
 from leanvlm.runtime.commands.overlay import save_overlay
 from leanvlm.runtime.console import is_utf8, stderr_console
 from leanvlm.runtime.errors import InputError
@@ -53,14 +53,15 @@ def ask(request: Request) -> None:
         if request.as_json:
             print(json.dumps(answer_json(session, answer), ensure_ascii=not is_utf8(sys.stdout)))
         if request.overlay is not None:
-            save_overlay(request.overlay, load_image(request.images[0]), answer.pruning[0], session.manifest.image)
+            save_overlay(request.overlay, load_image(request.images[0]), answer.pruning, session.manifest)
         _summarise(answer)
 
 
 def answer_json(session: Session, answer: Answer) -> dict[str, Any]:
     """Return an answer as the JSON object of `run --json`.
 
-    With one image `pruning` holds its values; with several it holds the sums of kept and total, and `images` one entry each.
+    With one image `pruning` holds its values; with several it holds the sums of kept and total, and `images` one entry each. An
+    image of several crops has the sums of kept and total, its `tiles` (rows and columns), and `crops` with one entry each.
     """
     return {
         "text": answer.text,
@@ -68,22 +69,31 @@ def answer_json(session: Session, answer: Answer) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "finish_reason": answer.finish_reason,
         "timings_ms": answer.timings.to_dict(),
-        "pruning": _pruning_json(session.manifest.pruner.name, answer.pruning, session.manifest.tokens_per_crop),
+        "pruning": _pruning_json(session.manifest.pruner.name, answer, session.manifest.tokens_per_crop),
     }
 
 
-def _pruning_json(pruner: str, images: Sequence[Pruning], total: int) -> dict[str, Any] | None:
-    if not images:
+def _pruning_json(pruner: str, answer: Answer, total: int) -> dict[str, Any] | None:
+    if not answer.images:
         return None
-    name = "none" if images[0].kept == total else pruner
+    name = "none" if answer.pruning[0].kept == total else pruner
+    crops = iter(answer.pruning)
+    images = [_image_json(image, [next(crops) for _ in range(image.crops)]) for image in answer.images]
     if len(images) == 1:
-        return {"pruner": name, **images[0].to_dict()}
-    counts = {"kept": sum(i.kept for i in images), "total": sum(i.total for i in images)}
-    return {"pruner": name, **counts, "images": [i.to_dict() for i in images]}
+        return {"pruner": name, **images[0]}
+    counts = {"kept": sum(i.kept for i in answer.images), "total": sum(i.total for i in answer.images)}
+    return {"pruner": name, **counts, "images": images}
+
+
+def _image_json(image: ImageTokens, crops: Sequence[Pruning]) -> dict[str, Any]:
+    if image.crops == 1:
+        return crops[0].to_dict()
+    counts = {"kept": image.kept, "total": image.total, "tiles": list(image.tiles)}
+    return {**counts, "crops": [crop.to_dict() for crop in crops]}
 
 
 def _summarise(answer: Answer) -> None:
-    kept = ", ".join(f"{image.kept} of {image.total} image tokens" for image in answer.pruning) or "no image"
+    kept = ", ".join(f"{image.kept} of {image.total} image tokens" for image in answer.images) or "no image"
     first = answer.timings.time_to_first_token
     stderr_console().print(f"[dim]{kept}; {len(answer.token_ids)} tokens, the first after {first:.0f} ms (with loading)[/dim]")
     warn_if_cut(answer)

@@ -25,7 +25,7 @@ def build_command(
     budget: Annotated[
         str | None, typer.Option(help="Image tokens kept, such as 64,576; all of the bundle's by default.")
     ] = None,
-    max_images: Annotated[int, typer.Option(help="Most images at once.")] = 4,
+    max_images: Annotated[int, typer.Option(help="Most crops at once; an image that is not cut is one.")] = 4,
     max_prompt: Annotated[int, typer.Option(help="Most positions of a prompt.")] = 1024,
     max_positions: Annotated[int, typer.Option(help="Most positions of prompt and answer.")] = 2048,
     workspace: Annotated[int | None, typer.Option(help="Most memory of one layer, in MB.")] = None,

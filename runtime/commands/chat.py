@@ -12,10 +12,11 @@ from pathlib import Path
 from leanvlm.runtime.answer import Answer
 from leanvlm.runtime.commands.ask import Request, warn_if_cut
 from leanvlm.runtime.console import stderr_console
+from leanvlm.runtime.crops import crop
 from leanvlm.runtime.errors import ContextOverflowError, InputError, LeanVLMError
 from leanvlm.runtime.generation import GenerateOptions
-from leanvlm.runtime.preprocess import preprocess
-from leanvlm.runtime.prompt import ImageFeatures
+from leanvlm.runtime.layout import ImageFeatures
+from leanvlm.runtime.preprocess import ImageSource
 from leanvlm.runtime.session import Session, load, user_message
 from leanvlm.runtime.text import Message
 
@@ -33,6 +34,8 @@ PROMPT = "> "
 class Chat:
     """A conversation that remembers its messages and its images' embeddings, so each image is encoded once.
 
+    Where a model cuts the images of a prompt otherwise when there are several, the first one is encoded again with the second.
+
     A turn that fails or is interrupted leaves everything as it was, except that an image that cannot be used waits no more.
 
     Attributes:
@@ -46,19 +49,19 @@ class Chat:
         self._options = options
         self._messages: list[Message] = []
         self._features: list[ImageFeatures] = []
+        self._pictures: list[ImageSource] = []
 
     def add(self, images: Sequence[Path]) -> None:
         """Let images wait for the next message, all or none of them."""
+        among = len(self._features) + len(self.waiting) + len(images)
         for path in images:
-            self._check(path)
+            self._check(path, among)
         self.waiting += images
 
     def say(self, text: str) -> Answer:
         """Print the answer to a message, with the images that wait, as it comes."""
         messages = [*self._messages, user_message(text, len(self.waiting))]
-        ids = self._session.prompt_ids(messages, len(self._features) + len(self.waiting))
-        self._session.check_context(ids, self._budget, self._options.max_new_tokens)
-        features = self._features + self._encode()
+        features, pictures = self._encode(messages)
         with closing(self._session.respond(messages, features, self._options)) as generation:
             try:
                 for piece in generation:
@@ -67,22 +70,36 @@ class Chat:
                 print(flush=True)
             answer = generation.answer
         reply: Message = {"role": "assistant", "content": [{"type": "text", "text": answer.text}]}
-        self._messages, self._features, self.waiting = [*messages, reply], features, []
+        self._messages, self._features, self._pictures, self.waiting = [*messages, reply], features, pictures, []
         return answer
 
     def reset(self) -> None:
         """Forget everything said, and the images that wait."""
-        self._messages, self._features, self.waiting = [], [], []
+        self._messages, self._features, self._pictures, self.waiting = [], [], [], []
 
-    def _encode(self) -> list[ImageFeatures]:
-        """Encode the images that wait; those that changed or vanished meanwhile are named, and the others stay."""
+    def _encode(self, messages: Sequence[Message]) -> tuple[list[ImageFeatures], list[ImageSource]]:
+        """Encode what is new among a conversation's images, and return all of them: embeddings, and what must be kept of them.
+
+        Those that changed or vanished meanwhile are named, and the others stay.
+        """
+        session, among = self._session, len(self._features) + len(self.waiting)
         try:
-            return self._session.encode_images(self.waiting, self._budget)
+            alike = session.manifest.crops.several == "alike"
+            known = self._features if alike or among < 2 or len(self._features) > 1 else []
+            new = [*self._pictures, *self.waiting] if len(known) < len(self._features) else self.waiting
+            opened, arrangements = session.arrange(new, among)
+            arrangements = [*(image.arrangement for image in known), *arrangements]
+            ids = session.prompt_ids(messages, arrangements)
+            session.check_context(ids, arrangements, self._budget, self._options.max_new_tokens)
+            features = [*known, *session.encode_images(opened, self._budget, among=among)]
+            return features, [] if alike or among > 1 else [*self._pictures, *opened]
+        except ContextOverflowError:
+            raise
         except InputError:
             usable, reasons = [], []
             for path in self.waiting:
                 try:
-                    self._check(path)
+                    self._check(path, among)
                     usable.append(path)
                 except InputError as error:
                     reasons.append(str(error))
@@ -91,8 +108,10 @@ class Chat:
             self.waiting = usable
             raise InputError(f"{'; '.join(reasons)}: left out now; send the message again, or /image another first") from None
 
-    def _check(self, path: Path) -> None:
-        preprocess([path], self._session.manifest.image)
+    def _check(self, path: Path, among: int) -> None:
+        """Raise InputError if an image cannot be used, or the conversation's first image not beside it."""
+        manifest = self._session.manifest
+        crop([*self._pictures, path], manifest.image, manifest.crops, among)
 
 
 def chat(request: Request) -> None:

@@ -16,7 +16,7 @@ Provider = Annotated[
     str | None, typer.Option(help="tensorrt or nv-tensorrt-rtx: run a TensorRT bundle with ONNX Runtime's provider.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.")]
-Budget = Annotated[int | None, typer.Option(help="Image tokens kept; one of the bundle's.")]
+Budget = Annotated[int | None, typer.Option(help="Image tokens kept per crop; one of the bundle's.")]
 
 
 def run(

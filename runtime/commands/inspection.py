@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from leanvlm.runtime.answer import Pruning
+from leanvlm.runtime.answer import ImageTokens, Pruning
 from leanvlm.runtime.commands.overlay import save_overlay
 from leanvlm.runtime.engines.library import LIBRARIES
+from leanvlm.runtime.layout import image_tokens
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.preprocess import load_image
 from leanvlm.runtime.session import load
@@ -26,6 +28,7 @@ def describe(folder: Path, manifest: Manifest) -> str:
         "pruner": f"{manifest.pruner.name}{f' ({params})' if params else ''}, positions {manifest.positions.kept}"
         + ("" if manifest.saliency == "class" else ", tokens ranked by the attention that they receive"),
         **_gate_file(manifest),
+        **_cut(manifest),
         "decoder": f"{decoder.layers} layers, {decoder.kv_heads} KV heads of {decoder.head_dim}, "
         f"context {decoder.context_length}",
         **_engines(manifest),
@@ -37,6 +40,14 @@ def describe(folder: Path, manifest: Manifest) -> str:
 def _gate_file(manifest: Manifest) -> dict[str, str]:
     gate = manifest.pruner.gate
     return {} if gate is None else {"gate": f"{gate.get('file')}, from {gate.get('images')} {gate.get('source')}"}
+
+
+def _cut(manifest: Manifest) -> dict[str, str]:
+    """Say what an image is cut into, where it is cut."""
+    rule = manifest.crops
+    height, width = rule.shapes[0].pixels
+    alone = "; several images are one crop each" if rule.several == "square" else ""
+    return {} if rule.kind == "whole" else {"crops": f"up to {rule.most} of {height} x {width} pixels an image{alone}"}
 
 
 def _engines(manifest: Manifest) -> dict[str, str]:
@@ -55,26 +66,49 @@ def inspect_image(folder: Path, image: Path, budget: int | None, overlay: Path |
     picture = load_image(image)
     with load(folder, device=device) as session:
         chosen = session.manifest.budget(budget)
-        pruning = session.encode_images([image], chosen)[0].crops[0].pruning
+        features = session.encode_images([image], chosen)[0]
+        pruning = [crop.pruning for crop in features.crops]
         if overlay is not None:
-            save_overlay(overlay, picture, pruning, session.manifest.image)
-        return _explain(session.manifest, pruning, overlay)
+            save_overlay(overlay, picture, pruning, session.manifest)
+        return _explain(session.manifest, pruning, image_tokens(features, session.manifest.layout), overlay)
 
 
-def _explain(manifest: Manifest, pruning: Pruning, overlay: Path | None) -> str:
+def _explain(manifest: Manifest, crops: Sequence[Pruning], image: ImageTokens, overlay: Path | None) -> str:
+    """Say in words what pruning did to an image; of several crops the values from the least to the most."""
+    pruned = crops[0].kept < crops[0].total
+    ranks = [crop.effective_rank for crop in crops if crop.effective_rank is not None]
     rows = {
-        "kept": f"{pruning.kept} of {pruning.total} image tokens",
-        "on merit": f"{pruning.num_selected}; {pruning.kept - pruning.num_selected} filled up by attention"
-        + ("" if pruning.converged else " (the selection did not converge)"),
-        **({} if pruning.effective_rank is None else {"effective rank": f"{pruning.effective_rank:.2f}"}),
-        "attention entropy": f"{pruning.attention_entropy:.3f} nats",
+        **({} if image.crops == 1 else {"crops": _crops(image)}),
+        "kept": f"{image.kept} of {image.total} image tokens",
+        **({"on merit": _merit(crops, image)} if pruned else {}),
+        **({"effective rank": _span(ranks, ".2f")} if ranks else {}),
+        "attention entropy": f"{_span([crop.attention_entropy for crop in crops], '.3f')} nats",
     }
-    ratio = gate_ratio(manifest, pruning)
-    if ratio is not None and pruning.kept < pruning.total:
-        rows["gate"] = f"{manifest.pruner.params['gate']}, ratio {ratio:.3f}"
+    ratios = [ratio for crop in crops if (ratio := gate_ratio(manifest, crop)) is not None]
+    if ratios and pruned:
+        rows["gate"] = f"{manifest.pruner.params['gate']}, ratio {_span(ratios, '.3f')}"
     if overlay is not None:
         rows["picture"] = str(overlay)
     return "\n".join(f"{name:<17} {text}" for name, text in rows.items())
+
+
+def _merit(crops: Sequence[Pruning], image: ImageTokens) -> str:
+    kept, selected = sum(crop.kept for crop in crops), sum(crop.num_selected for crop in crops)
+    padding = f"; {kept - image.kept} were padding" if kept > image.kept else ""
+    problem = "" if all(crop.converged for crop in crops) else " (the selection did not converge)"
+    return f"{selected}; {kept - selected} filled up by attention{padding}{problem}"
+
+
+def _crops(image: ImageTokens) -> str:
+    rows, columns = image.tiles
+    whole = " and the whole image" if image.crops > rows * columns else ""
+    return f"{image.crops}: {rows} x {columns} tiles (rows x columns){whole}"
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    """Return the least and the most of some values, or the one that they are."""
+    least, most = (format(end(values), form) for end in (min, max))
+    return least if least == most else f"{least} to {most}"
 
 
 def gate_ratio(manifest: Manifest, pruning: Pruning) -> float | None:

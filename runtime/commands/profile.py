@@ -27,10 +27,12 @@ from PIL import Image
 
 from leanvlm.runtime.answer import STAGES, Answer, Timings
 from leanvlm.runtime.backends import processors
+from leanvlm.runtime.crops import crop
+from leanvlm.runtime.encoder import in_parts
 from leanvlm.runtime.errors import BackendError
 from leanvlm.runtime.machine import tegrastats
 from leanvlm.runtime.machine.gpu import gpus
-from leanvlm.runtime.preprocess import load_image, preprocess
+from leanvlm.runtime.preprocess import load_image
 from leanvlm.runtime.session import Session, load
 
 SCHEMA = 1
@@ -85,11 +87,13 @@ def measure(config: ProfileConfig, on_step: Callable[[str], None] = lambda step:
                 if run >= 0:
                     answers[budget].append(answer)
         boards = {budget: _board(session, config, image, budget, on_step) for budget in budgets}
-        preprocessed = preprocess([image], session.manifest.image)
+        # All crops of one image have one shape.
+        (inputs,) = crop([image], session.manifest.image, session.manifest.crops).inputs.values()
+        inputs = in_parts(inputs, session.backend.crops_at_once)[0]
         shares = {}
         for budget in budgets:
             on_step(f"profiling the nodes of budget {budget}")
-            shares[budget] = session.backend.vision_shares(session.manifest.vision_graph(budget), preprocessed, NODE_RUNS)
+            shares[budget] = session.backend.vision_shares(session.manifest.vision_graph(budget), inputs, NODE_RUNS)
         conditions = _conditions(config, session)
     # The session is closed: its weights may leave no room for those of the process whose memory is measured.
     figures: dict[str, Any] = {}
@@ -168,7 +172,7 @@ def _figures(answers: Sequence[Answer], shares: dict[str, float], peak: dict[str
     first = [t.time_to_first_token for t in timings]
     # Medians do not add up; the stages of one run do: that of the median (of two, the sooner).
     median = sorted(timings, key=lambda t: t.time_to_first_token)[(len(timings) - 1) // 2]
-    pruning = answers[0].pruning[0]
+    (image,) = answers[0].images
     return {
         "stages_ms": {stage: _quantiles(samples[stage]) for stage in STAGES if stage in samples},
         "first_token_stages_ms": _until_first_token(median, shares),
@@ -180,7 +184,8 @@ def _figures(answers: Sequence[Answer], shares: dict[str, float], peak: dict[str
         "output_tokens_per_s": float(1e3 * len(between) / sum(between)),
         "peak_memory_bytes": peak["resident"],
         "peak_device_bytes": peak["device"],
-        "image_tokens": {"total": pruning.total, "kept": pruning.kept},
+        "image_tokens": {"total": image.total, "kept": image.kept},
+        "crops": image.crops,
         "prompt_tokens": answers[0].prompt_tokens,
     }
 

@@ -41,9 +41,10 @@ BOARD_NOTE = "figures of the whole board, from a separate pass with tegrastats; 
 def print_table(figures: dict[str, Any]) -> None:
     """Print the stages of all budgets side by side on standard output."""
     console = Console(highlight=False, markup=False)
-    table = Table(title=f"{figures['bundle']}: ms, p50 (p90) of {figures['runs']} runs", title_justify="left")
-    table.add_column("stage")
     budgets = figures["budgets"]
+    title = f"{figures['bundle']}: ms, p50 (p90) of {_runs(figures)}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("stage")
     for values in budgets.values():
         kept, total = values["image_tokens"]["kept"], values["image_tokens"]["total"]
         table.add_column(f"{kept} of {total} tokens", justify="right")
@@ -94,7 +95,7 @@ body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;paddin
 i{{display:inline-block;width:.8rem;height:.8rem;margin:0 .3rem 0 .8rem}}
 td,th{{padding:.15rem 1rem;text-align:right}} td:first-child,th:first-child{{text-align:left}}
 </style><h1>{escape(figures["bundle"])}</h1>
-<p>{escape(_conditions(figures))}; {figures["runs"]} runs.
+<p>{escape(_conditions(figures))}; {_runs(figures)}.
 The first token comes <b>{figures["speedup"]:.2f} times</b> sooner than unpruned.</p>
 <h2>Time to first token of the median run, ms</h2>{bars}<p>{legend}</p>
 <h2>Stages, ms: p50 (p90)</h2><table><tr><th>stage</th>{heads}</tr>{rows}</table>
@@ -137,6 +138,12 @@ def _megabytes(count: int | None) -> str:
 
 def _both(value: dict[str, float]) -> str:
     return f"{value['p50']:.2f} ({value['p90']:.2f})"
+
+
+def _runs(figures: dict[str, Any]) -> str:
+    """Say how many runs there were, and of how many crops where the image is cut."""
+    crops = next(iter(figures["budgets"].values()))["crops"]
+    return f"{figures['runs']} runs" + (f", {crops} crops an image" if crops > 1 else "")
 
 
 def _conditions(figures: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from leanvlm.runtime.engines.profiles import (
     Profile,
     decoder_profiles,
     shapes_text,
+    usual_image,
     usual_limits,
     vision_profile,
     whole_profile,
@@ -143,7 +144,7 @@ def plan_build(config: BuildConfig, manifest: Manifest, module: Any) -> BuildPla
 
 
 def _decoder_profiles(config: BuildConfig, manifest: Manifest, limits: Limits) -> tuple[Profile, ...]:
-    shapes = (manifest.decoder, limits, manifest.default_budget)
+    shapes = (manifest.decoder, limits, usual_image(manifest))
     return (whole_profile(*shapes),) if config.single_profile else decoder_profiles(*shapes)
 
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import Manifest
-from leanvlm.runtime.specs import DecoderSpec, GraphSpec
+from leanvlm.runtime.specs import DecoderSpec, GraphSpec, TensorSpec
 
 Shape = tuple[int, ...]
 # Input to its least, usual and largest shape.
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]
 # A question of a usual length, beside the image's tokens.
 USUAL_TEXT = 40
+# Tokens of the text around a crop, where there is any.
+USUAL_MARKS = 4
 USUAL_POSITIONS = 256
 
 
@@ -22,7 +24,7 @@ class Limits:
     """The largest sizes that engines are built for.
 
     Attributes:
-        images: Images that go through a vision graph at once.
+        images: Crops that go through a vision graph at once; an image that is taken whole is one.
         prompt: Positions of a prompt.
         positions: Positions of prompt and answer together.
 
@@ -47,10 +49,18 @@ class Limits:
 
 
 def vision_profile(graph: GraphSpec, limits: Limits) -> Profile:
-    """Return the profile of a vision graph: one image is usual."""
-    (pixels,) = graph.inputs
-    sizes = tuple(int(size) for size in pixels.shape[1:])
-    return {pixels.name: ((1, *sizes), (1, *sizes), (limits.images, *sizes))}
+    """Return the profile of a vision graph: one crop is usual."""
+
+    def shapes(tensor: TensorSpec) -> tuple[Shape, Shape, Shape]:
+        sizes = tuple(int(size) for size in tensor.shape[1:])
+        return (1, *sizes), (1, *sizes), (limits.images, *sizes)
+
+    return {tensor.name: shapes(tensor) for tensor in graph.inputs}
+
+
+def usual_image(manifest: Manifest) -> int:
+    """Return the image tokens of a usual prompt: those of one image of half the most crops, at the default budget."""
+    return manifest.default_budget * -(-manifest.crops.most // 2)
 
 
 def decoder_profiles(decoder: DecoderSpec, limits: Limits, budget: int) -> tuple[Profile, Profile]:
@@ -98,6 +108,17 @@ def shapes_text(profile: Profile, at: int) -> str:
 
 
 def usual_limits(manifest: Manifest, limits: Limits) -> Limits:
-    """Return limits cut to a bundle's context, with room for its longest image."""
-    found = limits.within(manifest.decoder.context_length)
-    return found if found.prompt > manifest.tokens_per_crop else Limits(found.images, found.positions, found.positions)
+    """Return limits cut to a bundle's context, with room for a whole crop unpruned and for all crops of an image pruned."""
+    found, crops = limits.within(manifest.decoder.context_length), manifest.crops
+    longest = manifest.tokens_per_crop
+    if crops.kind == "tiles":
+        # Each line of tiles side by side may have its end.
+        ends = crops.shapes[0].grid[0] if manifest.layout.row_end else 0
+        marks = USUAL_MARKS if any(manifest.layout.marks) else 0
+        longest = max(longest, crops.most * (manifest.default_budget + ends + marks) + USUAL_TEXT)
+    if found.prompt > longest:
+        return found
+    positions = found.positions
+    if longest >= positions:
+        positions = min(longest + USUAL_POSITIONS, manifest.decoder.context_length)
+    return Limits(found.images, positions, positions)

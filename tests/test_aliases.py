@@ -1,0 +1,136 @@
+"""What the aliases name: configurations of the real checkpoints' sizes, planned without their weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from leanvlm.exporter import ExportConfig
+from leanvlm.exporter.config import ALIASES
+from leanvlm.exporter.decoders import context_length
+from leanvlm.exporter.plan import plan
+from leanvlm.runtime.errors import LeanVLMWarning
+
+BUDGET = 32
+SIDES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+CLIP = SIDES | {"model_type": "clip_vision_model", "image_size": 336, "projection_dim": 768}
+SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "image_size": 384, "patch_size": 14}
+NEXT_SIZES = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+ONEVISION_SIZES = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
+# Family: fields of config.json, of its tower, and of preprocessor_config.json; and image tokens of a crop.
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] = {
+    "llava": ({}, CLIP, {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}, 576),
+    "llava_next": (
+        {"image_grid_pinpoints": NEXT_SIZES}, CLIP,
+        {
+            "size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}, "image_grid_pinpoints": NEXT_SIZES,
+        },
+        576,
+    ),
+    "llava_onevision": (
+        {"image_grid_pinpoints": ONEVISION_SIZES, "vision_aspect_ratio": "anyres_max_9"},
+        SIGLIP | {"model_type": "siglip_vision_model", "num_hidden_layers": 26},
+        {"size": {"height": 384, "width": 384}, "image_grid_pinpoints": ONEVISION_SIZES}, 729,
+    ),
+    "internvl": (
+        {}, SIDES | {"model_type": "internvl_vision", "image_size": [448, 448], "patch_size": [14, 14], "attention_bias": True},
+        {"size": {"height": 448, "width": 448}, "max_patches": 12}, 256,
+    ),
+}  # fmt: skip
+
+
+def decoder(
+    kind: str, layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocab: int, context: int, **more: Any
+) -> dict[str, Any]:
+    """Return a decoder's configuration."""
+    return {
+        "model_type": kind, "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": context, **more,
+    }  # fmt: skip
+
+
+def qwen3(layers: int, hidden: int, inner: int, heads: int) -> dict[str, Any]:
+    """Return the configuration of a Qwen3 as InternVL 3.5 has it."""
+    return decoder("qwen3", layers, hidden, inner, heads, 8, 151_936, 40_960, head_dim=128, rope_theta=1_000_000.0)
+
+
+VICUNA = decoder("llama", 32, 4096, 11008, 32, 32, 32064, 4096)
+VICUNA_13B = decoder("llama", 40, 5120, 13824, 40, 40, 32064, 4096)
+LLAMA3 = decoder("llama", 32, 4096, 14336, 32, 8, 128_320, 8192, rope_theta=500_000.0)
+SMOL_135M = decoder("llama", 30, 576, 1536, 9, 3, 49_280, 8192, rope_theta=100_000.0, head_dim=64)
+SMOL_360M = decoder("llama", 32, 960, 2560, 15, 5, 49_280, 8192, rope_theta=100_000.0, head_dim=64)
+# Alias: family, decoder, and the decoder's parameters without its token table, as published.
+SIZES: dict[str, tuple[str, dict[str, Any], float]] = {
+    "llava": ("llava", VICUNA, 6.6e9),
+    "llava-7b": ("llava", VICUNA, 6.6e9),
+    "llava-13b": ("llava", VICUNA_13B, 12.9e9),
+    "bakllava": ("llava", decoder("mistral", 32, 4096, 14336, 32, 8, 32064, 32768, sliding_window=4096), 7.1e9),
+    "llava-llama3": ("llava", LLAMA3, 7.5e9),
+    "llava-next": ("llava_next", VICUNA, 6.6e9),
+    "llava-next-13b": ("llava_next", VICUNA_13B, 12.9e9),
+    "llava-next-llama3": ("llava_next", LLAMA3, 7.5e9),
+    "llava-next-mistral": (
+        "llava_next",
+        decoder("mistral", 32, 4096, 14336, 32, 8, 32064, 32768, sliding_window=None, rope_theta=1_000_000.0),
+        7.1e9,
+    ),
+    "llava-ov-0.5b": ("llava_onevision", decoder("qwen2", 24, 896, 4864, 14, 2, 152_000, 32768), 0.494e9),
+    "llava-ov-7b": ("llava_onevision", decoder("qwen2", 28, 3584, 18944, 28, 4, 152_128, 32768), 7.07e9),
+    "internvl3-1b": ("internvl", decoder("qwen2", 24, 896, 4864, 14, 2, 151_674, 32768), 0.494e9),
+    "internvl3-2b": ("internvl", decoder("qwen2", 28, 1536, 8960, 12, 2, 151_674, 32768), 1.54e9),
+    "internvl3-8b": ("internvl", decoder("qwen2", 28, 3584, 18944, 28, 4, 151_674, 32768), 7.07e9),
+    "internvl3.5-1b": ("internvl", qwen3(28, 1024, 3072, 16), 0.596e9),
+    "internvl3.5-2b": ("internvl", qwen3(28, 2048, 6144, 16), 1.72e9),
+    "internvl3.5-4b": ("internvl", qwen3(36, 2560, 9728, 32), 4.02e9),
+    "internvl3.5-8b": ("internvl", qwen3(36, 4096, 12288, 32), 7.57e9),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny checkpoint of every family."""
+    folder = tmp_path_factory.mktemp("aliases")
+    for family in FAMILIES:
+        tiny.TINY[family](folder / family)
+    return folder
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_what_an_alias_names_is_configuration_only(
+    alias: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real sizes are planned, with no code of their own and no memory: what the decoder will weigh is known."""
+    family, text, parameters = SIZES[alias]
+    fields, tower, images, count = FAMILIES[family]
+    folder = Path(shutil.copytree(checkpoints / family, tmp_path / "checkpoint"))
+    (folder / "processor_config.json").unlink(missing_ok=True)
+    for name, changes in {
+        "config.json": fields | {"text_config": text, "vision_config": tower, "dtype": "float16"},
+        "preprocessor_config.json": images,
+    }.items():
+        raw = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(raw | changes))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
+    # As on the Hub: its headers are compared when the weights are here.
+    monkeypatch.setattr("leanvlm.exporter.plan.match_weights", lambda *arguments: None)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", LeanVLMWarning)
+        request = plan(ExportConfig(str(folder), (BUDGET,), tmp_path / "bundle"))
+    window = "the bundle's context is 4096 tokens, the checkpoint's 32768"
+    assert [str(one.message).partition(":")[0] for one in said] == [window] * (alias == "bakllava")
+    assert list(request.pruners) == [BUDGET, count]
+    assert request.sizes["decoder.onnx.data"] / 4 == pytest.approx(parameters, rel=0.02)
+    found = request.checkpoint.config.text_config
+    assert context_length(found) == {"bakllava": 4096}.get(alias, text["max_position_embeddings"])
+
+
+def test_every_alias_has_sizes() -> None:
+    assert set(SIZES) == set(ALIASES)
