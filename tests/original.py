@@ -16,6 +16,7 @@ import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.smolvlm import processing_smolvlm
 
 from leanvlm.exporter import tolerances
 from leanvlm.exporter.pruners.gates import exact_effective_rank
@@ -26,6 +27,8 @@ PROCESSORS = {
     "internvl": "InternVLProcessor",
     "llava_next": "LlavaNextProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
+    "idefics3": "Idefics3Processor",
+    "smolvlm": "SmolVLMProcessor",
 }
 
 
@@ -236,6 +239,9 @@ def open_processor(folder: Path, config: Any) -> Any:
     if name is None:
         return AutoProcessor.from_pretrained(folder)
     kind: Any = getattr(transformers, name)
+    if config.model_type == "smolvlm":
+        # For the words of a video's prompt, from a package that is not needed here.
+        processing_smolvlm.num2words = str
 
     class WithoutVideos(kind):  # type: ignore[misc]
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -245,10 +251,13 @@ def open_processor(folder: Path, config: Any) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     parts = {"image_processor": AutoImageProcessor.from_pretrained(folder), "tokenizer": tokenizer}
-    if config.model_type != "llava_next":
+    if config.model_type not in ("llava_next", "idefics3"):
         parts["video_processor"] = SimpleNamespace(model_input_names=[], num_frames=1, fps=1)
     vision = config.vision_config
+    sequence = (vision.image_size // vision.patch_size // config.scale_factor) ** 2 if hasattr(config, "scale_factor") else 0
     options: dict[str, Any] = {
+        "idefics3": lambda: {"image_seq_len": sequence},
+        "smolvlm": lambda: {"image_seq_len": sequence},
         "internvl": lambda: {"image_seq_length": config.image_seq_length},
         "llava_next": lambda: {
             "patch_size": vision.patch_size, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",

@@ -42,7 +42,21 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] 
         {}, SIDES | {"model_type": "internvl_vision", "image_size": [448, 448], "patch_size": [14, 14], "attention_bias": True},
         {"size": {"height": 448, "width": 448}, "max_patches": 12}, 256,
     ),
+    "smolvlm": (
+        {"scale_factor": 3}, SIGLIP | {"model_type": "smolvlm_vision", "num_hidden_layers": 27},
+        {"size": {"longest_edge": 1536}, "max_image_size": {"longest_edge": 384}}, 81,
+    ),
+    "idefics3": (
+        {"scale_factor": 4},
+        {
+            "model_type": "idefics3_vision", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "image_size": 512, "patch_size": 16,
+        },
+        {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}, 64,
+    ),
 }  # fmt: skip
+# The smaller ones of the second SmolVLM have the tower and the tiles of the first.
+SMALL_SMOLVLM = ("smolvlm2-256m", "smolvlm2-500m")
 
 
 def decoder(
@@ -90,6 +104,11 @@ SIZES: dict[str, tuple[str, dict[str, Any], float]] = {
     "internvl3.5-2b": ("internvl", qwen3(28, 2048, 6144, 16), 1.72e9),
     "internvl3.5-4b": ("internvl", qwen3(36, 2560, 9728, 32), 4.02e9),
     "internvl3.5-8b": ("internvl", qwen3(36, 4096, 12288, 32), 7.57e9),
+    "smolvlm-256m": ("idefics3", SMOL_135M, 0.1345e9),
+    "smolvlm-500m": ("idefics3", SMOL_360M, 0.362e9),
+    "smolvlm2-256m": ("smolvlm", SMOL_135M, 0.1345e9),
+    "smolvlm2-500m": ("smolvlm", SMOL_360M, 0.362e9),
+    "smolvlm2-2.2b": ("smolvlm", decoder("llama", 24, 2048, 8192, 32, 32, 49_280, 8192, rope_theta=130_000.0), 1.71e9),
 }
 
 
@@ -109,6 +128,9 @@ def test_what_an_alias_names_is_configuration_only(
     """The real sizes are planned, with no code of their own and no memory: what the decoder will weigh is known."""
     family, text, parameters = SIZES[alias]
     fields, tower, images, count = FAMILIES[family]
+    if alias in SMALL_SMOLVLM:
+        fields, tower, images, count = FAMILIES["idefics3"]
+        tower = tower | {"model_type": "smolvlm_vision"}
     folder = Path(shutil.copytree(checkpoints / family, tmp_path / "checkpoint"))
     (folder / "processor_config.json").unlink(missing_ok=True)
     for name, changes in {

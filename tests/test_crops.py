@@ -82,11 +82,19 @@ CASES: dict[str, tuple[str, Changes, Changes]] = {
     "internvl/2": ("internvl", *intern_tiles(56, 2, 2)),
     "internvl/7": ("internvl", *intern_tiles(56, 7, 7)),
     "internvl/whole": ("internvl", *intern_tiles(56, 1, 1)),
+    "smolvlm": ("smolvlm", {}, {}),
+    "smolvlm/whole": ("smolvlm/whole", {}, {}),
+    "smolvlm/odd": ("smolvlm", *edge_tiles(35, 105, patch=7)),
+    "smolvlm/200": ("smolvlm", *edge_tiles(56, 200)),
+    "idefics3": ("idefics3", {}, {}),
+    "idefics3/whole": ("idefics3", *edge_tiles(70, 131, split=False)),
 }
 FULL_SIZE: dict[str, tuple[str, Changes, Changes]] = {
     "llava_next": ("llava_next", *next_tiles(336, *GRIDS)),
     "llava_onevision": ("llava_onevision", *onevision_tiles(384, 6)),
     "internvl": ("internvl", *intern_tiles(448, 1, 12)),
+    "smolvlm": ("smolvlm", *edge_tiles(512, 2048, patch=16)),
+    "idefics3": ("idefics3", *edge_tiles(364, 1456)),
 }
 
 
@@ -213,7 +221,7 @@ def test_several_images_of_a_prompt_equal_the_processors(case: Callable[..., Cas
     np.testing.assert_array_equal(part, one.ours([first, first, first]).inputs[0]["pixel_values"][: len(part)])
 
 
-@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "internvl"])
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "internvl", "smolvlm", "smolvlm/whole", "idefics3"])
 def test_normalised_values_equal_the_processors(case: Callable[..., Case], name: str) -> None:
     one, image = case(name), noise(150, 101)
     pixels = crop([image], one.checkpoint.image_spec, one.rule).inputs[0]["pixel_values"]
@@ -228,7 +236,7 @@ def test_modes_equal_the_processors(case: Callable[..., Case], mode: str) -> Non
     source = noise(97, 55)
     if mode in ("LA", "PA", "RGBA"):
         source.putalpha(noise(97, 55).convert("L"))
-    for name in ("llava_next", "llava_onevision", "internvl"):
+    for name in ("llava_next", "llava_onevision", "internvl", "smolvlm", "idefics3"):
         one, image = case(name), source.convert(mode)
         np.testing.assert_array_equal(one.ours([image]).inputs[0]["pixel_values"], one.theirs([image]))
 
@@ -258,7 +266,7 @@ def test_files_equal_the_processors(case: Callable[..., Case], tmp_path: Path) -
         with Image.open(path) as opened:
             # transformers' `load_image` would drop what is transparent; handed to the processor, it is blended with white.
             image = opened.copy() if kind == "transparent" else transformers_load_image(opened)
-        for name in ("llava_next", "llava_onevision", "internvl"):
+        for name in ("llava_next", "llava_onevision", "internvl", "smolvlm"):
             np.testing.assert_array_equal(
                 case(name).ours([path]).inputs[0]["pixel_values"], case(name).theirs([image]), err_msg=kind
             )
@@ -268,7 +276,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(case: Callable[..., Case]) -> N
     """Where we differ on purpose: see `load_image`."""
     levels = np.asarray(noise(97, 55).convert("L"))
     wide, narrow = Image.fromarray(levels.astype(np.uint16) * 256 + 77), Image.fromarray(levels)
-    for name in ("llava_next", "internvl"):
+    for name in ("llava_next", "internvl", "smolvlm"):
         np.testing.assert_array_equal(case(name).ours([wide]).inputs[0]["pixel_values"], case(name).theirs([narrow]))
 
 
@@ -383,6 +391,18 @@ REFUSED: list[tuple[str, tuple[Changes, ...], str]] = [
     ("internvl", ({"vision_feature_select_strategy": "full"},), "vision_feature_select_strategy 'full' is not supported"),
     ("internvl", ({}, {}, {"start_image_token": 7}), "start_image_token"),
     ("internvl", ({}, {}, {"extra_special_tokens": {"end_image_token": ["a"]}}), "end_image_token"),
+    ("smolvlm", ({}, {"do_resize": False}), "do_resize is off"),
+    ("smolvlm", ({}, {"size": square(84)}), "longest_edge"),
+    ("smolvlm", ({}, {"size": {"longest_edge": 0}}), "longest_edge"),
+    ("smolvlm", ({}, {"size": {"longest_edge": 5000}}), "longest_edge|at most 256"),
+    ("smolvlm", ({}, {"size": {"longest_edge": 84 * 17}}), "would become 290 crops; at most 256"),
+    ("smolvlm", ({}, {"max_image_size": {"longest_edge": 70}}), "max_image_size"),
+    ("smolvlm", ({}, {"max_image_size": 84}), "max_image_size"),
+    ("smolvlm", ({"scale_factor": 4},), "6 patches a row are no whole number of cells of 4"),
+    ("smolvlm", ({"scale_factor": 0},), "scale_factor is 0"),
+    ("smolvlm/whole", ({}, {"size": {"longest_edge": 5000}}), "longest_edge is 5000; it must be from 1 to 4096"),
+    ("smolvlm/whole", ({}, {"size": {"longest_edge": -3}}), "longest_edge is -3; it must be from 1 to 4096"),
+    ("idefics3", ({}, {"image_processor_type": "GotOcr2ImageProcessor"}), "is not supported"),
 ]  # fmt: skip
 
 
@@ -398,7 +418,7 @@ def test_what_is_not_handled_is_refused_by_name(make: Make, shape: str, changes:
 
 
 @pytest.mark.parametrize("switch", ["do_reduce_labels", "do_flip", "use_tiles"])
-@pytest.mark.parametrize("shape", ["llava_next", "llava_onevision", "internvl"])
+@pytest.mark.parametrize("shape", ["llava_next", "llava_onevision", "internvl", "smolvlm", "idefics3"])
 def test_switches_that_nobody_knows_are_refused(make: Make, shape: str, switch: str) -> None:
     assert opening(make(shape, {}, {switch: False}))
     kept = AutoImageProcessor.from_pretrained(make(shape, {}, {switch: True})).to_dict()
@@ -407,7 +427,7 @@ def test_switches_that_nobody_knows_are_refused(make: Make, shape: str, switch: 
             opening(make(shape, {}, {switch: True}))
 
 
-SHAPES = ("llava_next", "llava_onevision", "internvl")
+SHAPES = ("llava_next", "llava_onevision", "internvl", "smolvlm", "smolvlm/whole", "idefics3")
 HOSTILE = [
     *VALUES,
     "anyres_max_999",

@@ -117,7 +117,7 @@ class Side:
 # Those whose towers, layers or strategies differ; the decoder does not matter here.
 SIDES = [
     "llava", "llava/siglip", "llava/full", "llava/layers", "llava_next", "llava_next/mistral", "llava_onevision", "internvl",
-    "internvl/qwen3",
+    "internvl/qwen3", "smolvlm", "idefics3",
 ]  # fmt: skip
 
 
@@ -221,7 +221,7 @@ def test_a_strategy_that_would_drop_a_patch_is_refused(side: Side) -> None:
         side.checkpoint.family.describe(changed)
 
 
-@pytest.mark.parametrize("shape", ["llava/siglip", "llava/full", "internvl"])
+@pytest.mark.parametrize("shape", ["llava/siglip", "llava/full", "internvl", "smolvlm"])
 def test_levels_in_place_of_pixels(shape: str, tmp_path: Path) -> None:
     """As the GPU targets take images, also those that are no whole number of patches."""
     checkpoint = open_checkpoint(ExportConfig(str(tiny.TINY[shape](tmp_path / "checkpoint"))))

@@ -125,7 +125,7 @@ def test_sizes_of_another_model(folder: Path, size: str) -> None:
         ("vision_config.model_type", [1], "llava with a [1] tower is not supported"),
         ("model_type", "x" * 10**5, "model_type 'xxx"),
         ("text_config.model_type", "x" * 10**5, "llava with a 'xxx"),
-        ("model_type", {"a": 1}, "is not supported; supported: internvl, llava"),
+        ("model_type", {"a": 1}, "is not supported; supported: idefics3, internvl, llava"),
         ("configuration_files", ["config.4.0.0.json"], "configuration_files of other versions"),
         ("quantization_config", {"quant_method": "awq"}, "holds quantised weights"),
         ("text_config.text_config", "load", "transformers cannot build the model that config.json describes"),

@@ -34,7 +34,7 @@ from leanvlm.runtime.records import plain, read
 
 WIDTH, IMAGE, LINE_END = 5, 3, 9999
 MOSAICS = ("llava_next", "llava_next/even", "llava_onevision", "llava_onevision/shrunk")
-SHAPES = (*MOSAICS, "internvl")
+SHAPES = (*MOSAICS, "internvl", "smolvlm", "smolvlm/whole", "idefics3")
 # Also ones of which unpadding leaves no line or no column, a line, and all.
 SIZES = [
     (1, 1),
@@ -314,7 +314,7 @@ def test_several_images_of_a_prompt(case: Callable[[str], Case], shape: str) -> 
 
 
 @pytest.mark.parametrize("size", [(84, 84), (60, 250), (250, 60), (200, 250), (1, 1)])
-@pytest.mark.parametrize("shape", ["internvl"])
+@pytest.mark.parametrize("shape", ["internvl", "smolvlm", "smolvlm/whole", "idefics3"])
 def test_the_text_of_an_image_is_the_processors(
     case: Callable[[str], Case], processor: Callable[[str], Any], shape: str, size: tuple[int, int]
 ) -> None:
@@ -344,6 +344,8 @@ def test_the_ids_of_a_prompt_are_the_processors(
         ids = tokenizer.encode(one.layout.expand(text, "<image>", [image.arrangement for image in images])).ids
         assert prompt_of(one, ids, images).ids == tuple(expected)
         assert len(prompt_of(one, ids, images)) == len(expected)
+    if shape in ("smolvlm", "idefics3"):
+        assert tokenizer.token_to_id("ĊĊ") in expected
 
 
 def test_a_layout_with_everything() -> None:

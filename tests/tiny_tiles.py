@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tiny_parts import TEMPLATE, byte_tokenizer, spread
 from transformers import (
     CLIPVisionConfig,
@@ -81,6 +83,26 @@ def internvl_checkpoint(
     return _save(folder, InternVLForConditionalGeneration, config, tokenizer, images, seed)
 
 
+def smolvlm_checkpoint(
+    folder: Path, kind: str = "SmolVLM", scale: int = 2, split: bool = True, seed: int = 6, tied: bool = False
+) -> Path:
+    """Save a random SmolVLM or Idefics3: tiles of 6 x 6 patches, and marks; two line breaks are one token."""
+    marks = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<video>"]
+    marks += [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+    tokenizer = byte_tokenizer(marks, merged=["ĊĊ"])
+    prefix = {"SmolVLM": "smolvlm", "Idefics3": "idefics3"}[kind]
+    parts: Any = importlib.import_module(f"transformers.models.{prefix}.configuration_{prefix}")
+    config = getattr(parts, f"{kind}Config")(
+        vision_config=getattr(parts, f"{kind}VisionConfig")(**_tower(4), image_size=84, patch_size=14),
+        text_config=LlamaConfig(**_decoder(len(tokenizer)) | {"tie_word_embeddings": tied}),
+        image_token_id=3, scale_factor=scale, tie_word_embeddings=tied,
+    )  # fmt: skip
+    images = getattr(transformers, f"{kind}ImageProcessorPil")(
+        size={"longest_edge": 252}, max_image_size={"longest_edge": 84}, do_image_splitting=split
+    )
+    return _save(folder, getattr(transformers, f"{kind}ForConditionalGeneration"), config, tokenizer, images, seed)
+
+
 def _tower(blocks: int) -> dict[str, Any]:
     return {"hidden_size": 96, "num_hidden_layers": blocks, "num_attention_heads": 6, "intermediate_size": 160}
 
@@ -116,4 +138,7 @@ TINY: dict[str, Callable[[Path], Path]] = {
         internvl_checkpoint, seed=4, text=Qwen3Config, vision_feature_layer=-2,
         tower={"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": True, "use_mean_pooling": False},
     ),
+    "smolvlm": smolvlm_checkpoint,
+    "smolvlm/whole": partial(smolvlm_checkpoint, scale=3, split=False, tied=True),
+    "idefics3": partial(smolvlm_checkpoint, kind="Idefics3", scale=3),
 }  # fmt: skip

@@ -11,17 +11,21 @@ from leanvlm.runtime.records import shorten
 __all__ = ["ARCHITECTURES", "FAMILIES", "Description", "Family", "Frame", "Parts", "family_for"]
 
 FAMILIES: dict[str, str] = {
+    "idefics3": "leanvlm.exporter.families.smolvlm:Idefics3Family",
     "internvl": "leanvlm.exporter.families.internvl:InternVlFamily",
     "llava": "leanvlm.exporter.families.llava:LlavaFamily",
     "llava_next": "leanvlm.exporter.families.llava_next:LlavaNextFamily",
     "llava_onevision": "leanvlm.exporter.families.llava_onevision:LlavaOnevisionFamily",
+    "smolvlm": "leanvlm.exporter.families.smolvlm:SmolVlmFamily",
 }
 # For configurations that name their architecture only.
 ARCHITECTURES = {
+    "Idefics3ForConditionalGeneration": "idefics3",
     "InternVLForConditionalGeneration": "internvl",
     "LlavaForConditionalGeneration": "llava",
     "LlavaNextForConditionalGeneration": "llava_next",
     "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+    "SmolVLMForConditionalGeneration": "smolvlm",
 }
 
 
