@@ -1,4 +1,4 @@
-"""`python -m bench study|counting|prune|latency` measure; `python -m bench report` writes RESULTS.md from that."""
+"""`python -m bench study|counting|prune|latency|families` measure; `python -m bench report` writes RESULTS.md from that."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 from bench.checkpoint import SMALL, Sizes, make_checkpoint
 from bench.counting import CountingOptions, measure_counting
+from bench.families import FamiliesOptions, measure_families
 from bench.latency import LatencyOptions, measure_latency
 from bench.prune import PruneOptions, measure_prune
 from bench.report import write_report
+from bench.shapes import SHAPES
 from bench.study import BUDGETS, CAPTIONS, SCENES, StudyOptions, default_methods, study
 from leanvlm.runtime.console import one_line_errors
 from leanvlm.runtime.manifest import parse_budgets
@@ -44,6 +46,13 @@ def main() -> None:
     kernels.add_argument("bundle", type=Path)
     kernels.add_argument("--budget", type=int, default=64, help="image tokens kept")
     kernels.add_argument("--output", type=Path, help="JSON file to write, all kernels in it")
+    families = commands.add_parser("families", help="export one full-size random model of each family and time its stages")
+    families.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    families.add_argument("--work", type=Path, required=True, help="folder for checkpoints and bundles, up to 55 GB")
+    families.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    families.add_argument("--target", choices=("cpu", "cuda"), default="cuda")
+    families.add_argument("--small", action="store_true", help="two layers and narrow, to try the command")
+    families.add_argument("--runs", type=int, default=15, help="counted runs")
     latency = commands.add_parser("latency", help="time every stage on a GPU beside transformers and PyTorch")
     latency.add_argument("--checkpoint", type=Path, required=True, help="what the bundles were exported from")
     latency.add_argument("--fp16", type=Path, required=True, help="its bundle for cuda in fp16")
@@ -74,6 +83,9 @@ def main() -> None:
             from bench.kernels import measure_kernels
 
             print(measure_kernels(args.bundle, args.budget, args.output))
+        if args.command == "families":
+            chosen = tuple(args.models)
+            measure_families(FamiliesOptions(chosen, args.work, args.output, args.target, args.small, args.runs))
         if args.command == "latency":
             bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
             static, genai, device = not args.no_static, args.genai, args.device
