@@ -253,7 +253,9 @@ def _frame(folder: Path, family: Family, config: Any) -> Frame:
         # As JSON, where the libraries' enumerations are numbers.
         return _checked(family.frame(config, json.loads(processor.to_json_string()), tokenizer))
     except (UnsupportedModelError, ManifestError) as error:
-        raise UnsupportedModelError(f"{path}: {error}") from error
+        # What is read together with the processor may be wrong in another of the files.
+        where = path if "processor" in str(error) else folder
+        raise UnsupportedModelError(f"{where}: {error}") from error
     except Exception as error:  # An image processor's own checks raise nearly anything.
         raise CheckpointError(f"{path} is not a valid image processor: {_one_line(error)}") from error
 

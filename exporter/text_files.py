@@ -144,7 +144,12 @@ def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: Gener
     if image not in vocab.values():
         raise CheckpointError(
             f"{name}'s config.json says that token {image} stands for an image, which its tokenizer does not know; "
-            "add it to the tokenizer, or set image_token_index to the tokenizer's"
+            "add it to the tokenizer, or set image_token_id (image_token_index in LLaVA's files) to the tokenizer's"
+        )
+    text = str(tokenizer.tokenizer.id_to_token(image))
+    if any(text in mark for mark in checkpoint.frame.layout.marks):
+        raise CheckpointError(
+            f"{name}'s tokenizer_config.json has {shorten(repr(text))} in a mark around images, and that is the image token"
         )
     beyond = next((end for end in sorted(settings.end_ids) if end >= rows), None)
     if beyond is not None:

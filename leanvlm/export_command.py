@@ -65,6 +65,10 @@ def run_export(config: ExportConfig, *, dry_run: bool) -> None:
 
     _quiet_libraries()
     request = plan(config)
+    for share, budget in zip(config.budgets, request.config.counts, strict=True):
+        if share != budget:
+            crop = f"{budget} of the {request.checkpoint.spec.tokens_per_crop} image tokens of each crop"
+            stderr_console().print(f"--budget {share} keeps {crop}", markup=False)
     if dry_run:
         print(_describe(request))
         return

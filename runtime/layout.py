@@ -98,6 +98,11 @@ class Layout:
         """All texts around crops."""
         return (self.before, self.after, self.before_tile, self.after_row, self.before_thumbnail, self.before_whole)
 
+    def runs(self, arrangement: Arrangement) -> int:
+        """Return how many runs of image tokens an image has."""
+        rows, columns = arrangement.tiles
+        return (1 if self.mosaic and rows else max(rows * columns, 1)) + (arrangement.thumbnail != "none")
+
     def text(self, arrangement: Arrangement, token: str) -> str:
         """Return an image's text, with one image token for each of its runs."""
         rows, columns = arrangement.tiles

@@ -179,7 +179,11 @@ class Manifest:
         """Check that every vision graph takes the images that are made and returns as many tokens as its budget says."""
         for graph in self.vision:
             budget, shape = graph.budget, self.crops.shapes[graph.shape]
-            check_names(graph, (PIXELS, VALID) if self.crops.is_padded else (PIXELS,), VISION_OUTPUTS)
+            taken = (PIXELS, VALID) if self.crops.is_padded else (PIXELS,)
+            check_names(graph, taken, VISION_OUTPUTS)
+            surplus = next((tensor.name for tensor in graph.inputs if tensor.name not in taken), None)
+            if surplus is not None:
+                raise ManifestError(f"{MANIFEST}: {graph.file} takes {shorten(surplus)}, which crops cut so do not have")
             for tensor in (*graph.inputs, *graph.outputs):
                 wanted: tuple[int | None, ...] = (None, *[None] * (len(tensor.shape) - 1))
                 if tensor.name == PIXELS:

@@ -212,9 +212,12 @@ class Session:
         text = messages if isinstance(messages, str) else self.template.render(messages)
         check_image_tokens(text.count(token), len(arrangements), token if raw else None)
         ids = self.tokenizer.encode(layout.expand(text, token, arrangements))
-        runs = sum(layout.text(image, token).count(token) for image in arrangements)
-        if ids.count(self.manifest.image_token_id) != runs:
-            raise BundleError(f"the tokenizer does not take {shorten(token)!r} as one token; copy or export the bundle again")
+        runs, found = sum(layout.runs(image) for image in arrangements), ids.count(self.manifest.image_token_id)
+        if found != runs:
+            raise BundleError(
+                f"the tokenizer takes {found} image tokens {shorten(token)!r} from a prompt with {runs}, so it or the layout "
+                f"in {MANIFEST} is another model's: copy or export the bundle again"
+            )
         return ids
 
     @property

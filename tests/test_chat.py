@@ -263,15 +263,25 @@ def test_images_of_several_prompts_may_be_encoded_together(tiled: Session, pictu
             np.testing.assert_allclose(found.embeddings, wanted.embeddings, atol=1e-5)
 
 
-def test_a_text_of_the_layout_with_the_image_token_is_refused(tile_bundle: Callable[[str], Path], tmp_path: Path) -> None:
-    """It would stand for an image that is not there."""
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("layout", {"before": "see <image>"}, "the image token '<image>' is empty, or in a text of the layout"),
+        ("layout", {"before": "<ima", "before_thumbnail": "ge>"}, "takes 3 image tokens '<image>' from a prompt with 2"),
+        ("crops", {"fit": "stretch"}, "takes valid, which crops cut so do not have"),
+    ],
+)
+def test_a_bundle_whose_images_stand_elsewhere_is_refused(
+    tile_bundle: Callable[[str], Path], tmp_path: Path, part: str, changes: dict[str, str], words: str
+) -> None:
+    """An image token in a text would stand for an image that is not there, also where two texts join to one."""
     bundle = tmp_path / "bundle"
     shutil.copytree(tile_bundle("llava_next"), bundle)
     manifest = json.loads((bundle / "leanvlm.json").read_text())
-    manifest["layout"]["before"] = "see <image>"
+    manifest[part] |= changes
     (bundle / "leanvlm.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="the image token '<image>' is empty, or in a text of the layout"):
-        load(bundle)
+    with pytest.raises(BundleError, match=words), load(bundle) as session:
+        session.generate("What?", Image.new("RGB", (90, 60)), max_new_tokens=1)
 
 
 def test_a_second_image_changes_how_the_first_is_cut(

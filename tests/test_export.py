@@ -218,6 +218,7 @@ def test_a_dry_run_says_what_a_share_becomes(
     result = leanvlm("export", "--model", tiny_llava, "--budget", "32/242", "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "to tiny-llava-32of242:" in result.stdout
+    assert "--budget 32/242 keeps 16 of the 121 image tokens of each crop" in " ".join(result.stderr.split())
     assert re.findall(r"vision_\d+", result.stdout) == ["vision_16", "vision_121"]
     assert not list(tmp_path.iterdir())
 

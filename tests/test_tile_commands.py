@@ -28,6 +28,7 @@ from leanvlm.exporter.plan import plan
 from leanvlm.runtime import load
 from leanvlm.runtime.answer import Pruning
 from leanvlm.runtime.bundle import read_manifest
+from leanvlm.runtime.commands.profile_report import _compared
 from leanvlm.runtime.crops import Arrangement, CropShape
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.layout import CropFeatures, ImageFeatures, Layout, image_tokens
@@ -294,3 +295,11 @@ def test_tokens_are_kept_of_those_that_there_were(kept: int, counts: tuple[int, 
     image = ImageFeatures(crops, Arrangement((4, 4), "first"))
     found = image_tokens(image, Layout(mosaic=True, row_end="line", limit=2))
     assert (found.kept, found.total) == counts
+
+
+@pytest.mark.parametrize(
+    ("budgets", "speedup", "words"),
+    [(2, 2.5, "2.50 times sooner than unpruned"), (2, 0.8, "1.25 times later than unpruned"), (1, 1.0, "nothing is compared")],
+)
+def test_what_is_later_is_not_called_sooner(budgets: int, speedup: float, words: str) -> None:
+    assert words in _compared({"budgets": dict.fromkeys(range(budgets)), "speedup": speedup})

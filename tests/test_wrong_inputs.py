@@ -84,7 +84,7 @@ def test_wrong_command_lines(leanvlm: Command, arguments: str, words: str) -> No
         ("--budget 320/2880,64", "budgets 320/2880,64 are 64,64 of a crop's 576 image tokens, which names one twice"),
         ("--pruner scissors", "'scissors' is not known; known: agile"),
         ("--pruner agile:blade=2", "no parameter 'blade'"),
-        ("--pruner agile:step", "no parameter 'step'"),
+        ("--pruner agile:step", "step has no value; write step="),
         ("--pruner agile:step=long", "step='long' is not a valid float"),
         ("--pruner agile:gate=garden", "gate='garden' is not one of erank"),
         ("--pruner agile:keep=10", "give the number as --budget only"),

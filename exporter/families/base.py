@@ -226,6 +226,13 @@ def language_model_key(key: str) -> str:
     return key
 
 
+def no_layer_zero(depth: int) -> str:
+    """Say why a tower's embeddings cannot be named 0: transformers takes that for no layer, and fails."""
+    return (
+        f"vision_feature_layer 0, a tower's embeddings, is not read by transformers; write {-depth - 1} for its {depth} blocks"
+    )
+
+
 def cells_of(patches: int, cell: int, named: str) -> tuple[int, int]:
     """Return the grid of cells of cell x cell patches, of so many patches a side; `named` is the field that sets `cell`.
 

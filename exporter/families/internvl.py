@@ -15,7 +15,16 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration
 
 from leanvlm.exporter import decoders
-from leanvlm.exporter.families.base import Attention, Description, Frame, ModelFamily, Parts, cells_of, language_model_key
+from leanvlm.exporter.families.base import (
+    Attention,
+    Description,
+    Frame,
+    ModelFamily,
+    Parts,
+    cells_of,
+    language_model_key,
+    no_layer_zero,
+)
 from leanvlm.exporter.image_processor import check_tile, read_tile_processor
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.exporter.ranges import DecoderRanges, LlavaRanges, TowerRanges, check_ranges
@@ -50,6 +59,8 @@ class InternVlFamily(ModelFamily):
         check_ranges(DecoderRanges, config.text_config, "text_config in config.json")
         check_ranges(LlavaRanges, config, "config.json")
         layer, depth = config.vision_feature_layer, vision.num_hidden_layers
+        if layer == 0 and isinstance(layer, int):
+            raise UnsupportedModelError(no_layer_zero(depth))
         if not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
             raise UnsupportedModelError(f"vision_feature_layer {shorten(layer)} is no layer of a tower of {depth} blocks")
         if config.vision_feature_select_strategy != "default":

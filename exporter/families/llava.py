@@ -14,7 +14,16 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from leanvlm.exporter import decoders
-from leanvlm.exporter.families.base import Attention, Description, Frame, ModelFamily, Parts, Saliency, language_model_key
+from leanvlm.exporter.families.base import (
+    Attention,
+    Description,
+    Frame,
+    ModelFamily,
+    Parts,
+    Saliency,
+    language_model_key,
+    no_layer_zero,
+)
 from leanvlm.exporter.image_processor import read_image_processor
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.exporter.ranges import DecoderRanges, LlavaRanges, TowerRanges, check_ranges
@@ -70,6 +79,8 @@ class LlavaFamily(ModelFamily):
     def _layers(config: Any) -> tuple[int, ...]:
         """Return the vision feature layers, counted from the embeddings; a configuration names one or lists several."""
         named, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+        if named == 0 and isinstance(named, int):
+            raise UnsupportedModelError(no_layer_zero(depth))
         layers = [named] if isinstance(named, int) else list(named)
         outside = next((layer for layer in layers if not -depth - 1 <= layer <= depth), None)
         if outside is not None or not layers:

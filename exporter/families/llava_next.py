@@ -71,16 +71,28 @@ def arrangements(config: Any, processor: Mapping[str, Any], shape: CropShape) ->
     Raises:
         UnsupportedModelError: They are no whole numbers of tiles, or the processor has others than the model.
     """
-    listed = config.image_grid_pinpoints
+    listed, theirs = (_sizes(read.get("image_grid_pinpoints")) for read in (config.to_dict(), processor))
     if not listed:
         raise UnsupportedModelError("image_grid_pinpoints is empty; it must list the resolutions of an image")
-    if [list(one) for one in processor.get("image_grid_pinpoints", listed)] != [list(one) for one in listed]:
+    if theirs != listed:
         raise UnsupportedModelError("the image processor's image_grid_pinpoints are not those of config.json; make them equal")
     found = []
-    for one in listed:
-        height, width = one
+    for height, width in listed:
         (rows, below), (columns, beside) = divmod(height, shape.pixels[0]), divmod(width, shape.pixels[1])
         if below or beside or not rows or not columns:
-            raise UnsupportedModelError(f"image_grid_pinpoints has {shorten(one)}, no whole number of {shape.pixels} tiles")
+            size = shorten([height, width])
+            raise UnsupportedModelError(f"image_grid_pinpoints has {size}, no whole number of {shape.pixels} tiles")
         found.append((rows, columns))
     return tuple(found)
+
+
+def _sizes(listed: Any) -> list[tuple[int, int]]:
+    """Return a list of [height, width] as pairs; raises UnsupportedModelError."""
+    found = [one for one in listed if isinstance(one, (list, tuple))] if isinstance(listed, (list, tuple)) else []
+    if (
+        not isinstance(listed, (list, tuple))
+        or len(found) < len(listed)
+        or any([type(number) for number in one] != [int, int] for one in found)
+    ):
+        raise UnsupportedModelError(f"image_grid_pinpoints is {shorten(listed)}; it must be a list of [height, width]")
+    return [(height, width) for height, width in found]

@@ -59,7 +59,9 @@ def parse(spec: str, **defaults: Any) -> Pruner:
     values = {key: value for key, value in defaults.items() if key in fields}
     for item in filter(None, rest.split(",")):
         key, equals, text = (part.strip() for part in item.partition("="))
-        if key not in fields or not equals:
+        if key in fields and not equals:
+            raise UnsupportedPrunerError(f"pruner {name!r}: {key} has no value; write {key}=…")
+        if key not in fields:
             known = ", ".join(fields)
             raise UnsupportedPrunerError(f"pruner {name!r} has no parameter {key!r}; it has: {known}")
         values[key] = _value(name, key, fields[key], text)
