@@ -53,7 +53,7 @@ def measure_families(options: FamiliesOptions) -> Path:
         folder = options.work / name
         try:
             record["models"][name] = _measure(name, folder, options)
-        except Exception as error:  # What is measured on a rented machine is not to be lost with one model.
+        except Exception as error:  # One model is not to lose what was measured of the others.
             record["models"][name] = {"error": f"{type(error).__name__}: {error}"}
         shutil.rmtree(folder, ignore_errors=True)
         options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
