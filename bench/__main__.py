@@ -19,6 +19,11 @@ from leanvlm.runtime.manifest import parse_budgets
 
 def main() -> None:
     """Run the command that the command line names."""
+    with one_line_errors():
+        _run(_parser().parse_args())
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("report", help="write RESULTS.md from bench/results")
@@ -62,37 +67,39 @@ def main() -> None:
     latency.add_argument("--no-static", action="store_true", help="leave transformers' compiled path out")
     latency.add_argument("--device", choices=("cpu",), help="only to try the command")
     latency.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    args = parser.parse_args()
-    with one_line_errors():
-        if args.command == "study":
-            methods = tuple(args.pruners or default_methods())
-            for model in args.models:
-                asked = StudyOptions(args.scenes, args.captions, methods, parse_budgets(args.budgets), model)
-                study(asked, asked.file)
-        if args.command == "counting":
-            measure_counting(CountingOptions(args.scenes, args.budget, tuple(args.pruners or default_methods())))
-        if args.command == "prune":
-            measure_prune(PruneOptions(args.device, args.budget, args.runs))
-        if args.command == "checkpoint":
-            print(make_checkpoint(args.output, SMALL if args.small else Sizes()))
-        if args.command == "genai-decoder":
-            from bench.genai import build
+    return parser
 
-            print(build(args.checkpoint, args.output, "fp16", "cuda"))
-        if args.command == "kernels":
-            from bench.kernels import measure_kernels
 
-            print(measure_kernels(args.bundle, args.budget, args.output))
-        if args.command == "families":
-            chosen = tuple(args.models)
-            measure_families(FamiliesOptions(chosen, args.work, args.output, args.target, args.small, args.runs))
-        if args.command == "latency":
-            bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
-            static, genai, device = not args.no_static, args.genai, args.device
-            timed = LatencyOptions(args.checkpoint, bundles, args.output, args.runs, static=static, genai=genai, device=device)
-            print(measure_latency(timed))
-        if args.command in ("report", "study", "counting", "prune"):
-            write_report()
+def _run(args: argparse.Namespace) -> None:
+    if args.command == "study":
+        methods = tuple(args.pruners or default_methods())
+        for model in args.models:
+            asked = StudyOptions(args.scenes, args.captions, methods, parse_budgets(args.budgets), model)
+            study(asked, asked.file)
+    if args.command == "counting":
+        measure_counting(CountingOptions(args.scenes, args.budget, tuple(args.pruners or default_methods())))
+    if args.command == "prune":
+        measure_prune(PruneOptions(args.device, args.budget, args.runs))
+    if args.command == "checkpoint":
+        print(make_checkpoint(args.output, SMALL if args.small else Sizes()))
+    if args.command == "genai-decoder":
+        from bench.genai import build
+
+        print(build(args.checkpoint, args.output, "fp16", "cuda"))
+    if args.command == "kernels":
+        from bench.kernels import measure_kernels
+
+        print(measure_kernels(args.bundle, args.budget, args.output))
+    if args.command == "families":
+        chosen = tuple(args.models)
+        measure_families(FamiliesOptions(chosen, args.work, args.output, args.target, args.small, args.runs))
+    if args.command == "latency":
+        bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
+        static, genai, device = not args.no_static, args.genai, args.device
+        timed = LatencyOptions(args.checkpoint, bundles, args.output, args.runs, static=static, genai=genai, device=device)
+        print(measure_latency(timed))
+    if args.command in ("report", "study", "counting", "prune"):
+        write_report()
 
 
 if __name__ == "__main__":

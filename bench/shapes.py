@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,5 @@ def _class(shape: Shape, name: str) -> Any:
     found = getattr(transformers, name, None)
     if found is None:
         prefix = shape.family.lower()
-        module = __import__(f"transformers.models.{prefix}.configuration_{prefix}", fromlist=[name])
-        found = getattr(module, name)
+        found = getattr(import_module(f"transformers.models.{prefix}.configuration_{prefix}"), name)
     return found

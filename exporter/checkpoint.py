@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoImageProcessor
 
 from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, ExportConfig
 from leanvlm.exporter.families import ARCHITECTURES, Description, Family, Frame, family_for
+from leanvlm.exporter.image_processor import ProcessorError
 from leanvlm.exporter.weights import ADAPTER, adapter_alone, find_weights, load_weights
 from leanvlm.runtime.bundle import file_sha256
 from leanvlm.runtime.console import check_utf8
@@ -254,7 +255,7 @@ def _frame(folder: Path, family: Family, config: Any) -> Frame:
         return _checked(family.frame(config, json.loads(processor.to_json_string()), tokenizer))
     except (UnsupportedModelError, ManifestError) as error:
         # What is read together with the processor may be wrong in another of the files.
-        where = path if "processor" in str(error) else folder
+        where = path if isinstance(error, ProcessorError) else folder
         raise UnsupportedModelError(f"{where}: {error}") from error
     except Exception as error:  # An image processor's own checks raise nearly anything.
         raise CheckpointError(f"{path} is not a valid image processor: {_one_line(error)}") from error

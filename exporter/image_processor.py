@@ -10,6 +10,11 @@ from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.records import read, shorten
 
+
+class ProcessorError(UnsupportedModelError):
+    """What an image processor's own file says is not handled."""
+
+
 PROCESSORS = (
     "CLIPImageProcessor",
     "CLIPImageProcessorPil",
@@ -41,11 +46,11 @@ def read_image_processor(config: Mapping[str, Any]) -> ImageSpec:
     """Read the content of `preprocessor_config.json`, or of a `processor_config.json` that embeds it.
 
     Raises:
-        UnsupportedModelError: The processor is of another kind, or has a step or a size that is not handled.
+        ProcessorError: The processor is of another kind, or has a step or a size that is not handled.
     """
     config = config.get("image_processor") or config
     if not isinstance(config, Mapping):
-        raise UnsupportedModelError(f"the image processor's configuration is no object: {shorten(config)}")
+        raise ProcessorError(f"the image processor's configuration is no object: {shorten(config)}")
     check_processor(config, PROCESSORS, PROCESSOR_DEFAULTS)
     options = PROCESSOR_DEFAULTS | dict(config)
     resize = _edges("size", options["size"], options["default_to_square"]) if options["do_resize"] else None
@@ -65,12 +70,12 @@ def read_tile_processor(
         tile: (height, width) of what the tower takes.
 
     Raises:
-        UnsupportedModelError: The processor is of another kind, or has a step that is not handled.
+        ProcessorError: The processor is of another kind, or has a step that is not handled.
     """
     check_processor(config, [kind + suffix for kind in kinds for suffix in ("", "Pil", "Fast")], {*PROCESSOR_DEFAULTS, *steps})
     options = {name: config.get(name, default) for name, default in PROCESSOR_DEFAULTS.items()}
     if not options["do_resize"]:
-        raise UnsupportedModelError("the image processor's do_resize is off; images would not be of the tower's size")
+        raise ProcessorError("the image processor's do_resize is off; images would not be of the tower's size")
     return _spec(options, list(tile), None)
 
 
@@ -78,14 +83,14 @@ def check_processor(config: Mapping[str, Any], kinds: Sequence[str], known: Coll
     """Refuse another kind of image processor, and a switch that is on and not known.
 
     Raises:
-        UnsupportedModelError: It is, or has.
+        ProcessorError: It is, or has.
     """
     kind = config.get("image_processor_type") or config.get("feature_extractor_type")
     if kind not in kinds:
-        raise UnsupportedModelError(f"image processor {shorten(repr(kind))} is not supported; supported: {kinds[0]}")
+        raise ProcessorError(f"image processor {shorten(repr(kind))} is not supported; supported: {kinds[0]}")
     for name, value in config.items():
         if value and name not in known and name.startswith(("do_", "use_")):
-            raise UnsupportedModelError(f"the image processor's {name} = {shorten(value)} is not supported")
+            raise ProcessorError(f"the image processor's {name} = {shorten(value)} is not supported")
 
 
 def _spec(options: Mapping[str, Any], resize: Any, crop: Any) -> ImageSpec:
@@ -98,7 +103,7 @@ def _spec(options: Mapping[str, Any], resize: Any, crop: Any) -> ImageSpec:
         "image_mean": _triple("image_mean", options["image_mean"]) if normalize else [0.0, 0.0, 0.0],
         "image_std": _triple("image_std", options["image_std"]) if normalize else [1.0, 1.0, 1.0],
     }
-    return read(ImageSpec, found, "the image processor", UnsupportedModelError)
+    return read(ImageSpec, found, "the image processor", ProcessorError)
 
 
 def _edges(name: str, size: Any, square: bool) -> Any:
@@ -111,32 +116,32 @@ def _edges(name: str, size: Any, square: bool) -> Any:
 
 
 def pair(name: str, size: Any) -> list[Any]:
-    """Return a processor's size as [height, width], whichever way it is written; raises UnsupportedModelError."""
+    """Return a processor's size as [height, width], whichever way it is written; raises ProcessorError."""
     if isinstance(size, int):
         return [size, size]
     if isinstance(size, Mapping) and set(size) == {"height", "width"}:
         return [size["height"], size["width"]]
     if isinstance(size, (list, tuple)) and len(size) == 2:
         return list(size)
-    raise UnsupportedModelError(f"the image processor's {name} = {shorten(size)} is not supported")
+    raise ProcessorError(f"the image processor's {name} = {shorten(size)} is not supported")
 
 
 def check_tile(name: str, size: Any, shape: CropShape) -> None:
     """Check that a size of the image processor is the tower's.
 
     Raises:
-        UnsupportedModelError: It is another.
+        ProcessorError: It is another.
     """
-    if size is not None and tile_size(name, size) != shape.pixels:
+    if tile_size(name, size) != shape.pixels:
         taken = " x ".join(map(str, shape.pixels))
-        raise UnsupportedModelError(f"the image processor's {name} = {shorten(size)} is not the {taken} that the tower takes")
+        raise ProcessorError(f"the image processor's {name} = {shorten(size)} is not the {taken} that the tower takes")
 
 
 def tile_size(name: str, size: Any) -> tuple[int, int]:
-    """Return a processor's size as (height, width), which may be written as its edge too; raises UnsupportedModelError."""
+    """Return a processor's size as (height, width), which may be written as its edge too; raises ProcessorError."""
     height, width = pair(name, size["shortest_edge"] if isinstance(size, Mapping) and set(size) == {"shortest_edge"} else size)
     if not isinstance(height, int) or not isinstance(width, int):
-        raise UnsupportedModelError(f"the image processor's {name} = {shorten(size)} is not supported")
+        raise ProcessorError(f"the image processor's {name} = {shorten(size)} is not supported")
     return height, width
 
 
@@ -145,4 +150,4 @@ def _triple(name: str, values: Any) -> list[Any]:
         return [values, values, values]
     if isinstance(values, (list, tuple)) and len(values) == 3:
         return list(values)
-    raise UnsupportedModelError(f"the image processor's {name} = {shorten(values)} is not supported; it needs three numbers")
+    raise ProcessorError(f"the image processor's {name} = {shorten(values)} is not supported; it needs three numbers")

@@ -29,7 +29,7 @@ SHRINK_ABOVE = 1.1
 """How many times longer than its limit the side of an unpruned picture must be to be shrunk, in `pack_image_features`."""
 
 MAX_MARK = 256
-"""Characters of a text around crops; the longest of a published model has 40."""
+"""Characters of a text around crops; the longest of a published model has 48."""
 
 
 class DeviceTensor(Protocol):

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 PATTERNS = {
-    # GPT-2; Llama 3, and Qwen 2 with single digits; GPT-4o, and Mistral's without contractions.
+    # tiktoken's r50k_base; cl100k_base, also with single digits; o200k_base, also without contractions.
     rf"{CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+",
     *(
         rf"(?i:{CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

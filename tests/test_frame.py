@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import COMMENT, generate_tokens
 
 import pytest
 import tiny
@@ -83,8 +85,11 @@ def test_the_runtime_knows_no_model() -> None:
     known = re.compile("|".join({*FAMILIES, *DECODERS, "siglip", "CLIP"}), re.IGNORECASE)
     wrong = set()
     for file in Path(leanvlm.runtime.__path__[0]).rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            text = node.value if isinstance(node, ast.Constant) else getattr(node, "name", None)
+        source = file.read_text(encoding="utf-8")
+        nodes = list(ast.walk(ast.parse(source)))
+        texts = [node.value if isinstance(node, ast.Constant) else getattr(node, "name", None) for node in nodes]
+        comments = [token.string for token in generate_tokens(io.StringIO(source).readline) if token.type == COMMENT]
+        for text in (*texts, *comments):
             if isinstance(text, str) and known.search(text.replace("clip", "")):
                 wrong.add(f"{file.name}: {text[:40]}")
     assert not wrong

@@ -51,7 +51,7 @@ def test_padding_is_kept_only_where_nothing_else_is_left(name: str) -> None:
     assert selected is None or (selected <= torch.tensor([min(count, KEEP) for count in SHOWN])).all()
 
 
-@pytest.mark.parametrize("name", ["agile:gate=none", "agile", "attention", "divprune"])
+@pytest.mark.parametrize("name", ["agile:gate=none", "agile", "attention"])
 def test_a_pruner_sees_what_is_shown_and_nothing_else(name: str) -> None:
     """The choice is that of the slow pruner among the other tokens alone; its gate measures them alone."""
     given = tokens(1)
@@ -64,11 +64,6 @@ def test_a_pruner_sees_what_is_shown_and_nothing_else(name: str) -> None:
         rank = float(exact_effective_rank(given.features[:1, shown]))
         assert float(kept.diagnostics["effective_rank"][0]) == pytest.approx(rank, rel=0.02)
         chosen, _ = REFERENCE["agile"](crop, KEEP, float(kept.diagnostics["effective_rank"][0]) / 9.0)  # type: ignore[call-arg]
-    elif name == "divprune":
-        # The average token that stands for padding may itself be chosen, once, and gives way to the most attended.
-        found = set(kept.indices[0].tolist())
-        assert found <= set(shown.tolist())
-        return
     else:
         chosen, _ = REFERENCE[name.partition(":")[0]](crop, KEEP)
     assert kept.indices[0].tolist() == [int(shown[index]) for index in chosen]
@@ -99,7 +94,13 @@ def test_what_takes_the_place_of_padding_is_not_merged() -> None:
 
 
 def test_a_leading_token_and_padding_do_not_meet() -> None:
-    """Only families without leading tokens pad; `all tokens` is the unpruned model, padding included."""
+    """No family has both, and a choice of padding would not be mended."""
+    with pytest.raises(AssertionError, match="do not go together"):
+        replace(tokens(4), leading=1)
+
+
+def test_all_tokens_are_the_unpruned_model() -> None:
+    """Padding included: it is left out behind the graph, as the model itself does."""
     given = tokens(4)
     kept = choose(parse("agile", keep=COUNT), given)
     assert kept.indices.tolist() == [list(range(COUNT))] * len(SHOWN)

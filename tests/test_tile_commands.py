@@ -30,7 +30,7 @@ from leanvlm.runtime.answer import Pruning
 from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.commands.profile_report import _compared
 from leanvlm.runtime.crops import Arrangement, CropShape
-from leanvlm.runtime.errors import UnsupportedModelError
+from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
 from leanvlm.runtime.layout import CropFeatures, ImageFeatures, Layout, image_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:a bundle for tensorrt-rtx runs on cpu")
@@ -299,7 +299,20 @@ def test_tokens_are_kept_of_those_that_there_were(kept: int, counts: tuple[int, 
 
 @pytest.mark.parametrize(
     ("budgets", "speedup", "words"),
-    [(2, 2.5, "2.50 times sooner than unpruned"), (2, 0.8, "1.25 times later than unpruned"), (1, 1.0, "nothing is compared")],
+    [
+        (2, 2.5, "2.50 times sooner than unpruned"),
+        (2, 0.8, "1.25 times later than unpruned"),
+        (1, 1.0, "measured of the unpruned model alone"),
+    ],
 )
 def test_what_is_later_is_not_called_sooner(budgets: int, speedup: float, words: str) -> None:
     assert words in _compared({"budgets": dict.fromkeys(range(budgets)), "speedup": speedup})
+
+
+def test_a_mark_that_is_the_image_token_is_refused_before_any_work(tmp_path: Path) -> None:
+    checkpoint = tiny.TINY["internvl"](tmp_path / "checkpoint")
+    path = checkpoint / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"start_image_token": "<image>"}))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json has '<image>' in a mark around images"):
+        plan(ExportConfig(str(checkpoint), (4,), tmp_path / "bundle"))

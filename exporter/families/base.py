@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from leanvlm.exporter import decoders
 from leanvlm.exporter.pruners.base import ScoredBlock, Signal
 from leanvlm.runtime.crops import CropRule, CropShape
-from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.layout import Layout
 from leanvlm.runtime.preprocess import ImageSpec
-from leanvlm.runtime.records import shorten
 
 # Whose attention a token's score is: the class token's, or that of all tokens on average.
 Saliency = Literal["class", "received"]
@@ -175,70 +171,3 @@ class Family(Protocol):
     def parts(self, model: nn.Module) -> Parts:
         """Take a model apart."""
         ...
-
-
-class ModelFamily:
-    """What families have alike whose configuration is a `vision_config` and a `text_config`.
-
-    Attributes:
-        model_type: Theirs.
-        model: The model's class in transformers.
-        towers: What a `vision_config` may call its type.
-    """
-
-    model_type: ClassVar[str]
-    model: ClassVar[Callable[[Any], nn.Module]]
-    towers: ClassVar[tuple[str, ...]]
-
-    def check_parts(self, raw: Mapping[str, Any]) -> None:
-        """Refuse other towers and decoders: of some, transformers makes lists as long as a number in the file says.
-
-        Raises:
-            UnsupportedModelError: A tower or decoder that this family does not handle.
-        """
-        known = {"vision_config": ("tower", self.towers), "text_config": ("decoder", tuple(decoders.DECODERS))}
-        for name, (called, kinds) in known.items():
-            part = raw.get(name)
-            kind = part.get("model_type") if isinstance(part, Mapping) else None
-            if kind and kind not in list(kinds):
-                raise UnsupportedModelError(
-                    f"{self.model_type} with a {shorten(repr(kind))} {called} is not supported; supported: {', '.join(kinds)}"
-                )
-
-    def check_config(self, config: Any) -> None:
-        """Do the same with a transformers configuration, whose classes fill in what a file leaves out."""
-        parts = ("vision_config", "text_config")
-        self.check_parts({name: {"model_type": getattr(config, name).model_type} for name in parts})
-
-    def empty(self, config: Any) -> nn.Module:
-        """Build the model on the meta device: structure, no memory."""
-        with torch.device("meta"):
-            model = type(self).model(config)
-        return model.eval()
-
-
-def language_model_key(key: str) -> str:
-    """Map `language_model.model.x`, `model.language_model.x` and so on, of several transformers versions, to one spelling."""
-    key = key.removeprefix("model.")
-    for old, new in (("language_model.model.", "language_model."), ("language_model.lm_head.", "lm_head.")):
-        if key.startswith(old):
-            return new + key[len(old) :]
-    return key
-
-
-def no_layer_zero(depth: int) -> str:
-    """Say why a tower's embeddings cannot be named 0: transformers takes that for no layer, and fails."""
-    return (
-        f"vision_feature_layer 0, a tower's embeddings, is not read by transformers; write {-depth - 1} for its {depth} blocks"
-    )
-
-
-def cells_of(patches: int, cell: int, named: str) -> tuple[int, int]:
-    """Return the grid of cells of cell x cell patches, of so many patches a side; `named` is the field that sets `cell`.
-
-    Raises:
-        UnsupportedModelError: They are no whole number.
-    """
-    if patches % cell:
-        raise UnsupportedModelError(f"{patches} patches a row are no whole number of cells of {cell}; see {named}")
-    return patches // cell, patches // cell

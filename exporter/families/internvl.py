@@ -15,16 +15,8 @@ from torch import nn
 from transformers import InternVLForConditionalGeneration
 
 from leanvlm.exporter import decoders
-from leanvlm.exporter.families.base import (
-    Attention,
-    Description,
-    Frame,
-    ModelFamily,
-    Parts,
-    cells_of,
-    language_model_key,
-    no_layer_zero,
-)
+from leanvlm.exporter.families.base import Attention, Description, Frame, Parts
+from leanvlm.exporter.families.model_family import ModelFamily, cells_of, feature_layers, language_model_key
 from leanvlm.exporter.image_processor import check_tile, read_tile_processor
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.exporter.ranges import DecoderRanges, LlavaRanges, TowerRanges, check_ranges
@@ -58,11 +50,9 @@ class InternVlFamily(ModelFamily):
         check_ranges(TowerRanges, numbers, "vision_config in config.json")
         check_ranges(DecoderRanges, config.text_config, "text_config in config.json")
         check_ranges(LlavaRanges, config, "config.json")
-        layer, depth = config.vision_feature_layer, vision.num_hidden_layers
-        if layer == 0 and isinstance(layer, int):
-            raise UnsupportedModelError(no_layer_zero(depth))
-        if not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
-            raise UnsupportedModelError(f"vision_feature_layer {shorten(layer)} is no layer of a tower of {depth} blocks")
+        if not isinstance(config.vision_feature_layer, int):
+            layer = shorten(config.vision_feature_layer)
+            raise UnsupportedModelError(f"vision_feature_layer {layer} is not supported: it must be one layer")
         if config.vision_feature_select_strategy != "default":
             strategy = shorten(repr(config.vision_feature_select_strategy))
             raise UnsupportedModelError(f"vision_feature_select_strategy {strategy} is not supported; supported: 'default'")
@@ -70,8 +60,8 @@ class InternVlFamily(ModelFamily):
             grid=cells_of(side // patch, self._cell(config), "downsample_ratio"),
             image_size=(side, side),
             image_token_id=config.image_token_id,
-            layers=(layer if layer >= 0 else depth + 1 + layer,),
-            blocks=depth,
+            layers=feature_layers(config.vision_feature_layer, vision.num_hidden_layers),
+            blocks=vision.num_hidden_layers,
         )
 
     @staticmethod
@@ -97,7 +87,7 @@ class InternVlFamily(ModelFamily):
         spec = read_tile_processor(processor, ["GotOcr2ImageProcessor"], [], shape.pixels)
         check_tile("size", processor.get("size"), shape)
         least, most = processor.get("min_patches", 1), processor.get("max_patches", 12)
-        if not (isinstance(least, int) and isinstance(most, int) and 1 <= least <= most < MAX_TILES):
+        if [type(least), type(most)] != [int, int] or not 1 <= least <= most < MAX_TILES:
             raise UnsupportedModelError(
                 f"the image processor's min_patches {shorten(least)} and max_patches {shorten(most)} are not supported"
             )

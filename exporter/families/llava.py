@@ -14,16 +14,8 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from leanvlm.exporter import decoders
-from leanvlm.exporter.families.base import (
-    Attention,
-    Description,
-    Frame,
-    ModelFamily,
-    Parts,
-    Saliency,
-    language_model_key,
-    no_layer_zero,
-)
+from leanvlm.exporter.families.base import Attention, Description, Frame, Parts, Saliency
+from leanvlm.exporter.families.model_family import ModelFamily, feature_layers, language_model_key
 from leanvlm.exporter.image_processor import read_image_processor
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.exporter.ranges import DecoderRanges, LlavaRanges, TowerRanges, check_ranges
@@ -33,7 +25,6 @@ from leanvlm.exporter.towers.siglip import SiglipTower
 from leanvlm.runtime.crops import CropRule
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.preprocess import ImageSpec
-from leanvlm.runtime.records import shorten
 
 # The tower's model_type to what scores its tokens.
 TOWERS: dict[str, Saliency] = {"clip_vision_model": "class", "siglip_vision_model": "received"}
@@ -69,23 +60,11 @@ class LlavaFamily(ModelFamily):
             grid=(side, side),
             image_size=(vision.image_size, vision.image_size),
             image_token_id=config.image_token_id,
-            layers=self._layers(config),
+            layers=feature_layers(config.vision_feature_layer, vision.num_hidden_layers),
             blocks=vision.num_hidden_layers,
             saliency=saliency,
             leading=int(saliency == "class" and strategy == "full"),
         )
-
-    @staticmethod
-    def _layers(config: Any) -> tuple[int, ...]:
-        """Return the vision feature layers, counted from the embeddings; a configuration names one or lists several."""
-        named, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
-        if named == 0 and isinstance(named, int):
-            raise UnsupportedModelError(no_layer_zero(depth))
-        layers = [named] if isinstance(named, int) else list(named)
-        outside = next((layer for layer in layers if not -depth - 1 <= layer <= depth), None)
-        if outside is not None or not layers:
-            raise UnsupportedModelError(f"vision_feature_layer {shorten(named)} is outside a tower of {depth} blocks")
-        return tuple(layer if layer >= 0 else depth + 1 + layer for layer in layers)
 
     def frame(self, config: Any, processor: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Frame:
         """Read what the image processor does: an image is one crop.

@@ -50,8 +50,9 @@ class LlavaNextFamily(LlavaFamily):
         """Read what the image processor does."""
         shape = self.describe(config).shape
         spec = read_tile_processor(processor, ["LlavaNextImageProcessor"], ["do_pad"], shape.pixels)
-        for name in ("size", "crop_size"):
-            check_tile(name, processor.get(name), shape)
+        check_tile("size", processor.get("size"), shape)
+        if processor.get("crop_size") is not None:
+            check_tile("crop_size", processor["crop_size"], shape)
         crops = CropRule("tiles", (shape,), arrangements=arrangements(config, processor, shape), fit="pad", thumbnail="first")
         return Frame(spec, crops, Layout(mosaic=True, row_end=LINE_END))
 
@@ -88,11 +89,7 @@ def arrangements(config: Any, processor: Mapping[str, Any], shape: CropShape) ->
 
 def _sizes(listed: Any) -> list[tuple[int, int]]:
     """Return a list of [height, width] as pairs; raises UnsupportedModelError."""
-    found = [one for one in listed if isinstance(one, (list, tuple))] if isinstance(listed, (list, tuple)) else []
-    if (
-        not isinstance(listed, (list, tuple))
-        or len(found) < len(listed)
-        or any([type(number) for number in one] != [int, int] for one in found)
-    ):
+    many = isinstance(listed, (list, tuple))
+    if not many or any(not isinstance(one, (list, tuple)) or [type(side) for side in one] != [int, int] for one in listed):
         raise UnsupportedModelError(f"image_grid_pinpoints is {shorten(listed)}; it must be a list of [height, width]")
-    return [(height, width) for height, width in found]
+    return [(height, width) for height, width in listed]

@@ -35,8 +35,9 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         """Read what the image processor does."""
         shape = self.describe(config).shape
         spec = read_tile_processor(processor, ["LlavaOnevisionImageProcessor"], ["do_pad"], shape.pixels)
-        for name in ("size", "crop_size"):
-            check_tile(name, processor.get(name), shape)
+        check_tile("size", processor.get("size"), shape)
+        if processor.get("crop_size") is not None:
+            check_tile("crop_size", processor["crop_size"], shape)
         limit = re.fullmatch(r"anyres_max_(\d{1,3})", config.vision_aspect_ratio)
         if limit is None or not int(limit[1]):
             ratio = shorten(repr(config.vision_aspect_ratio))

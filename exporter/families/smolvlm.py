@@ -16,7 +16,8 @@ from torch import nn
 from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
 from leanvlm.exporter import decoders
-from leanvlm.exporter.families.base import Attention, Description, Frame, ModelFamily, Parts, cells_of
+from leanvlm.exporter.families.base import Attention, Description, Frame, Parts
+from leanvlm.exporter.families.model_family import ModelFamily, cells_of
 from leanvlm.exporter.image_processor import read_tile_processor
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.exporter.ranges import DecoderRanges, TowerRanges, check_ranges

@@ -45,7 +45,7 @@ Array = npt.NDArray[Any]
 FINE, COARSE = 256, 64
 # Lengths of prompts whose tensors are kept.
 PROMPT_SLOTS = 8
-# Each number of crops keeps tensors and a captured graph; SmolVLM makes 17 of an image, LLaVA-OneVision of a photograph 21.
+# Each number of crops keeps tensors and a captured graph; 4 x 4 tiles and a thumbnail are 17 crops, 4 x 5 are 21.
 CROPS_AT_ONCE = 24
 # A cache for a short question and answer, to judge whether a model fits before it is loaded.
 USUAL_POSITIONS = 512

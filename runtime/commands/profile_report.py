@@ -75,7 +75,7 @@ def _compared(figures: dict[str, Any]) -> str:
     """Say how the first token comes beside the unpruned model's."""
     speedup = figures["speedup"]
     if len(figures["budgets"]) == 1:
-        return "as in the unpruned model, with which alone nothing is compared"
+        return "measured of the unpruned model alone"
     return f"{speedup:.2f} times sooner than unpruned" if speedup >= 1 else f"{1 / speedup:.2f} times later than unpruned"
 
 
@@ -104,7 +104,7 @@ i{{display:inline-block;width:.8rem;height:.8rem;margin:0 .3rem 0 .8rem}}
 td,th{{padding:.15rem 1rem;text-align:right}} td:first-child,th:first-child{{text-align:left}}
 </style><h1>{escape(figures["bundle"])}</h1>
 <p>{escape(_conditions(figures))}; {_runs(figures)}.
-The first token comes <b>{_compared(figures)}</b>.</p>
+Time to first token: <b>{_compared(figures)}</b>.</p>
 <h2>Time to first token of the median run, ms</h2>{bars}<p>{legend}</p>
 <h2>Stages, ms: p50 (p90)</h2><table><tr><th>stage</th>{heads}</tr>{rows}</table>
 <p>{", ".join(stage for stage in stages if stage in SHARED)}: {note}.</p>
