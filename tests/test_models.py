@@ -10,11 +10,14 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
 from leanvlm.exporter import ExportConfig, tolerances
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.exporter.reference import Reference, relative_difference
+from leanvlm.exporter.towers.siglip_squares import SiglipSquares
 from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
 
 
@@ -138,3 +141,20 @@ def _with_keys(source: Path, folder: Path, rename, extra=None) -> Path:  # type:
     weights = {new: value for key, value in load_file(source / "model.safetensors").items() if (new := rename(key))}
     save_file({**weights, **(extra or {})}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.mark.parametrize("side", [6, 19, 25])
+def test_positions_by_share_of_the_side_are_the_models(side: int) -> None:
+    """At 6 patches a side each has its own row of the table; at 19 and 25 rounding gives some their neighbour's."""
+    config = SmolVLMVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=2 * side, patch_size=2
+    )
+    torch.manual_seed(side)
+    model = SmolVLMVisionTransformer(config).eval()
+    torch.nn.init.normal_(model.embeddings.position_embedding.weight)
+    pixels = torch.randn(2, 3, 2 * side, 2 * side)
+    tower = SiglipSquares(model, 0, None, 1)
+    with torch.no_grad():
+        assert torch.equal(tower(pixels).hidden, model(pixels).last_hidden_state)
+    in_order = torch.equal(tower.positions, model.embeddings.position_embedding.weight)
+    assert in_order == (side == 6)
