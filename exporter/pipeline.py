@@ -52,6 +52,7 @@ from leanvlm.runtime.manifest import MANIFEST, VISION_OUTPUTS, Manifest
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.positions import PositionRule
 from leanvlm.runtime.session import Session, load
+from leanvlm.runtime.signals import raise_again
 from leanvlm.runtime.specs import DecoderSpec, FileSpec, GraphSpec, PrunerSpec, Role, TensorSpec, VisionSpec
 
 MIN_ONNXRUNTIME = "1.23"
@@ -72,13 +73,18 @@ def export_plan(request: Plan, on_step: Step = lambda step: None) -> Manifest:
         LeanVLMError: The checkpoint, a graph or the verification failed; nothing is left behind.
     """
     config = request.config
+
+    def step(name: str) -> None:
+        raise_again()
+        on_step(name)
+
     there = files_replaced(config)
     warn_of_losses(config.output_folder, there)
     with scratch_folder(config.output_folder) as scratch:
         folder = scratch / config.output_folder.name
         folder.mkdir()
-        manifest = _write_bundle(request, folder, scratch, on_step)
-        on_step("put in place")
+        manifest = _write_bundle(request, folder, scratch, step)
+        step("put in place")
         put_in_place(folder, config, there, scratch)
         return manifest
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.signals import deferred_signals
+from leanvlm.runtime.signals import deferred_signals, raise_again
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,6 +105,7 @@ def write_outputs(contents: Mapping[Path, bytes]) -> None:
             stack.callback(new.unlink, missing_ok=True)
             new.write_bytes(content)
             whole[new] = _real(path)
+        raise_again()
         with deferred_signals():
             for new, path in whole.items():
                 new.replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import pkgutil
 import shutil
@@ -101,6 +102,33 @@ def test_an_export_leaves_nothing(tiny_llava: Path, tmp_path: Path, moment: str)
     result = strike(where, numbers, "export", "--model", tiny_llava, "--budget", 121, "-o", "x", cwd=tmp_path)
     assert (result.returncode, result.stderr) in [ENDS[number] for number in numbers]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", ENDS)
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_request_that_a_library_swallows_comes_again(
+    tiny_llava: Path, leanvlm: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, goes_on: bool
+) -> None:
+    """As torch does, whose dispatcher makes an error of its own of it, logs that, and may try another way."""
+    import torch
+
+    real, before = torch.export.export, signal.getsignal(signal.SIGINT)
+
+    def swallowing(*arguments: object, **options: object) -> object:
+        try:
+            signal.raise_signal(number)
+        except BaseException as request:
+            logging.getLogger("library").error("the operation failed")
+            if not goes_on:
+                raise RuntimeError("the operation failed") from request
+        return real(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.export, "export", swallowing)
+    result = leanvlm("export", "--model", tiny_llava, "--budget", 121, "-o", "x")
+    assert (result.returncode, result.stderr) == ENDS[number]
+    assert not list(workplace.iterdir())
+    assert signal.getsignal(signal.SIGINT) is before
+    assert logging.getLogger("library").isEnabledFor(logging.ERROR)
 
 
 def test_an_export_that_is_put_in_place_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

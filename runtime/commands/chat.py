@@ -18,6 +18,7 @@ from leanvlm.runtime.generation import GenerateOptions
 from leanvlm.runtime.layout import ImageFeatures
 from leanvlm.runtime.preprocess import ImageSource
 from leanvlm.runtime.session import Session, load, user_message
+from leanvlm.runtime.signals import heeded
 from leanvlm.runtime.text import Message
 
 HINT = "/image FILE adds an image to your next message; /help says more."
@@ -149,6 +150,7 @@ def _at_terminal(conversation: Chat) -> None:
         except KeyboardInterrupt:
             if cleared:
                 return _say("")
+            heeded()
             cleared = True
             _say("\nCtrl-C again or Ctrl-D ends")
             continue
@@ -157,6 +159,7 @@ def _at_terminal(conversation: Chat) -> None:
             if not _turn(conversation, line.strip()):
                 return None
         except KeyboardInterrupt:
+            heeded()
             _say("interrupted; this message is forgotten")
 
 
