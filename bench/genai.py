@@ -16,8 +16,10 @@ from typing import Any
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.config import ExportConfig
 from leanvlm.exporter.decoders import decoder_for
-from leanvlm.exporter.decoders.genai import in_memory, write_text_checkpoint
+from leanvlm.exporter.decoders.genai import write_text_checkpoint
+from leanvlm.exporter.decoders.in_memory import in_memory
 from leanvlm.runtime.optional import require
+from leanvlm.runtime.positions import PositionRule
 
 PROMPT_TOKENS = 104
 
@@ -36,7 +38,7 @@ def build(checkpoint: Path, folder: Path, precision: str, target: str) -> Path:
         details = extra.pop("hf_details")
         extra.pop("_effective_builder_config", None)
         io_dtype, onnx_dtype = builder.set_io_dtype(precision, target, extra), builder.set_onnx_dtype(precision, extra)
-        model: Any = in_memory(getattr(builder, class_name), decoder, "compact")(
+        model: Any = in_memory(getattr(builder, class_name), decoder, PositionRule("compact"))(
             details["hf_config"], io_dtype, onnx_dtype, target, scratch, extra
         )
         model.make_model(str(text))

@@ -181,13 +181,14 @@ def measure(side: VisionSide, images: Folder | TrainingScenes, on_images: Callab
     usable = seen = compared = 0
     at_once = max(BATCH // side.checkpoint.frame.crops.most, 1)
     for batch in _batches(images.pictures(side.checkpoint.image_spec), at_once):
-        found = side.tokens(batch).patches
-        exact.append(exact_effective_rank(found.features))
-        estimated.append(effective_rank(found.features))
-        entropy.append(attention_entropy(found.saliency))
-        if compared < COMPARED:
-            tokens.append(found)
-            compared += len(found.features)
+        for crops in side.by_shape(batch):
+            found = crops.patches
+            exact.append(exact_effective_rank(found.features))
+            estimated.append(effective_rank(found.features))
+            entropy.append(attention_entropy(found.saliency))
+            if compared < COMPARED:
+                tokens.append(found)
+                compared += len(found.features)
         usable += len(batch)
         on_images(len(batch) + len(images.unreadable) - seen)
         seen = len(images.unreadable)
@@ -269,8 +270,9 @@ def _overlap(found: Measured, erank_ref: float, budget: int) -> dict[str, float]
     shares: list[float] = []
     for batch in found.tokens:
         rows = slice(len(shares), len(shares) + len(batch.features))
-        exact, rough = (_choose(batch, ranks[rows] / erank_ref, budget) for ranks in (found.exact, found.estimated))
-        shares += [len(set(a) & set(b)) / budget for a, b in zip(exact, rough, strict=True)]
+        kept = min(budget, batch.count)
+        exact, rough = (_choose(batch, ranks[rows] / erank_ref, kept) for ranks in (found.exact, found.estimated))
+        shares += [len(set(a) & set(b)) / kept for a, b in zip(exact, rough, strict=True)]
     return {"crops": len(shares), "mean": round(float(np.mean(shares)), 5), "worst": round(min(shares), 5)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.pruners.base import Pruner, ScoredBlock, VisionTokens, choose, gather_tokens
 from leanvlm.exporter.towers.base import Seen
-from leanvlm.runtime.crops import PIXELS, VALID, crop
+from leanvlm.runtime.crops import PIXELS, VALID, Array, crop
 
 
 class VisionSide:
@@ -26,18 +26,30 @@ class VisionSide:
         self.checkpoint = checkpoint
         self._parts = checkpoint.family.parts(model)
         self._projector = self._parts.project.to(torch.float32)
-        self._towers: dict[ScoredBlock, nn.Module] = {}
+        self._towers: dict[tuple[ScoredBlock, int], nn.Module] = {}
+
+    def tokens(self, images: Sequence[Image.Image], scored: ScoredBlock = "feature") -> VisionTokens:
+        """Return the unpruned tokens of all crops of some images; see `by_shape`. Their crops must have one shape."""
+        (found,) = self.by_shape(images, scored)
+        return found
 
     @torch.no_grad()
-    def tokens(self, images: Sequence[Image.Image], scored: ScoredBlock = "feature") -> VisionTokens:
-        """Return the unpruned tokens of all crops of some images, with the attention of the block that a method scores."""
+    def by_shape(self, images: Sequence[Image.Image], scored: ScoredBlock = "feature") -> list[VisionTokens]:
+        """Return the unpruned tokens of some images' crops, those of one shape together.
+
+        Args:
+            images: Each is cut as if it were alone in its prompt.
+            scored: The block whose attention a method scores.
+        """
         frame = self.checkpoint.frame
-        # Each image is cut as if it were alone in its prompt.
-        (inputs,) = crop(images, frame.image, frame.crops, among=1).inputs.values()
-        seen: Seen = self._tower(scored)(torch.from_numpy(inputs[PIXELS]))
-        spec = self.checkpoint.spec
+        cropped = crop(images, frame.image, frame.crops, among=1)
+        return [self._seen(inputs, scored, shape) for shape, inputs in cropped.inputs.items()]
+
+    def _seen(self, inputs: Mapping[str, Array], scored: ScoredBlock, shape: int) -> VisionTokens:
+        seen: Seen = self._tower(scored, shape)(torch.from_numpy(inputs[PIXELS]))
+        grid, leading = self.checkpoint.frame.crops.shapes[shape].grid, self.checkpoint.spec.leading
         valid = torch.from_numpy(inputs[VALID]) if VALID in inputs else None
-        return VisionTokens(self._projector(seen.hidden), seen, spec.grid, spec.leading, valid).shown
+        return VisionTokens(self._projector(seen.hidden), seen, grid, leading, valid).shown
 
     @torch.no_grad()
     def keep(self, pruner: Pruner, tokens: VisionTokens) -> Tensor:
@@ -48,7 +60,8 @@ class VisionSide:
         projected: Tensor = self._projector(kept.hidden)
         return projected
 
-    def _tower(self, scored: ScoredBlock) -> Any:
-        if scored not in self._towers:
-            self._towers[scored] = self._parts.tower(scored, None).to(torch.float32).eval()
-        return self._towers[scored]
+    def _tower(self, scored: ScoredBlock, shape: int) -> Any:
+        if (scored, shape) not in self._towers:
+            tower = self._parts.tower(scored, None, self.checkpoint.frame.crops.shapes[shape])
+            self._towers[scored, shape] = tower.to(torch.float32).eval()
+        return self._towers[scored, shape]

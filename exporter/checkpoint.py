@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoImageProcessor
 from leanvlm.exporter.config import ALIASES, DEFAULT_ERANK_REF, ExportConfig
 from leanvlm.exporter.families import ARCHITECTURES, Description, Family, Frame, family_for
 from leanvlm.exporter.image_processor import ProcessorError
+from leanvlm.exporter.ladder import in_sizes
 from leanvlm.exporter.weights import ADAPTER, adapter_alone, find_weights, load_weights
 from leanvlm.runtime.bundle import file_sha256
 from leanvlm.runtime.console import check_utf8
@@ -96,7 +97,7 @@ def hub_id(config: ExportConfig) -> str | None:
 
 
 def open_checkpoint(config: ExportConfig, *, weights: bool = True) -> Checkpoint:
-    """Find the checkpoint that an export names and read its configuration.
+    """Find the checkpoint that an export names and read its configuration, for images of the sizes that it names.
 
     Args:
         config: The export.
@@ -105,7 +106,15 @@ def open_checkpoint(config: ExportConfig, *, weights: bool = True) -> Checkpoint
     Raises:
         CheckpointError: It is not there, or has no safetensors weights or no readable configuration.
         UnsupportedModelError: No family handles it.
+        InputError: Image sizes that the model does not take.
     """
+    found = _find(config, weights=weights)
+    spec, frame = in_sizes(found.spec, found.frame, config.image_sizes)
+    return replace(found, spec=spec, frame=frame)
+
+
+def _find(config: ExportConfig, *, weights: bool) -> Checkpoint:
+    """Find a checkpoint and read its configuration, as `open_checkpoint` says."""
     if config.known is not None:
         return _read(config.known.folder, config.known.name, None, config.known.erank_ref)
     name = hub_id(config)

@@ -13,6 +13,8 @@ from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.manifest import POSITIONS, PRECISIONS, TARGETS
 
 ALIASES = {
+    "cosmos-reason2-2b": "nvidia/Cosmos-Reason2-2B",
+    "cosmos-reason2-8b": "nvidia/Cosmos-Reason2-8B",
     "internvl3-1b": "OpenGVLab/InternVL3-1B-hf",
     "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
     "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
@@ -31,12 +33,20 @@ ALIASES = {
     "llava-next-mistral": "llava-hf/llava-v1.6-mistral-7b-hf",
     "llava-ov-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
     "llava-ov-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3-vl-2b": "Qwen/Qwen3-VL-2B-Instruct",
+    "qwen3-vl-4b": "Qwen/Qwen3-VL-4B-Instruct",
+    "qwen3-vl-8b": "Qwen/Qwen3-VL-8B-Instruct",
     "smolvlm-256m": "HuggingFaceTB/SmolVLM-256M-Instruct",
     "smolvlm-500m": "HuggingFaceTB/SmolVLM-500M-Instruct",
     "smolvlm2-256m": "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
     "smolvlm2-500m": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
     "smolvlm2-2.2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
 }
+ImageSize = tuple[int, int]
+"""(height, width) in pixels."""
+
 # The gate's reference is the mean effective rank of a model's training images, so it belongs to a model.
 DEFAULT_ERANK_REF = 90.0
 # As `template`: the bundle gets none.
@@ -44,9 +54,14 @@ NO_TEMPLATE = "none"
 KNOWN = "leanvlm.checkpoints"
 
 
+PERCENT = 100
+# Each shape has its own vision graphs.
+MAX_SIZES, MAX_SIDE = 16, 4096
+
+
 @dataclass(frozen=True)
 class Share:
-    """A budget said as papers say it: so many of the image tokens of all crops together, such as 320/2880.
+    """A budget said as papers say it: so many of the image tokens of all crops together, such as 320/2880 or 25%.
 
     Attributes:
         kept: How many are kept.
@@ -64,7 +79,7 @@ class Share:
             raise InputError(f"budget {self} is not possible; a share is of 1 to all image tokens, such as 320/2880")
 
     def __str__(self) -> str:
-        return f"{self.kept}/{self.total}"
+        return f"{self.kept}%" if self.total == PERCENT else f"{self.kept}/{self.total}"
 
     def of(self, count: int) -> int:
         """Return the tokens kept of a crop of `count`: the nearest whole number, at least 1."""
@@ -72,15 +87,35 @@ class Share:
 
 
 def parse_budgets(text: str) -> tuple[int | Share, ...]:
-    """Read budgets such as `64`, `64,128` or `320/2880`.
+    """Read budgets such as `64`, `64,128`, `320/2880` or `25%`.
 
     Raises:
         InputError: Something that is neither a whole number nor a share.
     """
     try:
-        return tuple(Share(*map(int, part.split("/"))) if "/" in part else int(part) for part in text.split(","))
+        return tuple(_budget(part.strip()) for part in text.split(","))
     except (ValueError, TypeError) as error:
-        raise InputError(f"--budget {text!r} is not a number of image tokens, such as 64, 64,128 or 320/2880") from error
+        raise InputError(f"--budget {text!r} is not a number of image tokens, such as 64, 64,128, 320/2880 or 25%") from error
+
+
+def _budget(text: str) -> int | Share:
+    if text.endswith("%"):
+        return Share(int(text[:-1]), PERCENT)
+    return Share(*map(int, text.split("/"))) if "/" in text else int(text)
+
+
+def parse_image_sizes(text: str | None) -> tuple[ImageSize, ...] | None:
+    """Read sizes such as `448x448,448x616`, height first; None stays None.
+
+    Raises:
+        InputError: Something else.
+    """
+    if text is None:
+        return None
+    pairs = [part.strip().lower().split("x") for part in text.split(",")]
+    if any(len(pair) != 2 or not all(side.isdecimal() for side in pair) for pair in pairs):
+        raise InputError(f"--image-size {text!r} is not a list of heights and widths, such as 448x448,448x616")
+    return tuple((int(height), int(width)) for height, width in pairs)
 
 
 @dataclass(frozen=True)
@@ -115,13 +150,14 @@ class ExportConfig:
         model: `demo`, `demo-small` or another name that an installed package offers (`known_checkpoints`), an alias, a Hub id
             or a folder with a Hugging Face checkpoint.
         budgets: Image tokens kept per crop, at least 1, or a share of them; the first is the bundle's default. N is always
-            added.
+            added. Where crops differ in shape, a number is kept of each that has as many, and a share is one of each.
         output: Folder to write; None means `<model's name>-<budgets>` in the current folder.
         pruner: Spec string, such as `agile:gate=entropy`.
         target: What the graphs are written for.
         precision: None takes the target's default.
         positions: `compact` numbers the kept tokens in a row, as the method was published; `original` keeps the positions that
-            they have in the unpruned sequence (arXiv 2506.21873 found grounding lost without them).
+            they have in the unpruned sequence (arXiv 2506.21873 found grounding lost without them). None is compact, or
+            original for a model whose image tokens have rows and columns for positions, which knows no other.
         force: Replace an existing output folder.
         revision: Branch, tag or commit on the Hub.
         token: Access token for the Hub.
@@ -129,6 +165,8 @@ class ExportConfig:
         gate_file: What `leanvlm calibrate gate` wrote for this model; sets the gate's references where `pruner` does not.
         template: File with a chat template (jinja) to use instead of the checkpoint's; `none` exports without one, for prompts
             that are written whole.
+        image_sizes: (height, width) of the shapes that images are brought to, for a model whose images may have any; None takes
+            a usual ladder.
         here: The folder that a relative `output` is in, whatever the current folder becomes.
 
     Raises:
@@ -141,13 +179,14 @@ class ExportConfig:
     pruner: str = "agile"
     target: Literal["cpu", "cuda", "tensorrt-rtx", "tensorrt"] = "cpu"
     precision: str | None = None
-    positions: Literal["compact", "original"] = "compact"
+    positions: Literal["compact", "original"] | None = None
     force: bool = False
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     offline: bool = False
     gate_file: Path | None = None
     template: str | Path | None = None
+    image_sizes: tuple[ImageSize, ...] | None = None
     here: Path = field(default_factory=Path.cwd, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -162,15 +201,26 @@ class ExportConfig:
         for budget in self.budgets:
             if isinstance(budget, int) and budget < 1:
                 raise InputError(f"budget {budget} is not possible; a budget is at least 1 image token")
+        self._check_sizes()
         if len(set(self.budgets)) != len(self.budgets):
             raise InputError(f"budgets {','.join(map(str, self.budgets))} name one twice")
         if self.target not in TARGETS:
             raise InputError(f"target {self.target!r} is not known; known: {', '.join(TARGETS)}")
-        if self.positions not in POSITIONS:
+        if self.positions is not None and self.positions not in POSITIONS:
             raise InputError(f"positions {self.positions!r} are not known; known: {', '.join(POSITIONS)}")
         if self.precision is not None and self.precision not in PRECISIONS[self.target]:
             known = ", ".join(PRECISIONS[self.target])
             raise InputError(f"precision {self.precision!r} does not go with target {self.target!r}; it has: {known}")
+
+    def _check_sizes(self) -> None:
+        sizes = self.image_sizes
+        if sizes is None:
+            return
+        if not sizes or len(sizes) > MAX_SIZES or len(set(sizes)) != len(sizes):
+            raise InputError(f"image sizes must be 1 to {MAX_SIZES}, and none of them named twice")
+        for height, width in sizes:
+            if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+                raise InputError(f"image size {height}x{width} is not possible; a side is 1 to {MAX_SIDE} pixels")
 
     def resolved(self, count: int) -> ExportConfig:
         """Return the same export with every budget as a number, for crops of `count` image tokens.
@@ -215,4 +265,4 @@ class ExportConfig:
         if self.output is not None:
             return Path(self.output)
         name = Path(self.model.rstrip("/")).name or "bundle"
-        return Path(f"{name}-{'-'.join(str(budget).replace('/', 'of') for budget in self.budgets)}")
+        return Path(f"{name}-{'-'.join(str(budget).replace('/', 'of').replace('%', 'pct') for budget in self.budgets)}")

@@ -4,7 +4,7 @@
 |---|---|---|---|---|
 | in | `pixel_values` | float32 | (B, 3, H, W) | normalised as the checkpoint's processor does |
 | in | `valid` | float32 | (B, N) | 1 where a token shows the image, 0 for padding; only where images are padded |
-| out | `image_features` | float32 | (B, K, D) | embeddings of the kept tokens, raster order |
+| out | `image_features` | float32 | (B, K, D) | the kept tokens, raster order; wider where they have planes |
 | out | `keep_indices` | int64 | (B, K) | their indices among the N tokens, ascending |
 | out | `effective_rank` | float32 | (B,) | of the centred features, estimated; 0 where the pruner's gate does not want it |
 | out | `num_selected` | int64 | (B,) | kept on merit, before the back-fill |
@@ -17,11 +17,32 @@ B is free; N and K are fixed. Each stage is a submodule, so the nodes of a stage
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from leanvlm.exporter.pruners.base import Kept, Pruner, VisionTokens, choose, gather_tokens
+from leanvlm.exporter.pruners.base import Kept, Pruner, VisionTokens, choose, gather_tokens, widened
 from leanvlm.exporter.towers.base import Seen
+
+
+@dataclass(frozen=True)
+class VisionPlan:
+    """One vision graph.
+
+    Attributes:
+        shape: Index of the crop shape.
+        budget: The bundle's budget that it serves.
+        pruner: What it prunes with.
+        kept: Image tokens that it keeps of a crop.
+        file: Its name; graphs of one name are one.
+    """
+
+    shape: int
+    budget: int
+    pruner: Pruner
+    kept: int
+    file: str
 
 
 class PruneStage(nn.Module):
@@ -42,11 +63,13 @@ class PruneStage(nn.Module):
         tokens = VisionTokens(features, seen, self.grid, self.leading, valid)
         shown = tokens.shown
         kept, saliency = choose(self.pruner, tokens, shown), shown.seen.saliency
-        chosen = gather_tokens(features, kept.indices) if kept.hidden is None else None
+        chosen = gather_tokens(tokens.wide, kept.indices) if kept.hidden is None else None
         attention = torch.zeros_like(features[:, :, 0], dtype=torch.float32) if saliency is None else saliency
-        return chosen, kept.indices, *self._diagnostics(kept, features, attention), kept.hidden
+        energy, deep = self._energy(kept, features), seen.deep
+        energy = energy if deep is None else energy + deep.float().sum((1, 2))
+        return chosen, kept.indices, *self._diagnostics(kept, energy, attention), kept.hidden
 
-    def _diagnostics(self, kept: Kept, features: Tensor, attention: Tensor) -> tuple[Tensor, ...]:
+    def _diagnostics(self, kept: Kept, energy: Tensor, attention: Tensor) -> tuple[Tensor, ...]:
         given = kept.diagnostics
         every = torch.ones_like(kept.indices[:, 0])
         return (
@@ -54,7 +77,7 @@ class PruneStage(nn.Module):
             given.get("effective_rank", torch.zeros_like(attention[:, 0])),
             given.get("num_selected", every * kept.indices.shape[1]),
             given.get("converged", every > 0),
-            self._energy(kept, features) + attention.sum(1),
+            energy + attention.sum(1),
             attention,
         )
 
@@ -78,5 +101,9 @@ class VisionGraph(nn.Module):
     def forward(self, pixel_values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, ...]:
         """Map pixel values (B, 3, H, W), and which tokens (B, N) show the image, to the outputs named in `VISION_OUTPUTS`."""
         seen: Seen = self.vision(pixel_values)
-        chosen, *others, merged = self.prune(self.project(seen.hidden), seen, valid)
-        return (chosen if merged is None else self.project(merged)), *others
+        chosen, indices, *others, merged = self.prune(self.project(seen.hidden), seen, valid)
+        if merged is not None:
+            # Planes are not merged: a cluster has its centre's.
+            deep = None if seen.deep is None else gather_tokens(seen.deep, indices)
+            chosen = widened(self.project(merged), deep)
+        return chosen, indices, *others

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +25,7 @@ from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint, load_model
 from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
-from leanvlm.exporter.decoders import context_length, head_dim, kv_heads, token_rows
+from leanvlm.exporter.decoders import context_length, head_dim, kv_heads, planes_of, token_rows
 from leanvlm.exporter.decoders.genai import DECODER, build_decoder
 from leanvlm.exporter.decoders.portable import save_decoder, trace_decoder
 from leanvlm.exporter.dialect import check_dialect, target_opset
@@ -34,9 +34,8 @@ from leanvlm.exporter.graphs import VisionGraph
 from leanvlm.exporter.output import files_replaced, put_in_place, scratch_folder, warn_of_losses
 from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import save_sharing
-from leanvlm.exporter.passes.stage_names import STAGES
 from leanvlm.exporter.plan import DTYPES, EMBED_TOKENS, VISION_DATA, Plan, vision_dtype
-from leanvlm.exporter.pruners import PRUNERS, NoPruner
+from leanvlm.exporter.pruners import PRUNERS
 from leanvlm.exporter.reference import Reference
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
 from leanvlm.exporter.targets import TARGETS
@@ -50,14 +49,16 @@ from leanvlm.runtime.errors import LeanVLMWarning
 from leanvlm.runtime.machine.gpu import free_memory
 from leanvlm.runtime.manifest import MANIFEST, VISION_OUTPUTS, Manifest
 from leanvlm.runtime.optional import require
-from leanvlm.runtime.positions import PositionRule
 from leanvlm.runtime.session import Session, load
 from leanvlm.runtime.signals import raise_again
-from leanvlm.runtime.specs import DecoderSpec, FileSpec, GraphSpec, PrunerSpec, Role, TensorSpec, VisionSpec
+from leanvlm.runtime.specs import DecoderSpec, FileSpec, GraphSpec, PrunerSpec, Role, StageSpec, TensorSpec, VisionSpec
 
 MIN_ONNXRUNTIME = "1.23"
 COPIED = ("preprocessor_config.json", "processor_config.json")
 TOOLS = ("leanvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
+
+# Stages of a vision graph that others follow.
+CUT: tuple[Literal["vision", "project"], ...] = ("vision", "project")
 
 Step = Callable[[str], None]
 
@@ -105,7 +106,7 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
             checkpoint,
             target=config.target,
             precision=config.resolved_precision,
-            positions=config.positions,
+            positions=request.positions,
             folder=folder,
             scratch=scratch,
         )
@@ -113,12 +114,12 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     on_step("write token table")
     _write_table(parts, folder)
     _write_small_files(request, folder)
-    manifest = _manifest(request, vision, stages, tuple(parts.extra_rows), folder)
+    manifest = _manifest(request, vision, stages, parts, folder)
     write_manifest(folder, manifest)
     # Weights that are not prepacked are the files' own pages, so that the check needs no second copy of the model.
     with _open(folder, config.target) as session:
         reference = Reference(checkpoint, model, _reference_device(checkpoint, config.target))
-        measured = verify(session, reference, request.pruners, on_step, raw=config.template == NO_TEMPLATE)
+        measured = verify(session, reference, request.vision, on_step, raw=config.template == NO_TEMPLATE)
     manifest = replace(manifest, verification=measured)
     write_manifest(folder, manifest)
     return manifest
@@ -142,36 +143,36 @@ def _reference_device(checkpoint: Checkpoint, target: str) -> str:
     return "cuda" if found is not None and found[0] > 3 * checkpoint.weight_bytes else "cpu"
 
 
-def _write_vision(request: Plan, parts: Parts, folder: Path, on_step: Step) -> tuple[list[VisionSpec], dict[str, GraphSpec]]:
-    """Trace one vision graph per budget and save them over one weights file, on a GPU with cuts to time their stages by."""
-    spec, target = request.checkpoint.spec, request.config.target
+def _write_vision(request: Plan, parts: Parts, folder: Path, on_step: Step) -> tuple[list[VisionSpec], list[StageSpec]]:
+    """Trace the vision graphs and save them over one weights file, on a GPU with cuts to time their stages by."""
+    spec, target, crops = request.checkpoint.spec, request.config.target, request.checkpoint.frame.crops
     dtype, image, record = vision_dtype(request.config), request.image, TARGETS[target]
     projector = _in_dtype(parts.project, dtype)
-    example = torch.zeros(2, 3, *spec.image_size, dtype=torch.uint8 if image.layout == "uint8" else dtype)
-    examples = {"pixel_values": example}
-    if request.checkpoint.frame.crops.is_padded:
-        examples["valid"] = torch.ones(2, spec.tokens_per_crop)
     models: dict[str, ir.Model] = {}
-    specs: list[VisionSpec] = []
-    for budget, pruner in request.pruners.items():
-        on_step(f"trace vision {budget}")
-        tower = parts.tower(pruner.scored_block, image if image.layout == "uint8" else None)
-        graph = VisionGraph(_in_dtype(tower, dtype), projector, pruner, spec.grid, spec.leading).eval()
+    for name, planned in request.files.items():
+        shape, pruner = crops.shapes[planned.shape], planned.pruner
+        on_step(f"trace {Path(name).stem.replace('_', ' ')}")
+        example = torch.zeros(2, 3, *shape.pixels, dtype=torch.uint8 if image.layout == "uint8" else dtype)
+        examples = {"pixel_values": example}
+        if crops.is_padded:
+            examples["valid"] = torch.ones(2, shape.tokens)
+        tower = parts.tower(pruner.scored_block, image if image.layout == "uint8" else None, shape)
+        graph = VisionGraph(_in_dtype(tower, dtype), projector, pruner, shape.grid, spec.leading).eval()
         traced = trace(graph, examples, output_names=VISION_OUTPUTS, opset=target_opset(target))
         for rewrite in record.passes.values():
             rewrite(traced)
-        name = f"vision_{budget}.onnx"
         if record.dialect:
             check_dialect(traced, name)
         models[name] = traced
-        specs.append(VisionSpec(name, _tensors(traced.graph.inputs), _tensors(traced.graph.outputs), 0, budget))
-    cuts = {}
+    specs = [VisionSpec(*_graph(g.file, models[g.file]), g.shape, g.budget, g.kept) for g in request.vision]
+    cuts = []
     if record.cut_stages:
-        default = f"vision_{next(iter(request.pruners))}.onnx"
-        for stage in STAGES[:-1]:
-            name = f"stage_{stage}.onnx"
-            models[name] = cut = cut_after(models[default], stage)
-            cuts[stage] = GraphSpec(name, _tensors(cut.graph.inputs), _tensors(cut.graph.outputs))
+        # Of every shape that of the default budget.
+        for planned in request.vision[: len(crops.shapes)]:
+            for stage in CUT:
+                name = planned.file.replace("vision", f"stage_{stage}") if len(crops.shapes) > 1 else f"stage_{stage}.onnx"
+                models[name] = cut_after(models[planned.file], stage)
+                cuts.append(StageSpec(*_graph(name, models[name]), planned.shape, stage))
     on_step("write vision")
     save_sharing(models, folder, VISION_DATA)
     return specs, cuts
@@ -211,45 +212,43 @@ def _write_small_files(request: Plan, folder: Path) -> None:
             shutil.copyfile(request.checkpoint.folder / name, folder / name)
 
 
-def _manifest(
-    request: Plan, vision: list[VisionSpec], stages: dict[str, GraphSpec], extra: tuple[str, ...], folder: Path
-) -> Manifest:
+def _manifest(request: Plan, vision: list[VisionSpec], stages: list[StageSpec], parts: Parts, folder: Path) -> Manifest:
     checkpoint, config, spec = request.checkpoint, request.config, request.checkpoint.spec
-    first = request.pruners[config.counts[0]] if config.counts[0] in request.pruners else NoPruner()
+    first = request.vision[0].pruner
     # As JSON holds them, so that a manifest that is read back is equal.
     values: Any = first
     params = json.loads(json.dumps({key: value for key, value in asdict(values).items() if key != "keep"}))
     name = next(key for key, cls in PRUNERS.items() if isinstance(first, cls))
     for leftover in ("genai_config.json",):
         (folder / leftover).unlink(missing_ok=True)
-    decoder = _decoder_spec(checkpoint, extra, folder)
+    decoder = _decoder_spec(checkpoint, parts, folder)
     splice = _write_splice(decoder, folder) if TARGETS[config.target].splice else None
     files = {f.name: FileSpec(f.stat().st_size, file_sha256(f)) for f in sorted(folder.iterdir()) if f.name != MANIFEST}
     return Manifest(
         source=checkpoint.source(),
         family=checkpoint.family.model_type,
         pruner=PrunerSpec(name, params, request.gate),
-        budgets=(*config.counts, *(graph.budget for graph in vision if graph.budget not in config.counts)),
+        budgets=tuple(dict.fromkeys((*config.counts, *(graph.budget for graph in vision)))),
         crops=checkpoint.frame.crops,
         layout=checkpoint.frame.layout,
         saliency=spec.saliency,
         target=config.target,
         precision=config.resolved_precision,
         vision=tuple(vision),
-        stages=stages,
+        stages=tuple(stages),
         decoder=decoder,
         splice=splice,
         embed_tokens=EMBED_TOKENS,
         image=request.image,
         image_token_id=spec.image_token_id,
-        positions=PositionRule(config.positions),
+        positions=request.positions,
         min_onnxruntime=MIN_ONNXRUNTIME,
         versions={tool: found for tool in TOOLS if (found := _version(tool))},
         files=files,
     )
 
 
-def _decoder_spec(checkpoint: Checkpoint, extra: tuple[str, ...], folder: Path) -> DecoderSpec:
+def _decoder_spec(checkpoint: Checkpoint, parts: Parts, folder: Path) -> DecoderSpec:
     graph = ir.load(folder / DECODER).graph
     text = checkpoint.config.text_config
     kv_dtype = next(v.dtype for v in graph.inputs if v.name == "past_key_values.0.key")
@@ -263,7 +262,8 @@ def _decoder_spec(checkpoint: Checkpoint, extra: tuple[str, ...], folder: Path) 
         vocab_size=text.vocab_size,
         context_length=context_length(text),
         kv_dtype="float16" if kv_dtype == ir.DataType.FLOAT16 else "float32",
-        extra_rows={name: text.vocab_size + at for at, name in enumerate(extra)},
+        extra_rows={name: text.vocab_size + at for at, name in enumerate(parts.extra_rows)},
+        planes=planes_of(parts.decoder),
         roles={str(value.name): _role(str(value.name)) for value in graph.inputs},
         cache="shared" if any(str(value.name).startswith("present.") for value in graph.outputs) else "appended",
     )
@@ -286,8 +286,13 @@ def _role(name: str) -> Role:
 def _write_splice(decoder: DecoderSpec, folder: Path) -> GraphSpec:
     """Write the graph that puts prompts together."""
     dtype = ir.DataType.from_numpy(np.dtype(decoder.kv_dtype))
-    graph = write_splice_graph(folder, decoder.hidden_size, dtype)
+    graph = write_splice_graph(folder, decoder.row_width, dtype)
     return GraphSpec(SPLICE, _tensors(graph.inputs), _tensors(graph.outputs))
+
+
+def _graph(file: str, model: ir.Model) -> tuple[str, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Return the fields of a graph's spec: its file, inputs and outputs."""
+    return file, _tensors(model.graph.inputs), _tensors(model.graph.outputs)
 
 
 def _tensors(values: Any) -> tuple[TensorSpec, ...]:

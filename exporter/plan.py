@@ -15,16 +15,19 @@ import torch
 from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint, hub_id, open_checkpoint
-from leanvlm.exporter.config import ExportConfig
+from leanvlm.exporter.config import ExportConfig, Share
 from leanvlm.exporter.decoders import check_decoder, context_length, decoder_for, token_rows
 from leanvlm.exporter.families import Description
 from leanvlm.exporter.gate_file import read_gate_file
+from leanvlm.exporter.graphs import VisionPlan
 from leanvlm.exporter.output import check_output
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, Pruner, parse
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.text_files import check_text
 from leanvlm.exporter.weights import match_weights, outline
+from leanvlm.runtime.crops import CropShape
 from leanvlm.runtime.errors import InputError, LeanVLMWarning, UnsupportedPrunerError
+from leanvlm.runtime.positions import PositionRule
 from leanvlm.runtime.preprocess import ImageSpec
 
 __all__ = ["DTYPES", "EMBED_TOKENS", "VISION_DATA", "Plan", "fetch", "plan", "vision_dtype"]
@@ -41,14 +44,16 @@ class Plan:
     Attributes:
         config: The request.
         checkpoint: Where the weights are, or from the Hub where they will be: `fetch` brings them.
-        pruners: Budget to pruner, N (unpruned) last.
+        vision: The vision graphs, first those of the default budget, one for each crop shape.
+        positions: How a prompt is numbered.
         sizes: File name to estimated bytes.
         gate: The manifest's record of the gate file, if there is one.
     """
 
     config: ExportConfig
     checkpoint: Checkpoint
-    pruners: dict[int, Pruner]
+    vision: tuple[VisionPlan, ...]
+    positions: PositionRule
     sizes: dict[str, int]
     gate: dict[str, Any] | None = None
 
@@ -58,9 +63,14 @@ class Plan:
         return replace(self.checkpoint.image_spec, layout=TARGETS[self.config.target].layout)
 
     @property
+    def files(self) -> dict[str, VisionPlan]:
+        """The vision graphs by file, each once."""
+        return {graph.file: graph for graph in self.vision}
+
+    @property
     def steps(self) -> int:
         """How many steps `export` will report."""
-        return len(self.checkpoint.weight_files) + 2 * len(self.pruners) + 6
+        return len(self.checkpoint.weight_files) + 2 * len(self.files) + 6
 
     @property
     def total_bytes(self) -> int:
@@ -76,23 +86,25 @@ def plan(config: ExportConfig) -> Plan:
     """
     check_output(config)
     checkpoint = open_checkpoint(config, weights=False)
-    count = checkpoint.spec.tokens_per_crop
+    count, asked = checkpoint.spec.tokens_per_crop, config.budgets
     config = config.resolved(count)
     for budget in config.counts:
         if budget > count:
             what = (
-                "image tokens of this model" if checkpoint.frame.crops.kind == "whole" else "image tokens of one of its crops"
+                "image tokens of one of its crops" if checkpoint.frame.crops.kind == "tiles" else "image tokens of this model"
             )
             raise InputError(f"budget {budget} is more than the {count} {what}")
+    positions = _positions(config, checkpoint)
     check_decoder(checkpoint.config.text_config, config.target)
     _warn_of_context(checkpoint.config.text_config)
     check_text(config, checkpoint)
     references, gate = _gate(config, checkpoint)
-    pruners = _pruners(config, checkpoint.spec, references)
+    vision = _vision(config, checkpoint, asked, references)
     model = outline(checkpoint.family, checkpoint.config)
     if checkpoint.weight_files:
         match_weights(checkpoint.family, model, checkpoint.weight_files)
-    result = Plan(config, checkpoint, pruners, _estimate(config, checkpoint, model, list(pruners)), gate)
+    sizes = _estimate(config, checkpoint, model, list(dict.fromkeys(graph.file for graph in vision)))
+    result = Plan(config, checkpoint, vision, positions, sizes, gate)
     _check_disk(result)
     return result
 
@@ -107,17 +119,61 @@ def _warn_of_context(text: Any) -> None:
         warnings.warn(message, LeanVLMWarning, stacklevel=3)
 
 
-def _pruners(config: ExportConfig, spec: Description, references: dict[str, Any]) -> dict[int, Pruner]:
-    """Return the pruner of each budget, N (unpruned) last."""
+def _positions(config: ExportConfig, checkpoint: Checkpoint) -> PositionRule:
+    """Return how prompts are numbered.
+
+    Raises:
+        InputError: Positions that the model cannot have.
+    """
+    if checkpoint.frame.axes == 1:
+        return PositionRule(config.positions or "compact")
+    if config.positions == "compact":
+        raise InputError(
+            "--positions compact is not possible: this model's image tokens have the row and column of their place for "
+            "positions; leave it out, or give original"
+        )
+    return PositionRule("original", checkpoint.frame.axes, "grid")
+
+
+def _vision(
+    config: ExportConfig, checkpoint: Checkpoint, asked: tuple[int | Share, ...], references: dict[str, Any]
+) -> tuple[VisionPlan, ...]:
+    """Return the vision graphs of every budget and crop shape, those of the default budget first.
+
+    Args:
+        config: The request, its budgets as numbers of the largest shape.
+        checkpoint: The model.
+        asked: The budgets as they were asked for; a share is one of every shape.
+        references: The gate's reference values.
+    """
     parse(config.pruner)
-    count = spec.tokens_per_crop
-    pruners = {budget: pruner_for(config.pruner, spec, budget, **references) for budget in config.counts if budget < count}
-    for budget, pruner in pruners.items():
-        if isinstance(pruner, NoPruner):
-            raise InputError(f"pruner 'none' keeps all {count} image tokens; use it with --budget {count}")
-        if pruner.keep != budget - spec.leading:
-            raise InputError(f"--pruner sets keep={pruner.keep}, --budget {budget}; give the number as --budget only")
-    return {**pruners, count: NoPruner(keep=count - spec.leading)}
+    spec, shapes = checkpoint.spec, checkpoint.frame.crops.shapes
+    whole = spec.tokens_per_crop
+    wanted = [*zip(config.counts, asked, strict=True), *([] if whole in config.counts else [(whole, whole)])]
+    graphs = []
+    for budget, said in wanted:
+        for at, shape in enumerate(shapes):
+            kept = said.of(shape.tokens) if isinstance(said, Share) else min(budget, shape.tokens)
+            pruner = _pruner(config.pruner, spec, shape, kept, references)
+            graphs.append(VisionPlan(at, budget, pruner, kept, _file(shape, kept, alone=len(shapes) == 1)))
+    return tuple(graphs)
+
+
+def _file(shape: CropShape, kept: int, *, alone: bool) -> str:
+    return f"vision_{kept}.onnx" if alone else f"vision_{shape.text}_{kept}.onnx"
+
+
+def _pruner(method: str, spec: Description, shape: CropShape, kept: int, references: dict[str, Any]) -> Pruner:
+    """Return the pruner that keeps so many tokens of a crop of a shape."""
+    count = shape.tokens
+    if kept == count:
+        return NoPruner(keep=count - spec.leading)
+    pruner = pruner_for(method, spec, kept, **references)
+    if isinstance(pruner, NoPruner):
+        raise InputError(f"pruner 'none' keeps all {count} image tokens; use it with --budget {count}")
+    if pruner.keep != kept - spec.leading:
+        raise InputError(f"--pruner sets keep={pruner.keep}, --budget {kept}; give the number as --budget only")
+    return pruner
 
 
 def pruner_for(method: str, spec: Description, budget: int, **references: Any) -> Pruner:
@@ -174,7 +230,7 @@ def vision_dtype(config: ExportConfig) -> torch.dtype:
     return TARGETS[config.target].vision_dtype or DTYPES[config.resolved_precision]
 
 
-def _estimate(config: ExportConfig, checkpoint: Checkpoint, model: nn.Module, budgets: list[int]) -> dict[str, int]:
+def _estimate(config: ExportConfig, checkpoint: Checkpoint, model: nn.Module, graphs: list[str]) -> dict[str, int]:
     """Estimate each file's size from the parameter counts."""
     parts = checkpoint.family.parts(model)
 
@@ -187,8 +243,9 @@ def _estimate(config: ExportConfig, checkpoint: Checkpoint, model: nn.Module, bu
     weights = count(decoder.model) - rows.numel() + decoder.lm_head.weight.numel()
     # Quantised weights carry one scale per block of 32; norms stay as they are.
     per_weight = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}[config.resolved_precision]
-    sizes = {f"vision_{budget}.onnx": 250_000 for budget in budgets}
-    sizes[VISION_DATA] = vision_dtype(config).itemsize * (count(parts.tower("feature", None)) + count(parts.project))
+    sizes = dict.fromkeys(graphs, 250_000)
+    tower = parts.tower("feature", None, checkpoint.spec.shape)
+    sizes[VISION_DATA] = vision_dtype(config).itemsize * (count(tower) + count(parts.project))
     sizes["decoder.onnx.data"] = int(weights * per_weight)
     half = checkpoint.config.dtype == torch.float16 and not decoder_for(decoder.config).is_scaled
     sizes[EMBED_TOKENS] = rows.numel() * (2 if half else 4)

@@ -13,14 +13,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
 
 from leanvlm.exporter.checkpoint import Checkpoint
-from leanvlm.exporter.decoders import token_rows
-from leanvlm.exporter.pruners.base import ScoredBlock, VisionTokens
+from leanvlm.exporter.decoders import planes_of, token_rows
+from leanvlm.exporter.families.base import Attention
+from leanvlm.exporter.pruners.base import ScoredBlock, VisionTokens, widened
 from leanvlm.exporter.rounding import weights_rounded
-from leanvlm.exporter.towers.base import Seen
+from leanvlm.exporter.towers.base import Seen, merged_cells
+from leanvlm.runtime.crops import CropShape
+from leanvlm.runtime.positions import as_input
 
 Array = npt.NDArray[Any]
+# What transformers knows the function by that tells keys and probabilities.
+PROBE = "leanvlm_probe"
 
 
 class Reference:
@@ -59,11 +66,15 @@ class Reference:
             The unpruned tokens of each crop, scored by eager attention's probabilities; and the image's features (S, D) as the
             model itself puts them together.
         """
-        spec, parts = self.checkpoint.spec, self.parts
+        spec, parts, shape = self.checkpoint.spec, self.parts, self._shape(pixel_values)
         attention = parts.attention(spec.scored_block(scored))
         given = parts.inputs(torch.from_numpy(pixel_values).to(self.device), size)
+        if attention.given is not None:
+            return self._look_packed(given, attention, shape)
+        assert attention.query is not None
+        assert attention.keys is not None
         with (
-            _eager(attention.config),
+            _computed_by(attention.config, "eager"),
             _returned(attention.module) as mixed,
             _returned(attention.query) as queries,
             _returned(attention.keys) as keys,
@@ -80,15 +91,45 @@ class Reference:
         else:
             saliency = probabilities.mean(dim=1)
         told = (None if part is None else part[:, parts.skipped :].cpu() for part in (key, saliency, unsplit))
-        cell_keys, saliency, unsplit = (None if part is None else self._of_cells(part) for part in told)
+        cell_keys, saliency, unsplit = (None if part is None else self._of_cells(part, shape) for part in told)
         assert cell_keys is not None
         seen = Seen(hidden[0].cpu(), cell_keys.reshape(*cell_keys.shape[:2], attention.heads, -1), saliency, unsplit)
         packed = torch.cat([one.reshape(-1, one.shape[-1]) for one in found.pooler_output])
-        return VisionTokens(features[0].cpu(), seen, spec.grid, spec.leading), packed.cpu().numpy()
+        return VisionTokens(features[0].cpu(), seen, shape.grid, spec.leading), packed.cpu().numpy()
 
-    def _of_cells(self, part: Tensor) -> Tensor:
+    def _look_packed(self, given: dict[str, Any], attention: Attention, shape: CropShape) -> tuple[VisionTokens, Array]:
+        """Do what `look` does with a model that packs the patches of all crops into one sequence, in an order of its own."""
+        parts, (rows, _) = self.parts, shape.grid
+        assert parts.order is not None
+        assert attention.given is not None
+        with (
+            _probed(attention) as seen,
+            _given(attention.given) as hidden,
+        ):
+            found = self.model.get_image_features(**given, return_dict=True)
+        order, packed = parts.order(shape), torch.cat(list(found.pooler_output)).cpu()
+        states = hidden[0].cpu().reshape(-1, len(order), hidden[0].shape[-1])[:, order]
+        keys = torch.cat([key.transpose(1, 2) for key, _ in seen]).cpu()[:, order]  # (C, N, H, d)
+        saliency = torch.cat([probabilities.float().mean(dim=(1, 2)) for _, probabilities in seen]).cpu()[:, order]
+        planes = [torch.cat(list(plane)).cpu() for plane in getattr(found, "deepstack_features", None) or ()]
+        told = Seen(
+            merged_cells(states, rows * parts.cell, parts.cell),
+            self._of_cells(keys.flatten(2), shape).reshape(-1, shape.tokens, *keys.shape[2:]),
+            self._of_cells(saliency, shape),
+            None,
+            torch.cat(planes, dim=1).reshape(len(states), shape.tokens, -1) if planes else None,
+        )
+        tokens = VisionTokens(packed.reshape(len(states), shape.tokens, -1), told, shape.grid)
+        return tokens, tokens.wide[0].numpy()
+
+    def _shape(self, pixel_values: Array) -> CropShape:
+        """Return the shape of crops."""
+        shapes = self.checkpoint.frame.crops.shapes
+        return next(shape for shape in shapes if shape.pixels == tuple(pixel_values.shape[2:]))
+
+    def _of_cells(self, part: Tensor, shape: CropShape) -> Tensor:
         """Sum what patches have, (B, N) or (B, N, E), over those that become one token."""
-        cell, (rows, columns) = self.parts.cell, self.checkpoint.spec.grid
+        cell, (rows, columns) = self.parts.cell, shape.grid
         if cell == 1:
             return part
         order = torch.arange(part.shape[1]).view(rows, cell, columns, cell).transpose(1, 2).reshape(rows * columns, -1)
@@ -102,37 +143,38 @@ class Reference:
 
     @torch.no_grad()
     def rounding(self, pixel_values: Array, features: Array) -> float:
-        """Return how far fp32 takes features (B, N, D) of pixel values (B, 3, H, W) from double precision, relative.
+        """Return how far fp32 takes features (B, N, W) of pixel values (B, 3, H, W) from double precision, relative.
 
         Another graph of the same model is as far off in its own way: see `tolerances.ROUNDING`.
         """
-        tower, project = self.parts.tower("feature", None), self.parts.project
+        tower, project = self.parts.tower("feature", None, self._shape(pixel_values)), self.parts.project
         with computed_in(tower, torch.float64), computed_in(project, torch.float64):
-            hidden = tower(torch.from_numpy(pixel_values).to(self.device, torch.float64)).hidden
-            exact: Array = project(hidden).cpu().numpy()
+            seen = tower(torch.from_numpy(pixel_values).to(self.device, torch.float64))
+            exact: Array = widened(project(seen.hidden), seen.deep).cpu().numpy()
         return relative_difference(features, exact)
 
     @torch.no_grad()
     def rows(self, ids: Sequence[int]) -> Array:
-        """Return rows (len(ids), D) of the token table in fp32: those of tokens, and behind them the extra ones."""
+        """Return rows (len(ids), W) of the token table in fp32: those of tokens, and behind them the extra ones."""
         wanted = torch.tensor(list(ids), dtype=torch.long)
         beyond = wanted - self.checkpoint.config.text_config.vocab_size
         rows = token_rows(self.parts.decoder, wanted.where(beyond < 0, 0).to(self.device)).float().cpu()
         for at, row in enumerate(self.parts.extra_rows.values()):
             rows[beyond == at] = row.float().cpu()
-        found: Array = rows.numpy()
+        planes = planes_of(self.parts.decoder)
+        found: Array = functional.pad(rows, (0, planes * rows.shape[1])).numpy()
         return found
 
     @torch.no_grad()
     def logits(self, embeddings: Array, positions: Array, last: int) -> Array:
-        """Return the logits (last, V) of the last of a sequence of embeddings (S, D) at positions (S,)."""
+        """Return the logits (last, V) of the last of a sequence of embeddings (S, D) at positions (axes, S)."""
         decoder: Any = self.parts.decoder
         with computed_in(decoder, torch.float32):
             out = decoder(
                 inputs_embeds=torch.from_numpy(embeddings)[None].to(self.device),
-                position_ids=torch.from_numpy(positions)[None].to(self.device),
+                position_ids=torch.from_numpy(as_input(positions)).to(self.device),
                 # Without a mask transformers reads gaps in the positions as the borders of packed sequences.
-                attention_mask=torch.ones(1, len(positions), dtype=torch.long, device=self.device),
+                attention_mask=torch.ones(1, positions.shape[1], dtype=torch.long, device=self.device),
                 use_cache=False,
                 logits_to_keep=last,
             )
@@ -202,10 +244,30 @@ def _given(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def _eager(config: Any) -> Iterator[None]:
-    """Let attention of a configuration return its probabilities, which fused kernels do not."""
+def _probed(attention: Attention) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect keys (B, H, N, d) and probabilities (B, H, N, N) of an attention, as it computes with them, call by call."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def compute(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        assert attention_mask is None, "the patches of an image all see each other"
+        if module is not attention.module:
+            return functional.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+        probabilities = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1)
+        seen.append((key, probabilities))
+        return (probabilities @ value).transpose(1, 2), None
+
+    AttentionInterface.register(PROBE, compute)
+    with _computed_by(attention.config, PROBE):
+        yield seen
+
+
+@contextlib.contextmanager
+def _computed_by(config: Any, name: str) -> Iterator[None]:
+    """Let attention of a configuration be computed by one of transformers' functions, such as eager with its probabilities."""
     before = config._attn_implementation
-    config._attn_implementation = "eager"
+    config._attn_implementation = name
     try:
         yield
     finally:

@@ -10,8 +10,9 @@ go into the manifest; a failure leaves no bundle.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ import torch
 from PIL import Image
 
 from leanvlm.exporter import tolerances
-from leanvlm.exporter.pruners.base import Pruner, ScoredBlock, VisionTokens, choose
+from leanvlm.exporter.graphs import VisionPlan
+from leanvlm.exporter.pruners.base import Pruner, ScoredBlock, VisionTokens, choose, gather_tokens
 from leanvlm.exporter.pruners.gates import exact_effective_rank
 from leanvlm.exporter.reference import Reference, cosine, relative_difference
 from leanvlm.exporter.rounding import BITS
@@ -35,7 +37,7 @@ from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.prompt import assemble, compose
 from leanvlm.runtime.session import Session, user_message
-from leanvlm.runtime.specs import GraphSpec
+from leanvlm.runtime.specs import GraphSpec, VisionSpec
 from leanvlm.runtime.text import Message
 
 Array = npt.NDArray[Any]
@@ -48,7 +50,7 @@ NEW_TOKENS = 8
 def verify(
     session: Session,
     reference: Reference,
-    pruners: Mapping[int, Pruner],
+    planned: Sequence[VisionPlan],
     on_step: Callable[[str], None] = lambda step: None,
     raw: bool = False,
 ) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def verify(
     Args:
         session: The bundle, open.
         reference: The checkpoint.
-        pruners: Budget to pruner, as exported.
+        planned: The vision graphs, as exported.
         on_step: Told what is being compared, for a progress display.
         raw: Ask without the chat template, which the bundle may not have.
 
@@ -68,40 +70,88 @@ def verify(
         VerificationError: A difference is over its tolerance, a value is not finite, or a selection did not converge.
     """
     manifest = session.manifest
-    images = probe_images(manifest.crops)
+    results: dict[str, Any] = {"device": session.backend.device, "vision": {}, "tokens": {}}
+    views = {}
+    for shape in range(len(manifest.crops.shapes)):
+        views[shape] = view = _look(session, reference, shape, {graph.pruner.scored_block for graph in planned})
+        _check_layout(session, reference, view.images[0], view.whole, view.packed)
+    # Each graph once, whatever it serves.
+    for graph in {graph.file: graph for graph in planned}.values():
+        on_step(f"verify {Path(graph.file).stem.replace('_', ' ')}")
+        results["vision"][_called(graph, manifest)] = _verify_vision(session, reference, graph, views[graph.shape])
+    on_step("verify decoder")
+    question = f"{session.image_token}\n{PROMPT}" if raw else [user_message(PROMPT, 1)]
+    # With the smallest shape, whose rows and columns differ where those of any do.
+    shape = max(views, key=lambda at: (len(set(manifest.crops.shapes[at].grid)), at))
+    for graph in (graph for graph in planned if graph.shape == shape):
+        merges = results["vision"][_called(graph, manifest)]["merged"]
+        view = views[shape]
+        measured = _compare_chain(session, reference, view.images[0], question, None if merges else view.whole, graph.budget)
+        results["tokens"][str(graph.budget)] = measured
+        _check_chain(graph.budget, measured, COMPUTED[manifest.decoder.kv_dtype])
+    return {**results, "images": len(views[0].images), "crops": len(views[0].inputs[PIXELS])}
+
+
+def _called(graph: VisionPlan, manifest: Manifest) -> str:
+    """Return what the results call a graph: its budget, where crops differ in shape the tokens it keeps of which."""
+    if len(manifest.crops.shapes) == 1:
+        return str(graph.budget)
+    return f"{graph.kept} of {manifest.crops.shapes[graph.shape].text}"
+
+
+@dataclass(frozen=True)
+class View:
+    """What the checkpoint itself makes of two images whose crops have one shape.
+
+    Attributes:
+        images: The images.
+        inputs: What the vision graphs take of them.
+        normal: Pixel values (C, 3, H, W) of each, as the checkpoint's processor normalises them.
+        tokens: Whose attention scores them, to the unpruned tokens of all crops.
+        packed: The features (S, D) of the first image, put together.
+    """
+
+    images: list[Image.Image]
+    inputs: Mapping[str, Array]
+    normal: list[Array]
+    tokens: Mapping[ScoredBlock, VisionTokens]
+    packed: Array
+
+    @property
+    def whole(self) -> Array:
+        """The features (C, N, W) of the first image's crops."""
+        features: Array = next(iter(self.tokens.values())).wide.numpy()
+        return features[: len(self.normal[0])]
+
+
+def _look(session: Session, reference: Reference, shape: int, blocks: Collection[ScoredBlock]) -> View:
+    """Show the checkpoint two images that become crops of a shape."""
+    manifest = session.manifest
+    images = probe_images(manifest.crops, shape)
     given = [_inputs(image, manifest, manifest.image) for image in images]
     inputs = {name: np.concatenate([one[name] for one in given]) for name in given[0]}
     # The checkpoint normalises in its own processor's steps, whatever the bundle folds.
     normal = [_inputs(image, manifest, replace(manifest.image, layout="float32"))[PIXELS] for image in images]
-    views: dict[ScoredBlock, VisionTokens] = {}
-    for where in {p.scored_block for p in pruners.values()}:
+    tokens: dict[ScoredBlock, VisionTokens] = {}
+    for where in blocks:
         looked = [reference.look(crops, where, image.size[::-1]) for crops, image in zip(normal, images, strict=True)]
-        views[where], packed = joined([tokens for tokens, _ in looked], inputs.get(VALID)), looked[0][1]
-    first = next(iter(views.values())).features.numpy()
-    whole = first[: len(normal[0])]
-    results: dict[str, Any] = {"images": len(images), "crops": len(inputs[PIXELS]), "device": session.backend.device}
-    results |= {"vision": {}, "tokens": {}}
-    _check_layout(session, reference, images[0], whole, packed)
-    for budget, pruner in pruners.items():
-        on_step(f"verify vision {budget}")
-        outputs = _run(session, budget, inputs)
-        _check_placement(budget, session.backend.misplaced(manifest.vision_graph(budget), in_parts(inputs, len(images))[0]))
-        unpruned, precision = views[pruner.scored_block], _vision_precision(manifest.vision_graph(budget))
-        measured = _judge_vision(outputs, reference, pruner, unpruned)
-        if not measured["merged"] and precision == "fp32" and measured["features"] > tolerances.FEATURES[precision]:
-            # A pass in double precision, only where it decides.
-            measured["rounding"] = reference.rounding(np.concatenate(normal), unpruned.features.numpy())
-        results["vision"][str(budget)] = measured
-        _check_vision(budget, measured, precision)
-        measured |= _compare_rank(outputs["effective_rank"], unpruned.shown.patches.features)
-    on_step("verify decoder")
-    question = f"{session.image_token}\n{PROMPT}" if raw else [user_message(PROMPT, 1)]
-    for budget in pruners:
-        merges = results["vision"][str(budget)]["merged"]
-        measured = _compare_chain(session, reference, images[0], question, None if merges else whole, budget)
-        results["tokens"][str(budget)] = measured
-        _check_chain(budget, measured, COMPUTED[manifest.decoder.kv_dtype])
-    return results
+        tokens[where], packed = joined([found for found, _ in looked], inputs.get(VALID)), looked[0][1]
+    return View(images, inputs, normal, tokens, packed)
+
+
+def _verify_vision(session: Session, reference: Reference, planned: VisionPlan, view: View) -> dict[str, Any]:
+    """Compare one vision graph with what the checkpoint and the graph's pruner make of two images; raises VerificationError."""
+    graph = session.manifest.vision_graph(planned.budget, planned.shape)
+    inputs, unpruned = view.inputs, view.tokens[planned.pruner.scored_block]
+    outputs = _run(session, graph, inputs)
+    _check_placement(graph.file, session.backend.misplaced(graph, in_parts(inputs, len(view.images))[0]))
+    precision = _vision_precision(graph)
+    measured = _judge_vision(outputs, reference, planned.pruner, unpruned)
+    if not measured["merged"] and precision == "fp32" and measured["features"] > tolerances.FEATURES[precision]:
+        # A pass in double precision, only where it decides.
+        measured["rounding"] = reference.rounding(np.concatenate(view.normal), unpruned.wide.numpy())
+    _check_vision(graph, measured, precision)
+    return measured | _compare_rank(outputs["effective_rank"], unpruned.shown.patches.features)
 
 
 @torch.no_grad()
@@ -109,7 +159,10 @@ def _judge_vision(outputs: Mapping[str, Array], reference: Reference, pruner: Pr
     """Compare one vision graph's outputs with what its pruner makes of the checkpoint's own tokens."""
     expected = choose(pruner, unpruned)
     merged = None if expected.hidden is None else reference.project(expected.hidden).numpy()
-    return _compare_vision(outputs, unpruned.features.numpy(), expected.indices.numpy(), merged)
+    if merged is not None and unpruned.seen.deep is not None:
+        planes = gather_tokens(unpruned.seen.deep, expected.indices).numpy()
+        merged = np.concatenate([merged, planes], axis=2)
+    return _compare_vision(outputs, unpruned.wide.numpy(), expected.indices.numpy(), merged)
 
 
 def _inputs(image: Image.Image, manifest: Manifest, spec: ImageSpec) -> Mapping[str, Array]:
@@ -127,9 +180,9 @@ def joined(tokens: Sequence[VisionTokens], valid: Array | None = None) -> Vision
     return VisionTokens(torch.cat([one.features for one in tokens]), seen, first.grid, first.leading, shows)
 
 
-def _run(session: Session, budget: int, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def _run(session: Session, spec: VisionSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Run a vision graph on crops, as many at once as the backend takes."""
-    graph = session.vision(budget)
+    graph = session.encoder.graph(spec.budget, spec.shape)
     parts = [fetched(graph.run(part)) for part in in_parts(inputs, session.backend.crops_at_once)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -149,7 +202,7 @@ def _check_layout(session: Session, reference: Reference, image: Image.Image, wh
     """
     manifest = session.manifest
     arrangement = crop([image], manifest.image, manifest.crops).images[0].arrangement
-    shape = manifest.crops.shapes[0]
+    shape = manifest.crops.shapes[arrangement.shape]
     every, nothing = np.arange(shape.tokens), np.zeros(shape.tokens, np.float32)
     pruning = Pruning(shape.tokens, None, shape.tokens, True, every, nothing, shape)
     features = ImageFeatures(tuple(CropFeatures(rows, pruning) for rows in whole), arrangement)
@@ -172,7 +225,7 @@ def fetched(outputs: Mapping[str, Any]) -> dict[str, Array]:
     return {**outputs, "image_features": rows}
 
 
-def _check_placement(budget: int, misplaced: Sequence[str]) -> None:
+def _check_placement(file: str, misplaced: Sequence[str]) -> None:
     """Refuse a graph that the device runs only in part.
 
     Raises:
@@ -180,14 +233,15 @@ def _check_placement(budget: int, misplaced: Sequence[str]) -> None:
     """
     if misplaced:
         shown = ", ".join(misplaced[:5]) + (f" and {len(misplaced) - 5} more" if len(misplaced) > 5 else "")
-        raise VerificationError(f"budget {budget}: {len(misplaced)} nodes do not run on the device: {shown}")
+        raise VerificationError(f"{file}: {len(misplaced)} nodes do not run on the device: {shown}")
 
 
-def probe_images(rule: CropRule | None = None) -> list[Image.Image]:
+def probe_images(rule: CropRule | None = None, shape: int = 0) -> list[Image.Image]:
     """Return two fixed images, of different size and content: smooth gradients, and patches of noise and lines.
 
     Args:
         rule: How they will be cut. For tiles the first is wide and the second tall, so that they are few.
+        shape: Which of the nearest shapes they shall have.
     """
     rng = np.random.default_rng(7)
     rows, columns = np.mgrid[0:300, 0:420] / 300.0
@@ -198,7 +252,11 @@ def probe_images(rule: CropRule | None = None) -> list[Image.Image]:
     busy += rng.normal(0, 12, busy.shape)
     if rule is not None and rule.kind == "tiles":
         smooth, busy = smooth[60:170], busy[:, 100:260]
-    return [Image.fromarray(np.clip(a, 0, 255).astype(np.uint8)) for a in (smooth, busy)]
+    images = [Image.fromarray(np.clip(a, 0, 255).astype(np.uint8)) for a in (smooth, busy)]
+    if rule is not None and rule.kind == "nearest":
+        height, width = rule.shapes[shape].pixels
+        return [image.resize((width, height)) for image in images]
+    return images
 
 
 def _compare_vision(
@@ -252,23 +310,23 @@ def _vision_precision(graph: GraphSpec) -> str:
     return COMPUTED[dtype]
 
 
-def _check_vision(budget: int, measured: Mapping[str, Any], precision: str) -> None:
+def _check_vision(graph: VisionSpec, measured: Mapping[str, Any], precision: str) -> None:
     """Judge what the comparison measured.
 
     Raises:
         VerificationError: Values that are not finite, a selection that did not converge or is no ascending set, or a
             difference over its tolerance.
     """
-    where = f"vision graph of budget {budget}"
+    where, kept = f"vision graph of budget {graph.budget}", graph.kept
     if not measured["finite"]:
         raise VerificationError(f"{where}: values that are not finite (NaN or infinity)")
     if not measured["converged"]:
         raise VerificationError(f"{where}: the selection did not converge; give the pruner more sweeps")
     if not measured["ascending"]:
         raise VerificationError(f"{where}: kept indices are not unique and ascending")
-    share, least = measured["kept_overlap"], tolerances.kept_least(precision, budget)
-    if round(share * budget) < least:
-        raise VerificationError(f"{where}: keeps {share:.1%} of the checkpoint's choice, less than {least / budget:.0%}")
+    share, least = measured["kept_overlap"], tolerances.kept_least(precision, kept)
+    if round(share * kept) < least:
+        raise VerificationError(f"{where}: keeps {share:.1%} of the checkpoint's choice, less than {least / kept:.0%}")
     rounding = measured.get("rounding", 0.0)
     limit = tolerances.MERGED[precision] if measured["merged"] else tolerances.features_limit(precision, rounding)
     if not measured["features"] <= limit:
@@ -344,7 +402,8 @@ def _judged(
     runs = compose(ids, manifest.image_token_id, [replace(encoded, crops=crops)], manifest.layout)
     prompt = assemble(runs, reference, manifest.positions, manifest.image_token_id, manifest.line_end)
     sequence = np.concatenate([prompt.embeddings(), reference.rows(answer[:-1])])
-    positions = np.concatenate([prompt.positions[0], prompt.next_position + np.arange(len(answer) - 1)])
+    more = manifest.positions.text(prompt.next_position, len(answer) - 1)
+    positions = np.concatenate([prompt.positions, more], axis=1)
     return reference.logits(sequence, positions, len(answer))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,17 +13,21 @@ from leanvlm.runtime.optional import require
 
 if TYPE_CHECKING:
     from leanvlm.exporter.config import ExportConfig
+    from leanvlm.exporter.plan import Plan
 
 
 def export_command(
     model: Annotated[str, typer.Option(help="demo, llava, a Hub id or a folder with a checkpoint.")],
-    budget: Annotated[str, typer.Option(help="Image tokens kept per crop, such as 64 or 64,128; or a share: 320/2880.")] = "64",
+    budget: Annotated[
+        str, typer.Option(help="Image tokens kept per crop, such as 64 or 64,128; or a share: 25%, 320/2880")
+    ] = "64",
+    image_size: Annotated[str | None, typer.Option(help="Heights x widths that images may have: 448x448,448x616.")] = None,
     pruner: Annotated[str, typer.Option(help="Name, or name:field=value,…")] = "agile",
     gate_file: Annotated[Path | None, typer.Option(help="What `calibrate gate` wrote for this model.")] = None,
     template: Annotated[str | None, typer.Option(help="File with a chat template (jinja); none exports without.")] = None,
     target: Annotated[str, typer.Option(help="cpu, cuda, tensorrt-rtx or tensorrt.")] = "cpu",
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8 or int4; the target's by default.")] = None,
-    positions: Annotated[str, typer.Option(help="compact or original: how kept tokens are numbered.")] = "compact",
+    positions: Annotated[str | None, typer.Option(help="compact or original: how kept tokens are numbered.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and how big.")] = False,
@@ -31,7 +36,7 @@ def export_command(
     offline: Annotated[bool, typer.Option("--offline", help="Use only what is on this machine.")] = False,
 ) -> None:
     """Export a model with its pruning inside the graph."""
-    from leanvlm.exporter.config import ExportConfig, parse_budgets
+    from leanvlm.exporter.config import ExportConfig, parse_budgets, parse_image_sizes
 
     config = ExportConfig(
         model=model,
@@ -47,6 +52,7 @@ def export_command(
         offline=offline,
         gate_file=gate_file,
         template=template,
+        image_sizes=parse_image_sizes(image_size),
     )
     run_export(config, dry_run=dry_run)
 
@@ -65,10 +71,8 @@ def run_export(config: ExportConfig, *, dry_run: bool) -> None:
 
     _quiet_libraries()
     request = plan(config)
-    for share, budget in zip(config.budgets, request.config.counts, strict=True):
-        if share != budget:
-            crop = f"{budget} of the {request.checkpoint.spec.tokens_per_crop} image tokens of each crop"
-            stderr_console().print(f"--budget {share} keeps {crop}", markup=False)
+    for line in _said(config, request):
+        stderr_console().print(line, markup=False)
     if dry_run:
         print(_describe(request))
         return
@@ -86,6 +90,21 @@ def run_export(config: ExportConfig, *, dry_run: bool) -> None:
     if costs := [f"{b}: {c['unrounded']['cosine']:.3f}" for b, c in chain.items() if "unrounded" in c]:
         console.print(f"quantised alike; quantisation leaves a cosine of the first logits at budget {', '.join(costs)}")
     print(request.config.named_output)
+
+
+def _said(config: ExportConfig, request: Plan) -> Iterator[str]:
+    """Yield what is to be known before an export: the shapes of images, and what shares of their tokens come to."""
+    shapes = request.checkpoint.frame.crops.shapes
+    if request.checkpoint.frame.crops.kind == "nearest":
+        yield f"images go to the nearest of {', '.join(shape.text for shape in shapes)} pixels (height x width; --image-size)"
+    for share, budget in zip(config.budgets, request.config.counts, strict=True):
+        if share == budget:
+            continue
+        if len(shapes) == 1:
+            yield f"--budget {share} keeps {budget} of the {shapes[0].tokens} image tokens of each crop"
+            continue
+        kept = [f"{graph.kept} of {shapes[graph.shape].tokens}" for graph in request.vision if graph.budget == budget]
+        yield f"--budget {share} keeps {', '.join(kept)} image tokens"
 
 
 def _describe(request: Any) -> str:

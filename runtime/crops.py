@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -34,6 +34,8 @@ Level = Annotated[int, Between(0, 255)]
 Thumbnail = Literal["none", "first", "last"]
 
 PIXELS, VALID = "pixel_values", "valid"
+NARROWEST = 200
+"""Times that one side of an image may be the other, where a model has a rule of its own for sizes."""
 MAX_TILES = 256
 """Of one image; each is a run through the tower."""
 Tiles = Annotated[int, Between(1, MAX_TILES)]
@@ -54,6 +56,11 @@ class CropShape:
     leading: Count = 0
 
     @property
+    def text(self) -> str:
+        """Its pixels in words, height first: 448x616."""
+        return f"{self.pixels[0]}x{self.pixels[1]}"
+
+    @property
     def tokens(self) -> int:
         """N, the image tokens of a crop before pruning."""
         return self.leading + self.grid[0] * self.grid[1]
@@ -64,8 +71,10 @@ class CropRule:
     """Which crops are cut of an image.
 
     Attributes:
-        kind: `whole`: the image is one crop. `tiles`: it is resized to a grid of tiles, and each is a crop.
-        shapes: Shapes of the crops, one set of vision graphs each; tiles and thumbnail have the first.
+        kind: `whole`: the image is one crop. `tiles`: it is resized to a grid of tiles, and each is a crop. `nearest`: it is
+            one crop, stretched to the shape that is nearest to the size that the model's own rule gives it.
+        shapes: Shapes of the crops, one set of vision graphs each; tiles and thumbnail have the first. The first is the
+            largest.
         choose: How many tiles. `resolution`: of `arrangements` that which keeps most of the image's pixels and wastes fewest.
             `aspect`: that whose sides are most like the image's; of equal ones the larger, if the image fills half of it.
             `longest_edge`: as many as the image covers, once its longer side is `longest_edge`.
@@ -76,9 +85,10 @@ class CropRule:
         several: Of a prompt with several images, `alike`: each is cut by this rule; `square`: each is one crop, padded to a
             square.
         background: Colour of that padding.
+        pixels: The least and the most pixels that the model's own rule makes of an image, with `nearest`.
     """
 
-    kind: Literal["whole", "tiles"]
+    kind: Literal["whole", "tiles", "nearest"]
     shapes: tuple[CropShape, ...]
     choose: Literal["resolution", "aspect", "longest_edge"] = "resolution"
     arrangements: tuple[tuple[Tiles, Tiles], ...] = ()
@@ -87,6 +97,7 @@ class CropRule:
     longest_edge: Edge | None = None
     several: Literal["alike", "square"] = "alike"
     background: tuple[Level, Level, Level] = (0, 0, 0)
+    pixels: tuple[Size, Size] | None = None
 
     def __post_init__(self) -> None:
         """Check that the fields go together; raises ManifestError."""
@@ -97,6 +108,12 @@ class CropRule:
                 raise ManifestError(f"a crop of {list(shape.pixels)} pixels has no grid of {list(shape.grid)} tokens")
             if shape.leading and self.is_padded:
                 raise ManifestError("tokens in front of a crop's grid have no place among tiles with padding")
+        if (self.kind == "nearest") != (self.pixels is not None):
+            raise ManifestError("pixels, the least and the most of an image, go with nearest shapes and nothing else")
+        if self.kind == "nearest" and len({self._token(shape) for shape in self.shapes}) > 1:
+            raise ManifestError("the tokens of all nearest shapes must stand for as many pixels")
+        if self.shapes[0].tokens < max(shape.tokens for shape in self.shapes):
+            raise ManifestError("the first of the shapes must be the largest")
         if self.kind == "tiles" and (self.choose == "longest_edge") != (not self.arrangements):
             raise ManifestError("tiles are chosen by longest_edge, or of arrangements: give one or the other")
         if self.kind == "tiles" and self.choose == "longest_edge" and self.longest_edge is None:
@@ -109,6 +126,16 @@ class CropRule:
                 f"an image would become {self.most} crops of {height} x {width}; they may have {MAX_PIXELS // 10**6} megapixels"
             )
 
+    @staticmethod
+    def _token(shape: CropShape) -> tuple[float, float]:
+        """Return the pixels, high and wide, that one token stands for."""
+        return shape.pixels[0] / shape.grid[0], shape.pixels[1] / shape.grid[1]
+
+    @property
+    def factor(self) -> int:
+        """Of nearest shapes: sides are whole multiples of so many pixels."""
+        return self.shapes[0].pixels[0] // self.shapes[0].grid[0]
+
     @property
     def is_padded(self) -> bool:
         """Whether some of a tile may be padding, so that the vision graphs are told which tokens show the image."""
@@ -117,7 +144,7 @@ class CropRule:
     @property
     def most(self) -> int:
         """The most crops that one image becomes."""
-        if self.kind == "whole":
+        if self.kind != "tiles":
             return 1
         tiles = max((rows * columns for rows, columns in self.arrangements), default=0)
         if self.longest_edge is not None:
@@ -137,11 +164,13 @@ class Arrangement:
         thumbnail: Where among the crops that one stands that shows all of the image.
         inner: Of the grid that the tokens of all tiles make together, the part that shows the image: rows from the first number
             up to the second, columns from the third up to the fourth; the rest is padding. None where all of it does.
+        shape: Index of its crops' shape.
     """
 
     tiles: tuple[int, int] = (0, 0)
     thumbnail: Thumbnail = "none"
     inner: tuple[int, int, int, int] | None = None
+    shape: int = 0
 
     @property
     def crops(self) -> int:
@@ -178,7 +207,12 @@ def arrange(size: tuple[int, int], rule: CropRule, among: int = 1) -> Arrangemen
         size: Its (height, width) in pixels.
         rule: Which crops.
         among: How many images its prompt has.
+
+    Raises:
+        InputError: The model takes no image so narrow.
     """
+    if rule.kind == "nearest":
+        return Arrangement(shape=_nearest(size, rule))
     if rule.kind == "whole" or (rule.several == "square" and among > 1):
         return Arrangement()
     tile, grid = rule.shapes[0].pixels, rule.shapes[0].grid
@@ -207,20 +241,23 @@ def crop(images: Sequence[ImageSource], spec: ImageSpec, rule: CropRule, among: 
     Raises:
         InputError: An image cannot be used.
     """
-    found: list[Levels] = []
+    found: dict[int, list[Levels]] = {}
     cut: list[CroppedImage] = []
     for source in images:
         image = load_image(source)
         arrangement = arrange((image.height, image.width), rule, among or len(images))
         square = rule.several == "square" and (among or len(images)) > 1
         levels = [image_levels(_squared(image, rule), spec)] if square else _cut(image, spec, rule, arrangement)
-        cut.append(CroppedImage(arrangement, tuple((0, len(found) + row) for row in range(len(levels)))))
-        found += levels
-    batch = np.stack(found).transpose(0, 3, 1, 2)
-    inputs: dict[str, Array] = {PIXELS: normalised(np.ascontiguousarray(batch), spec)}
+        alike = found.setdefault(arrangement.shape, [])
+        cut.append(CroppedImage(arrangement, tuple((arrangement.shape, len(alike) + row) for row in range(len(levels)))))
+        alike += levels
+    inputs: dict[int, dict[str, Array]] = {}
+    for shape, alike in found.items():
+        batch = np.ascontiguousarray(np.stack(alike).transpose(0, 3, 1, 2))
+        inputs[shape] = {PIXELS: normalised(batch, spec)}
     if rule.is_padded:
-        inputs[VALID] = np.concatenate([shown_tokens(image.arrangement, rule.shapes[0]) for image in cut])
-    return Cropped({0: inputs}, tuple(cut))
+        inputs[0][VALID] = np.concatenate([shown_tokens(image.arrangement, rule.shapes[0]) for image in cut])
+    return Cropped(inputs, tuple(cut))
 
 
 def shown_tokens(arrangement: Arrangement, shape: CropShape) -> npt.NDArray[np.float32]:
@@ -241,6 +278,8 @@ def shown_tokens(arrangement: Arrangement, shape: CropShape) -> npt.NDArray[np.f
 def _cut(image: Image.Image, spec: ImageSpec, rule: CropRule, arrangement: Arrangement) -> list[Levels]:
     """Return the crops of an image, levels (H, W, 3) each."""
     resample = Image.Resampling(spec.resample)
+    if rule.kind == "nearest":
+        return [image_levels(image, replace(spec, resize=rule.shapes[arrangement.shape].pixels))]
     if rule.longest_edge is not None:
         height, width = _longest_edge((image.height, image.width), rule.longest_edge)
         image = image.resize((width, height), resample)
@@ -304,6 +343,46 @@ def _best_resolution(size: tuple[int, int], among: Sequence[tuple[int, int]], ti
         return used, used - high * wide
 
     return max(among, key=lambda arrangement: merit(*arrangement))
+
+
+def _nearest(size: tuple[int, int], rule: CropRule) -> int:
+    """Return which shape is nearest to what the model's own rule makes of an image's (height, width).
+
+    Proportions count twice as much as area, both as log ratios: a picture that is larger than all shapes is rather made smaller
+    than distorted.
+
+    Raises:
+        InputError: One side is over 200 times the other.
+    """
+    if max(size) > NARROWEST * min(size):
+        raise InputError(f"an image of {size[1]} x {size[0]} is too narrow: one side may be {NARROWEST} times the other")
+    assert rule.pixels is not None
+    height, width = own_size(size, rule.factor, rule.pixels)
+
+    def distance(shape: CropShape) -> float:
+        high, wide = math.log(shape.pixels[0] / height), math.log(shape.pixels[1] / width)
+        return abs(high - wide) + abs(high + wide) / 2
+
+    return min(range(len(rule.shapes)), key=lambda at: distance(rule.shapes[at]))
+
+
+def own_size(size: tuple[int, int], factor: int, pixels: tuple[int, int]) -> tuple[int, int]:
+    """Return the (height, width) that a model resizes an image to without a ladder of shapes: transformers' `smart_resize`.
+
+    Args:
+        size: The image's.
+        factor: Both sides are multiples of it.
+        pixels: The least and the most of them.
+    """
+    (height, width), (least, most) = size, pixels
+    high, wide = (round(side / factor) * factor for side in size)
+    if high * wide > most:
+        scale = math.sqrt(height * width / most)
+        return tuple(max(factor, math.floor(side / scale / factor) * factor) for side in size)  # type: ignore[return-value]
+    if high * wide < least:
+        scale = math.sqrt(least / (height * width))
+        return tuple(math.ceil(side * scale / factor) * factor for side in size)  # type: ignore[return-value]
+    return high, wide
 
 
 def _most_alike(size: tuple[int, int], among: Sequence[tuple[int, int]], tile: tuple[int, int]) -> tuple[int, int]:

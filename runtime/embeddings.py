@@ -22,7 +22,7 @@ class TokenRows(Protocol):
     """Looks the embeddings of token ids up."""
 
     def rows(self, ids: Sequence[int]) -> npt.NDArray[np.floating[Any]]:
-        """Return the embeddings, (len(ids), D)."""
+        """Return what the decoder reads for them, (len(ids), W)."""
         ...
 
 
@@ -36,13 +36,15 @@ class TokenTable:
         path: The file.
         vocab_size: V, as the manifest has it.
         width: D, as the manifest has it.
+        row_width: W, of what the decoder reads for a token: zeros stand behind the embedding. None is D.
 
     Raises:
         BundleError: The file cannot be read, or holds no token table of this model.
     """
 
-    def __init__(self, path: Path, vocab_size: int, width: int) -> None:
+    def __init__(self, path: Path, vocab_size: int, width: int, row_width: int | None = None) -> None:
         self._name = path.name
+        self._behind = (row_width or width) - width
         try:
             with path.open("rb") as start:
                 header = int.from_bytes(start.read(LENGTH), "little")
@@ -62,7 +64,7 @@ class TokenTable:
             raise BundleError(f"the token table {path.name} cannot be read: {error}") from error
 
     def rows(self, ids: Sequence[int]) -> npt.NDArray[np.floating[Any]]:
-        """Return the embeddings of token ids, (len(ids), D), as they are stored.
+        """Return the rows of token ids, (len(ids), W), their embeddings as they are stored.
 
         NumPy converts half precision at a few ns a number, which for a prompt is a millisecond: whoever needs fp32 converts.
 
@@ -83,7 +85,7 @@ class TokenTable:
                 f"the token table {self._name} has a value for token {token} that is not finite (NaN or infinity): "
                 "copy or export the bundle again"
             )
-        return rows
+        return np.pad(rows, ((0, 0), (0, self._behind))) if self._behind else rows
 
 
 def _finite(rows: npt.NDArray[np.floating[Any]]) -> bool:

@@ -118,11 +118,9 @@ class Encoder:
             outputs = self.graph(budget, shape).run(inputs)
             timings.vision += 1e3 * (perf_counter() - start)
         kept = {outputs["keep_indices"].shape[1], outputs["image_features"][0].shape[0]}
-        if kept != {spec.budget}:
+        if kept != {spec.kept}:
             found = " and ".join(map(str, sorted(kept)))
-            raise BackendError(
-                f"{spec.file} returned {found} tokens where its budget is {spec.budget}: export the bundle again"
-            )
+            raise BackendError(f"{spec.file} returned {found} tokens where it keeps {spec.kept}: export the bundle again")
         return [self._features(outputs, row, shape) for row in range(len(inputs[PIXELS]))]
 
     def _features(self, outputs: Mapping[str, Any], row: int, shape: int) -> CropFeatures:

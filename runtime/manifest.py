@@ -22,6 +22,7 @@ from leanvlm.runtime.specs import (
     GraphSpec,
     PrunerSpec,
     SourceSpec,
+    StageSpec,
     VisionSpec,
     check_names,
     fits,
@@ -49,13 +50,14 @@ class Manifest:
     """Everything that a runtime must know of a bundle (schema 2).
 
     Attributes:
-        budgets: Image tokens kept per crop; the first is the default.
+        budgets: Image tokens kept per crop, where crops differ in shape of the largest; the first is the default.
         crops: How an image is cut into crops.
         layout: What an image becomes in the prompt.
         saliency: What ranks the image tokens: `class`, the class token's attention; `received`, the mean attention that a token
             receives, where a tower has no class token.
-        vision: One graph for each crop shape and budget; each shape has all budgets below its N, and N (unpruned).
-        stages: Stage to the vision graph that ends with it, where those of the whole are timed so.
+        vision: One graph for each crop shape and budget, N (unpruned) among them; those of a shape that keep as many tokens are
+            one file.
+        stages: Vision graphs that end with a stage, where those of the whole are timed so.
         engines: What `leanvlm build` added. Their files are checked when one is opened, not with the bundle's own.
         splice: The graph that puts a prompt together on a GPU; None where the processor does.
         embed_tokens: File of the token table, one tensor named `embed_tokens.weight`, (vocab_size, D).
@@ -84,7 +86,7 @@ class Manifest:
     files: Mapping[str, FileSpec]
     saliency: Literal["class", "received"] = "class"
     splice: GraphSpec | None = None
-    stages: Mapping[str, GraphSpec] = field(default_factory=dict)
+    stages: tuple[StageSpec, ...] = ()
     engines: tuple[EngineSpec, ...] = ()
     verification: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
@@ -117,14 +119,17 @@ class Manifest:
         return budget
 
     def vision_graph(self, budget: int, shape: int = 0) -> VisionSpec:
-        """Return the vision graph of a budget, or where a crop shape has no more tokens than that, its unpruned one.
+        """Return the vision graph of a budget for crops of a shape.
 
         Args:
             budget: One of the bundle's.
             shape: Index of the crop shape.
         """
-        kept = min(budget, self.crops.shapes[shape].tokens)
-        return next(graph for graph in self.vision if (graph.shape, graph.budget) == (shape, kept))
+        return next(graph for graph in self.vision if (graph.shape, graph.budget) == (shape, budget))
+
+    def stage_graphs(self, shape: int) -> dict[str, StageSpec]:
+        """Return the graphs that end with a stage for crops of a shape, by stage."""
+        return {graph.stage: graph for graph in self.stages if graph.shape == shape}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, which `from_dict` reads back to an equal manifest."""
@@ -152,7 +157,7 @@ class Manifest:
     def _check_consistency(self) -> None:
         if self.precision not in PRECISIONS[self.target]:
             raise ManifestError(f"{MANIFEST}: precision {shorten(self.precision)} is not one for {self.target}")
-        wanted = {(at, min(b, shape.tokens)) for at, shape in enumerate(self.crops.shapes) for b in self.budgets}
+        wanted = {(at, budget) for at in range(len(self.crops.shapes)) for budget in self.budgets}
         found = [(graph.shape, graph.budget) for graph in self.vision]
         if set(found) != wanted or len(found) != len(wanted) or self.tokens_per_crop not in self.budgets:
             raise ManifestError(f"{MANIFEST}: budgets {list(self.budgets)}, crop shapes and vision graphs do not match")
@@ -164,12 +169,14 @@ class Manifest:
             raise ManifestError(f"{MANIFEST}: row_end {shorten(self.layout.row_end)} is none of the decoder's extra_rows")
         if self.layout.mosaic and self.crops.shapes[0].leading:
             raise ManifestError(f"{MANIFEST}: a mosaic has no place for tokens in front of its crops' grids")
-        if self.positions.axes != 1:
-            raise ManifestError(f"{MANIFEST}: positions of {self.positions.axes} axes are not run by this version of leanvlm")
+        if self.positions.axes != self.decoder.axes:
+            raise ManifestError(f"{MANIFEST}: positions of {self.positions.axes} axes are not those that the decoder takes")
+        if any(graph.shape >= len(self.crops.shapes) for graph in self.stages):
+            raise ManifestError(f"{MANIFEST}: stages name a crop shape that is not there")
         if self.image_token_id >= self.decoder.vocab_size:
             raise ManifestError(f"{MANIFEST}: image_token_id {self.image_token_id} is beyond {self.decoder.vocab_size} tokens")
         self._check_kept()
-        used = [*self.vision, *self.stages.values(), self.decoder.graph, *([self.splice] if self.splice else [])]
+        used = [*self.vision, *self.stages, self.decoder.graph, *([self.splice] if self.splice else [])]
         graphs = [*(graph.file for graph in used), self.embed_tokens]
         unlisted = [file for file in graphs if file not in self.files]
         if unlisted:
@@ -178,7 +185,9 @@ class Manifest:
     def _check_kept(self) -> None:
         """Check that every vision graph takes the images that are made and returns as many tokens as its budget says."""
         for graph in self.vision:
-            budget, shape = graph.budget, self.crops.shapes[graph.shape]
+            kept, shape = graph.kept, self.crops.shapes[graph.shape]
+            if kept > shape.tokens or (kept < shape.tokens and graph.budget == self.tokens_per_crop):
+                raise ManifestError(f"{MANIFEST}: {graph.file} keeps {kept} of {shape.tokens} at budget {graph.budget}")
             taken = (PIXELS, VALID) if self.crops.is_padded else (PIXELS,)
             check_names(graph, taken, VISION_OUTPUTS)
             surplus = next((tensor.name for tensor in graph.inputs if tensor.name not in taken), None)
@@ -191,10 +200,10 @@ class Manifest:
                 elif tensor.name == VALID:
                     wanted = (None, shape.tokens)
                 elif tensor.name in PER_TOKEN:
-                    wanted = (None, budget, self.decoder.hidden_size)[: 3 if tensor.name == PER_TOKEN[0] else 2]
+                    wanted = (None, kept, self.decoder.row_width)[: 3 if tensor.name == PER_TOKEN[0] else 2]
                 if not fits(tensor.shape, wanted, free=tensor.name == PIXELS):
                     raise ManifestError(
-                        f"{MANIFEST}: {graph.file} is listed at budget {budget}, but its {tensor.name} has the shape "
+                        f"{MANIFEST}: {graph.file} is listed as keeping {kept} tokens, but its {tensor.name} has the shape "
                         f"{list(tensor.shape)}"
                     )
 

@@ -60,3 +60,8 @@ class PositionRule:
             rows, columns = np.divmod(indices - shape.leading, shape.grid[1])
             return start + np.stack([np.zeros_like(rows), rows, columns])
         return (start + (np.arange(len(indices)) if self.kept == "compact" else indices))[None]
+
+
+def as_input(positions: Numbers) -> Numbers:
+    """Return positions (axes, S) as a decoder takes them: (1, S), or with three axes (3, 1, S)."""
+    return positions if len(positions) == 1 else positions[:, None]

@@ -60,7 +60,8 @@ class Session:
         self.tokenizer.check(manifest.decoder.vocab_size, manifest.image_token_id)
         if not self.image_token or any(self.image_token in text for text in manifest.layout.marks):
             raise BundleError(f"{MANIFEST}: the image token {shorten(self.image_token)!r} is empty, or in a text of the layout")
-        self.table = TokenTable(folder / manifest.embed_tokens, manifest.decoder.table_rows, manifest.decoder.hidden_size)
+        decoder = manifest.decoder
+        self.table = TokenTable(folder / manifest.embed_tokens, decoder.table_rows, decoder.hidden_size, decoder.row_width)
         self.settings = GenerationSettings.from_folder(folder)
         self.settings.check(manifest.decoder.vocab_size)
         self.end_ids = self.settings.end_ids
@@ -193,7 +194,7 @@ class Session:
         begin = perf_counter()
         options.logits.check_ids(self.manifest.decoder.vocab_size)
         prompt = self.prompt(ids, features)
-        self._check_fit(prompt.next_position, options.max_new_tokens)
+        self._check_fit(max(len(prompt), prompt.next_position), options.max_new_tokens)
         timings.splice += 1e3 * (perf_counter() - begin)
         return Generation(self._pieces(prompt, features, options, timings, start))
 
@@ -257,9 +258,17 @@ class Session:
             budget: Image tokens kept per crop.
             new: Tokens of the answer at most.
         """
-        shape, layout, kept = self.manifest.crops.shapes[0], self.manifest.layout, self.manifest.positions.kept
-        text = len(ids) - ids.count(self.manifest.image_token_id)
-        self._check_fit(text + sum(least_positions(image, layout, shape, budget, kept) for image in images), new)
+        manifest, rows, positions = self.manifest, 0, 0
+        for image in images:
+            shape, kept = manifest.crops.shapes[image.shape], manifest.vision_graph(budget, image.shape).kept
+            least = least_positions(image, manifest.layout, shape, kept, "compact")
+            rows += least
+            if manifest.positions.image == "grid":
+                positions += manifest.positions.width(shape, kept)
+            elif manifest.positions.kept == "original":
+                positions += least_positions(image, manifest.layout, shape, kept, "original")
+        text = len(ids) - ids.count(manifest.image_token_id)
+        self._check_fit(text + max(rows, positions), new)
 
     def _check_fit(self, prompt: int, new: int) -> None:
         context = self.manifest.decoder.context_length

@@ -38,11 +38,27 @@ class VisionSpec(GraphSpec):
 
     Attributes:
         shape: Index of the crop shape that it takes.
-        budget: K, the image tokens that it keeps of a crop.
+        budget: The bundle's budget that it serves.
+        kept: K, the image tokens that it keeps of a crop: the budget, or where a budget is a share of the tokens, as many of
+            this shape's.
     """
 
     shape: Count
     budget: Size
+    kept: Size
+
+
+@dataclass(frozen=True)
+class StageSpec(GraphSpec):
+    """A vision graph that ends with a stage.
+
+    Attributes:
+        shape: Index of the crop shape that it takes.
+        stage: `vision` or `project`.
+    """
+
+    shape: Count
+    stage: Literal["vision", "project"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,8 @@ class DecoderSpec:
     The `kv_heads` axis is not repeated for grouped queries.
 
     Attributes:
+        planes: Further planes of an image token, each as wide as an embedding, that the decoder adds behind its first blocks.
+            They stand behind the embedding in its row, and are 0 in the rows of text.
         roles: What each of the graph's inputs is for.
         extra_rows: Rows of the token table behind the vocabulary that a family learned, by name.
         cache: `shared`: past and present are one buffer, to which the graph appends. `appended`: the graph returns the new
@@ -67,6 +85,7 @@ class DecoderSpec:
     context_length: Size
     kv_dtype: FloatType
     cache: Literal["shared", "appended"] = "shared"
+    planes: Annotated[int, Between(0, 64)] = 0
     roles: Mapping[str, Role] = field(default_factory=dict)
     extra_rows: Mapping[str, Count] = field(default_factory=dict)
 
@@ -75,11 +94,22 @@ class DecoderSpec:
         return tuple(tensor.name for tensor in self.graph.inputs if self.roles[tensor.name] == role)
 
     @property
+    def axes(self) -> int:
+        """How many coordinates a position has that the decoder is told: 1 or 3."""
+        given = (tensor.shape for tensor in self.graph.inputs if self.roles[tensor.name] == "positions")
+        return 3 if any(len(shape) == 3 for shape in given) else 1
+
+    @property
     def caches(self) -> dict[str, str]:
         """The inputs that hold keys and values, in the graph's order, to the outputs with their new rows."""
         prefix = "present" if self.cache == "shared" else "new_key_values"
         names = [tensor.name for tensor in self.graph.inputs if self.roles[tensor.name] in ("key", "value")]
         return {name: name.replace("past_key_values", prefix) for name in names}
+
+    @property
+    def row_width(self) -> int:
+        """Width of what the decoder reads for one position: the embedding and its planes."""
+        return self.hidden_size * (1 + self.planes)
 
     @property
     def table_rows(self) -> int:
@@ -99,7 +129,8 @@ class DecoderSpec:
         check_names(self.graph, (), ("logits", *self.caches.values()))
         sizes: dict[str, tuple[int | None, ...]] = {"logits": (None, None, self.vocab_size)}
         sizes |= dict.fromkeys((*keys, *values), (None, self.kv_heads, None, self.head_dim))
-        sizes |= dict.fromkeys(self.named("embeddings"), (None, None, self.hidden_size))
+        sizes |= dict.fromkeys(self.named("embeddings"), (None, None, self.row_width))
+        sizes |= dict.fromkeys(self.named("positions"), (3, None, None) if self.axes == 3 else (None, None))
         for tensor in (*self.graph.inputs, *self.graph.outputs):
             dtype = self.kv_dtype if tensor.name in self.caches else tensor.dtype
             if not fits(tensor.shape, sizes.get(tensor.name)) or tensor.dtype != dtype:

@@ -54,6 +54,22 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] 
         },
         {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}, 64,
     ),
+    "qwen2_5_vl": (
+        {},
+        {
+            "model_type": "qwen2_5_vl_vision", "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+            "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "patch_size": 14,
+        },
+        {"size": {"shortest_edge": 3136, "longest_edge": 12_845_056}}, 26 * 46,
+    ),
+    "qwen3_vl": (
+        {},
+        {
+            "model_type": "qwen3_vl_vision", "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16,
+            "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17], "patch_size": 16,
+        },
+        {"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}, 22 * 40,
+    ),
 }  # fmt: skip
 # The smaller ones of the second SmolVLM have the tower and the tiles of the first.
 SMALL_SMOLVLM = ("smolvlm2-256m", "smolvlm2-500m")
@@ -73,6 +89,22 @@ def decoder(
 def qwen3(layers: int, hidden: int, inner: int, heads: int) -> dict[str, Any]:
     """Return the configuration of a Qwen3 as InternVL 3.5 has it."""
     return decoder("qwen3", layers, hidden, inner, heads, 8, 151_936, 40_960, head_dim=128, rope_theta=1_000_000.0)
+
+
+def qwen2_5_vl(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
+    """Return the configuration of a Qwen2.5-VL's decoder."""
+    rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]}
+    return decoder(
+        "qwen2_5_vl_text", layers, hidden, inner, heads, kv_heads, vocab, 128_000, rope_parameters=rope, head_dim=None
+    )
+
+
+def qwen3_vl(layers: int, hidden: int, inner: int, heads: int) -> dict[str, Any]:
+    """Return the configuration of a Qwen3-VL's decoder."""
+    rope = {"rope_type": "default", "rope_theta": 5_000_000.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    return decoder(
+        "qwen3_vl_text", layers, hidden, inner, heads, 8, 151_936, 262_144, head_dim=128, rope_parameters=rope
+    )  # fmt: skip
 
 
 VICUNA = decoder("llama", 32, 4096, 11008, 32, 32, 32064, 4096)
@@ -104,6 +136,13 @@ SIZES: dict[str, tuple[str, dict[str, Any], float]] = {
     "internvl3.5-2b": ("internvl", qwen3(28, 2048, 6144, 16), 1.72e9),
     "internvl3.5-4b": ("internvl", qwen3(36, 2560, 9728, 32), 4.02e9),
     "internvl3.5-8b": ("internvl", qwen3(36, 4096, 12288, 32), 7.57e9),
+    "qwen2.5-vl-3b": ("qwen2_5_vl", qwen2_5_vl(36, 2048, 11008, 16, 2, 151_936), 3.09e9),
+    "qwen2.5-vl-7b": ("qwen2_5_vl", qwen2_5_vl(28, 3584, 18944, 28, 4, 152_064), 7.07e9),
+    "qwen3-vl-2b": ("qwen3_vl", qwen3_vl(28, 2048, 6144, 16), 1.72e9),
+    "qwen3-vl-4b": ("qwen3_vl", qwen3_vl(36, 2560, 9728, 32), 4.02e9),
+    "qwen3-vl-8b": ("qwen3_vl", qwen3_vl(36, 4096, 12288, 32), 7.57e9),
+    "cosmos-reason2-2b": ("qwen3_vl", qwen3_vl(28, 2048, 6144, 16), 1.72e9),
+    "cosmos-reason2-8b": ("qwen3_vl", qwen3_vl(36, 4096, 12288, 32), 7.57e9),
     "smolvlm-256m": ("idefics3", SMOL_135M, 0.1345e9),
     "smolvlm-500m": ("idefics3", SMOL_360M, 0.362e9),
     "smolvlm2-256m": ("smolvlm", SMOL_135M, 0.1345e9),
@@ -117,7 +156,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny checkpoint of every family."""
     folder = tmp_path_factory.mktemp("aliases")
     for family in FAMILIES:
-        tiny.TINY[family](folder / family)
+        tiny.EVERY[family](folder / family)
     return folder
 
 
@@ -133,6 +172,8 @@ def test_what_an_alias_names_is_configuration_only(
         tower = tower | {"model_type": "smolvlm_vision"}
     folder = Path(shutil.copytree(checkpoints / family, tmp_path / "checkpoint"))
     (folder / "processor_config.json").unlink(missing_ok=True)
+    if family.startswith("qwen"):
+        tower = tower | {"out_hidden_size": text["hidden_size"]}
     for name, changes in {
         "config.json": fields | {"text_config": text, "vision_config": tower, "dtype": "float16"},
         "preprocessor_config.json": images,
@@ -148,7 +189,7 @@ def test_what_an_alias_names_is_configuration_only(
         request = plan(ExportConfig(str(folder), (BUDGET,), tmp_path / "bundle"))
     window = "the bundle's context is 4096 tokens, the checkpoint's 32768"
     assert [str(one.message).partition(":")[0] for one in said] == [window] * (alias == "bakllava")
-    assert list(request.pruners) == [BUDGET, count]
+    assert list(dict.fromkeys(graph.budget for graph in request.vision)) == [BUDGET, count]
     assert request.sizes["decoder.onnx.data"] / 4 == pytest.approx(parameters, rel=0.02)
     found = request.checkpoint.config.text_config
     assert context_length(found) == {"bakllava": 4096}.get(alias, text["max_position_embeddings"])

@@ -163,7 +163,7 @@ def test_an_export_takes_the_file_s_values_where_the_spec_sets_none(
     path = tmp_path / "gate.json"
     path.write_bytes(tiny_gate.to_bytes())
     asked = ExportConfig(str(tiny_llava), (8,), tmp_path / "out", "agile:entropy_ref=3.5", gate_file=path)
-    pruner = plan(asked).pruners[8]
+    pruner = plan(asked).vision[0].pruner
     assert isinstance(pruner, AgilePruner)
     assert pruner == AgilePruner(keep=8, erank_ref=tiny_gate.erank_ref, entropy_ref=3.5)
 

@@ -156,7 +156,7 @@ def test_images_of_one_run_and_of_several_give_the_same_answer(session: Session,
 @pytest.mark.parametrize("stage", ["vision", "project"])
 def test_graphs_that_end_before_there_are_features_run(session: Session, images: list[Image.Image], stage: str) -> None:
     """`profile` times stages by them; again and for another batch size their outputs are those of plain ONNX Runtime."""
-    spec = session.manifest.stages[stage]
+    spec = session.manifest.stage_graphs(0)[stage]
     assert "image_features" not in {tensor.name for tensor in spec.outputs}
     provider = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}[DEVICE]
     graph, plain = session.backend.graph(spec), onnxruntime.InferenceSession(session.folder / spec.file, providers=[provider])

@@ -19,6 +19,7 @@ from leanvlm.exporter.decoders.portable import PortableDecoder
 from leanvlm.exporter.reference import relative_difference
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.runtime.errors import UnsupportedModelError
+from leanvlm.runtime.positions import PositionRule
 
 LENGTH = 20
 
@@ -69,7 +70,13 @@ def test_the_built_decoder_equals_the_model_at_original_positions(loaded: tuple[
     checkpoint, decoder = loaded
     expected = wanted(decoder, positions())
     path = build_decoder(
-        decoder, checkpoint, target="cpu", precision="fp32", positions="original", folder=tmp_path, scratch=tmp_path / "scratch"
+        decoder,
+        checkpoint,
+        target="cpu",
+        precision="fp32",
+        positions=PositionRule("original"),
+        folder=tmp_path,
+        scratch=tmp_path / "scratch",
     )
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     text = checkpoint.config.text_config

@@ -26,6 +26,7 @@ from leanvlm.exporter.pruners import parse
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.trace import trace
 from leanvlm.runtime.bundle import file_sha256, read_manifest, write_manifest
+from leanvlm.runtime.crops import CropShape
 from leanvlm.runtime.engines import jobs as planning
 from leanvlm.runtime.engines import library
 from leanvlm.runtime.engines.build import Builder, build_engines, check_ends, write_whole
@@ -139,7 +140,7 @@ def test_a_full_width_llava(tmp_path: Path, tensorrt_bundle: Path) -> None:
     model, image = full_width(), image_spec()
     parts = LlavaFamily().parts(model)
     opset, config = TARGETS["tensorrt"].opset, model.config
-    tower = parts.tower("feature", image)
+    tower = parts.tower("feature", image, CropShape((336, 336), (24, 24)))
     graph = VisionGraph(tower, parts.project, parse("agile", keep=64), (24, 24)).eval()
     pixels = torch.zeros(2, 3, 336, 336, dtype=torch.uint8)
     vision = trace(graph, {"pixel_values": pixels}, output_names=VISION_OUTPUTS, opset=opset)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from leanvlm.exporter import ExportConfig, export, tolerances, verify
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.config import Share, parse_budgets
+from leanvlm.exporter.graphs import VisionPlan
 from leanvlm.exporter.passes import stage_names
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, parse
 from leanvlm.exporter.reference import Reference
@@ -135,7 +136,7 @@ def test_quantised_decoders_stay_near(tiny_llava: Path, tmp_path: Path, precisio
     with load(tmp_path / "out") as session:
         answer = session.generate("What?", [np.zeros((50, 70, 3), np.uint8)], max_new_tokens=5, ignore_end=True)
         with pytest.raises(VerificationError, match="decoder at budget 16"):
-            verify.verify(session, reference, {16: parse("agile", keep=16)})
+            verify.verify(session, reference, [VisionPlan(0, 16, parse("agile", keep=16), 16, "vision_16.onnx")])
     assert len(answer.token_ids) == 5
 
 
@@ -172,8 +173,9 @@ def test_each_figure_is_enough_to_refuse_a_bundle(
     checkpoint = open_checkpoint(ExportConfig(str(tiny_llava)))
     reference = Reference(checkpoint, load_model(checkpoint).float())
     pruners = {16: parse("agile", keep=16), tiny.TOKENS: NoPruner(tiny.TOKENS)}
+    planned = [VisionPlan(0, keep, pruner, keep, f"vision_{keep}.onnx") for keep, pruner in pruners.items()]
     with load(bundle) as session, pytest.raises(VerificationError):
-        verify.verify(session, reference, pruners)
+        verify.verify(session, reference, planned)
 
 
 def test_verification_sees_a_wrong_weight(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ def test_a_tower_sees_what_the_model_sees(side: Side, scored: ScoredBlock) -> No
     """The features bit for bit; keys and scores against eager attention of the model's own block."""
     spec = side.checkpoint.spec
     with torch.no_grad():
-        seen = side.parts.tower(scored, None)(side.pixels)
+        seen = side.parts.tower(scored, None, spec.shape)(side.pixels)
         assert torch.equal(side.parts.project(seen.hidden), side.features)
     wanted = side.reference.vision(side.pixels.numpy(), scored, side.size)
     assert relative_difference(wanted.features.numpy(), side.features.numpy()) < tolerances.FEATURES["fp32"]
@@ -154,7 +154,7 @@ def test_a_tower_sees_what_the_model_sees(side: Side, scored: ScoredBlock) -> No
 
 def test_scores_of_a_tower_without_a_class_token_are_attention_received(side: Side) -> None:
     """They sum to one over the tokens of a whole sequence, whoever gives the attention."""
-    seen = side.parts.tower("feature", None)(side.pixels)
+    seen = side.parts.tower("feature", None, side.checkpoint.spec.shape)(side.pixels)
     total = seen.saliency.sum(dim=1)
     whole = side.parts.skipped == 0
     assert torch.allclose(total, torch.ones_like(total), atol=1e-5) if whole else (total < 1).all()
@@ -170,7 +170,7 @@ def test_every_pruner_runs_on_every_shape_or_is_refused(side: Side, name: str) -
             pruner_for(name, spec, keep)
         return
     pruner = pruner_for(f"{name}:gate=none" if name == "agile" else name, spec, keep)
-    graph = VisionGraph(parts.tower(pruner.scored_block, None), parts.project, pruner, spec.grid, spec.leading)
+    graph = VisionGraph(parts.tower(pruner.scored_block, None, spec.shape), parts.project, pruner, spec.grid, spec.leading)
     with torch.no_grad():
         features, indices, *_ = graph(side.pixels)
     tokens = side.reference.vision(side.pixels.numpy(), pruner.scored_block, side.size)
@@ -186,7 +186,7 @@ def test_every_pruner_runs_on_every_shape_or_is_refused(side: Side, name: str) -
 
 def _crop(tokens: VisionTokens, row: int) -> Crop:
     absent = torch.zeros(len(tokens.features), tokens.count)
-    parts = (tokens.features, *(absent if part is None else part for part in tokens.seen))
+    parts = (tokens.features, *(absent if part is None else part for part in tokens.seen[:4]))
     return Crop(*(part[row].double().numpy() for part in parts))
 
 
@@ -196,7 +196,7 @@ def test_the_full_budget_of_every_pruner_is_the_unpruned_model(side: Side, name:
     if not PRUNERS[name].needs <= spec.signals:
         return
     pruner = pruner_for(name, spec, spec.tokens_per_crop)
-    graph = VisionGraph(parts.tower(pruner.scored_block, None), parts.project, pruner, spec.grid, spec.leading)
+    graph = VisionGraph(parts.tower(pruner.scored_block, None, spec.shape), parts.project, pruner, spec.grid, spec.leading)
     with torch.no_grad():
         features, indices, *_ = graph(side.pixels)
     assert torch.equal(features, side.features)
@@ -225,10 +225,10 @@ def test_a_strategy_that_would_drop_a_patch_is_refused(side: Side) -> None:
 def test_levels_in_place_of_pixels(shape: str, tmp_path: Path) -> None:
     """As the GPU targets take images, also those that are no whole number of patches."""
     checkpoint = open_checkpoint(ExportConfig(str(tiny.TINY[shape](tmp_path / "checkpoint"))))
-    parts, image = checkpoint.family.parts(load_model(checkpoint)), checkpoint.image_spec
+    parts, image, size = checkpoint.family.parts(load_model(checkpoint)), checkpoint.image_spec, checkpoint.spec.shape
     picture = np.random.default_rng(2).integers(0, 256, (90, 130, 3), dtype=np.uint8)
     levels = torch.from_numpy(preprocess([picture], replace(image, layout="uint8")))
     with torch.no_grad():
-        found = parts.tower("feature", image)(levels)
-        wanted = parts.tower("feature", None)(torch.from_numpy(preprocess([picture], image)))
+        found = parts.tower("feature", image, size)(levels)
+        wanted = parts.tower("feature", None, size)(torch.from_numpy(preprocess([picture], image)))
     assert relative_difference(found.hidden.numpy(), wanted.hidden.numpy()) < tolerances.FEATURES["fp32"]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from tokenize import COMMENT, generate_tokens
+from typing import Any
 
 import pytest
 import tiny
@@ -21,8 +22,8 @@ import leanvlm.runtime
 from leanvlm.exporter import ExportConfig
 from leanvlm.exporter.checkpoint import open_checkpoint
 from leanvlm.exporter.config import ALIASES
-from leanvlm.exporter.decoders import DECODERS
-from leanvlm.exporter.families import ARCHITECTURES, FAMILIES
+from leanvlm.exporter.decoders import DECODERS, ORDINARY
+from leanvlm.exporter.families import ARCHITECTURES, FAMILIES, family_for
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.runtime.manifest import PRECISIONS
 from leanvlm.runtime.manifest import TARGETS as NAMES
@@ -46,7 +47,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """What the tiny checkpoints call the parts that are no decoder's; single words that mean other things too left out."""
     found: set[str] = set()
     decoders: set[str] = set()
-    for shape, save in tiny.TINY.items():
+    for shape, save in tiny.EVERY.items():
         checkpoint = open_checkpoint(ExportConfig(str(save(tmp_path_factory.mktemp("names") / shape.replace("/", "-")))))
         model = checkpoint.family.empty(checkpoint.config)
         found |= _parts_of(model)
@@ -117,14 +118,14 @@ def test_family_files_are_short() -> None:
 
 
 def test_every_family_has_a_tiny_checkpoint_and_an_architecture() -> None:
-    assert {name.split("/")[0] for name in tiny.TINY} == set(FAMILIES)
+    assert {name.split("/")[0] for name in tiny.EVERY} == set(FAMILIES)
     assert set(ARCHITECTURES.values()) == set(FAMILIES)
 
 
 def test_every_decoder_has_a_tiny_checkpoint(tmp_path: Path) -> None:
-    for shape, save in tiny.TINY.items():
+    for shape, save in tiny.EVERY.items():
         save(tmp_path / shape)
-    configs = [json.loads((tmp_path / shape / "config.json").read_text()) for shape in tiny.TINY]
+    configs = [json.loads((tmp_path / shape / "config.json").read_text()) for shape in tiny.EVERY]
     assert {config["text_config"]["model_type"] for config in configs} == set(DECODERS)
 
 
@@ -154,8 +155,10 @@ def test_every_family_has_a_row_with_aliases_and_a_word_on_licences() -> None:
 
 def test_every_decoder_is_in_the_readme() -> None:
     for family, cells in rows().items():
-        assert set(DECODERS) <= set(re.findall(r"`([\w]+)`", cells[2])) or cells[2] == "those of LLaVA", family
-    assert set(DECODERS) <= set(re.findall(r"`([\w]+)`", rows()["llava"][2]))
+        texts: Any = family_for(family).texts  # type: ignore[attr-defined]
+        assert set(texts) <= set(re.findall(r"`([\w]+)`", cells[2])) or cells[2] == "those of LLaVA", family
+        assert cells[2] != "those of LLaVA" or texts == ORDINARY
+    assert set(ORDINARY) <= set(re.findall(r"`([\w]+)`", rows()["llava"][2]))
 
 
 def test_a_family_serves_transformers_own_class() -> None:

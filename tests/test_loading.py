@@ -344,7 +344,7 @@ def test_spellings_that_transformers_resolves(tiny_llava: Path, folder: Path, ch
     model = load_model(checkpoint)
     with torch.no_grad():
         parts = checkpoint.family.parts(model)
-        ours = parts.project(parts.tower("feature", None)(pixels).hidden)
+        ours = parts.project(parts.tower("feature", None, checkpoint.spec.shape)(pixels).hidden)
         wanted = torch.stack(list(theirs.model.get_image_features(pixels, return_dict=True).pooler_output))
     assert torch.equal(ours, wanted)
 

@@ -33,7 +33,7 @@ def graph(file: str, kept: int) -> VisionSpec:
     pixels = TensorSpec("pixel_values", "float32", ("B", 3, 28, 42))
     sizes = {"image_features": ("B", kept, 8), "keep_indices": ("B", kept), "attention": ("B", 6)}
     outputs = tuple(TensorSpec(name, "float32", sizes.get(name, ("B",))) for name in VISION_OUTPUTS)
-    return VisionSpec(file, (pixels,), outputs, 0, kept)
+    return VisionSpec(file, (pixels,), outputs, 0, kept, kept)
 
 
 def decoder(layers: int = 2, kv_heads: int = 1, head_dim: int = 16, vocab_size: int = 100) -> DecoderSpec:
@@ -93,7 +93,7 @@ def test_a_vision_graph_keeps_as_many_tokens_as_its_budget_says(
     others = tuple(tensor for tensor in right.outputs if tensor.name != output)
     wrong = dataclasses.replace(right, outputs=(*others, TensorSpec(output, "float32", shape)))
     data = dataclasses.replace(manifest, vision=(wrong, *manifest.vision[1:])).to_dict()
-    with pytest.raises(ManifestError, match=f"vision_4.onnx is listed at budget 4, but its {output} has the shape"):
+    with pytest.raises(ManifestError, match=f"vision_4.onnx is listed as keeping 4 tokens, but its {output} has the shape"):
         Manifest.from_dict(data)
 
 
@@ -151,7 +151,7 @@ def test_another_schema_is_refused(manifest: Manifest, schema: object) -> None:
         ({"saliency": "random"}, 'saliency is "random"'),
         ({"target": "abacus"}, 'target is "abacus"; it must be one of'),
         ({"positions": {"kept": "random"}}, 'positions.kept is "random"; it must be one of'),
-        ({"positions": {"kept": "original", "axes": 3, "image": "grid"}}, "positions of 3 axes are not run"),
+        ({"positions": {"kept": "original", "axes": 3, "image": "grid"}}, "positions of 3 axes are not those"),
         ({"positions": {"kept": "compact", "axes": 3}}, "positions: 3 axes with image line"),
         ({"precision": "fp64"}, "precision fp64 is not one for cpu"),
         ({"colour": 1}, 'has the key "colour", which this version'),

@@ -33,7 +33,7 @@ def test_tower_and_projector_equal_the_model(tiny_llava: Path, pixels: torch.Ten
     expected = LlavaForConditionalGeneration.from_pretrained(tiny_llava, dtype=torch.float32).eval()
     with torch.no_grad():
         parts = checkpoint.family.parts(model)
-        features = parts.project(parts.tower("feature", None)(pixels).hidden)
+        features = parts.project(parts.tower("feature", None, checkpoint.spec.shape)(pixels).hidden)
         wanted = torch.stack(list(expected.model.get_image_features(pixels, return_dict=True).pooler_output))
     assert features.shape == (3, tiny.TOKENS, 128)
     assert torch.equal(features, wanted)
@@ -45,7 +45,7 @@ def test_scores_equal_those_of_the_model(tiny_llava: Path, pixels: torch.Tensor,
     checkpoint = open_checkpoint(ExportConfig(str(tiny_llava)))
     model = load_model(checkpoint)
     with torch.no_grad():
-        hidden, keys, attention, unsplit = checkpoint.family.parts(model).tower(scored, None)(pixels)
+        hidden, keys, attention, unsplit, _ = checkpoint.family.parts(model).tower(scored, None, checkpoint.spec.shape)(pixels)
     wanted = Reference(checkpoint, model).vision(pixels.numpy(), scored)
     assert attention.shape == unsplit.shape == (3, tiny.TOKENS)
     assert keys.shape == (3, tiny.TOKENS, 6, 16)
@@ -59,7 +59,9 @@ def test_a_scored_block_behind_the_feature_layer_changes_only_the_scores(tiny_ll
     checkpoint = open_checkpoint(ExportConfig(str(tiny_llava)))
     model = load_model(checkpoint)
     with torch.no_grad():
-        feature, last = (checkpoint.family.parts(model).tower(scored, None)(pixels) for scored in ("feature", "last"))
+        feature, last = (
+            checkpoint.family.parts(model).tower(scored, None, checkpoint.spec.shape)(pixels) for scored in ("feature", "last")
+        )
     assert torch.equal(feature[0], last[0])
     assert not torch.allclose(feature[2], last[2])
 

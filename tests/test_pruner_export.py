@@ -128,7 +128,7 @@ def test_merged_tokens_are_projected_in_the_vision_graph(tiny_llava: Path, name:
     checkpoint = open_checkpoint(ExportConfig(str(tiny_llava)))
     model, grid = load_model(checkpoint), checkpoint.spec.grid
     parts = checkpoint.family.parts(model)
-    graph = VisionGraph(parts.tower(scored, None), parts.project, parse(name, keep=20), grid).eval()
+    graph = VisionGraph(parts.tower(scored, None, checkpoint.spec.shape), parts.project, parse(name, keep=20), grid).eval()
     pixels = torch.randn(2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     traced = trace(graph, {"pixel_values": pixels}, output_names=VISION_OUTPUTS, opset=18)
     found = dict(zip(VISION_OUTPUTS, session_of(ir.to_proto(traced)).run(None, {"pixel_values": pixels.numpy()}), strict=True))

@@ -16,6 +16,7 @@ from leanvlm.exporter import verify
 from leanvlm.exporter.pruners import PRUNERS, Kept, VisionTokens, parse
 from leanvlm.exporter.towers.base import Seen
 from leanvlm.runtime.errors import UnsupportedPrunerError, VerificationError
+from leanvlm.runtime.specs import VisionSpec
 
 Array = npt.NDArray[Any]
 # Their choice does not depend on where a token is, as long as no scores are equal. The others take even strides, constants, or,
@@ -68,7 +69,7 @@ def crops(tokens: VisionTokens) -> list[Crop]:
 
 def row(tokens: VisionTokens, index: Any) -> VisionTokens:
     """Index all tensors alike."""
-    return VisionTokens(tokens.features[index], Seen(*(part[index] for part in tokens.seen)), tokens.grid)
+    return VisionTokens(tokens.features[index], Seen(*(part[index] for part in tokens.seen[:4])), tokens.grid)
 
 
 def assert_equal(kept: Kept, tokens: VisionTokens, name: str, keep: int, **params: Any) -> None:
@@ -244,6 +245,9 @@ def test_moving_tokens_moves_the_choice(name: str, seed: int) -> None:
         assert sorted(moved[after[b]].tolist()) == before[b].tolist()
 
 
+GRAPH = VisionSpec("vision_8.onnx", (), (), shape=0, budget=8, kept=8)
+
+
 @pytest.mark.parametrize("where", ["features", "attention"])
 def test_nan_is_named_by_the_verification(where: str) -> None:
     tokens = random_tokens(2, (5, 6), seed=8)
@@ -256,7 +260,7 @@ def test_nan_is_named_by_the_verification(where: str) -> None:
         "converged": np.array([True, True]),
     }
     features, expected = tokens.features.numpy(), kept.indices.numpy()
-    verify._check_vision(8, verify._compare_vision(outputs, features, expected, None), "fp32")
+    verify._check_vision(GRAPH, verify._compare_vision(outputs, features, expected, None), "fp32")
     outputs["image_features" if where == "features" else "attention"][1, 3] = np.nan
     with pytest.raises(VerificationError, match="NaN"):
-        verify._check_vision(8, verify._compare_vision(outputs, features, expected, None), "fp32")
+        verify._check_vision(GRAPH, verify._compare_vision(outputs, features, expected, None), "fp32")

@@ -17,6 +17,7 @@ from leanvlm.exporter.decoders.genai import build_decoder
 from leanvlm.exporter.decoders.portable import PortableDecoder
 from leanvlm.exporter.reference import relative_difference
 from leanvlm.runtime.errors import UnsupportedModelError
+from leanvlm.runtime.positions import PositionRule
 
 CONTEXT = 512
 ROPES: dict[str, dict[str, Any]] = {
@@ -66,7 +67,13 @@ def test_the_built_decoder_turns_as_transformers_does(tiny_llava: Path, tmp_path
     checkpoint, decoder = scaled(tiny_llava, rope)
     check_decoder(checkpoint.config.text_config, "cpu")
     path = build_decoder(
-        decoder, checkpoint, target="cpu", precision="fp32", positions="compact", folder=tmp_path, scratch=tmp_path / "scratch"
+        decoder,
+        checkpoint,
+        target="cpu",
+        precision="fp32",
+        positions=PositionRule("compact"),
+        folder=tmp_path,
+        scratch=tmp_path / "scratch",
     )
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for length in lengths(checkpoint):

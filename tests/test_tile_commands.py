@@ -237,7 +237,7 @@ def test_a_gate_file_counts_images_and_crops(
     assert {budget: values["crops"] for budget, values in found.figures["kept_overlap"].items()} == {"6": crops, "9": crops}
     request = plan(ExportConfig(str(llava_next.checkpoint), (KEPT,), tmp_path / "out", gate_file=output))
     assert request.gate is not None
-    assert (request.gate["images"], request.pruners[KEPT].erank_ref) == (9, found.erank_ref)  # type: ignore[attr-defined]
+    assert (request.gate["images"], request.vision[0].pruner.erank_ref) == (9, found.erank_ref)  # type: ignore[attr-defined]
 
 
 def test_crops_do_not_make_up_for_images(leanvlm: Command, llava_next: Cut, pictures: Path, tmp_path: Path) -> None:

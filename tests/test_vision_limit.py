@@ -43,7 +43,7 @@ def test_rounding_alone_passes(tmp_path: Path, seed: int) -> None:
     pixels = preprocess(probe_images(), checkpoint.image_spec)
     model, spec = load_model(checkpoint), checkpoint.spec
     parts = checkpoint.family.parts(model)
-    tower = parts.tower("feature", None).float()
+    tower = parts.tower("feature", None, checkpoint.spec.shape).float()
     module = VisionGraph(tower, parts.project.float(), NoPruner(keep=spec.tokens_per_crop), spec.grid).eval()
     example = {"pixel_values": torch.zeros(2, 3, *spec.image_size)}
     graph = trace(module, example, output_names=VISION_OUTPUTS, opset=target_opset("cpu"))
@@ -128,7 +128,7 @@ def test_a_small_mistake_does_not_pass(tiny_llava: Path, bundle: Session, mistak
     with torch.no_grad():
         MISTAKES[mistake](model)
     with pytest.raises(VerificationError, match="vision graph of budget 16: features differ by"):
-        verify(bundle, Reference(request.checkpoint, model), request.pruners)
+        verify(bundle, Reference(request.checkpoint, model), request.vision)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_layout_that_is_not_the_checkpoints_does_not_pass(
     with load(folder) as session:
         session.manifest = replace(session.manifest, layout=replace(session.manifest.layout, **change))
         with pytest.raises(VerificationError, match=message):
-            verify(session, Reference(request.checkpoint, load_model(request.checkpoint)), request.pruners)
+            verify(session, Reference(request.checkpoint, load_model(request.checkpoint)), request.vision)
 
 
 def test_tokens_of_another_tile_do_not_pass(tile_bundle: Callable[[str], Path]) -> None:
@@ -170,11 +170,11 @@ def test_tokens_of_another_tile_do_not_pass(tile_bundle: Callable[[str], Path]) 
 
     reference.look = turned  # type: ignore[method-assign]
     with load(folder) as session, pytest.raises(VerificationError, match="an unpruned image's tokens are not the checkpoint's"):
-        verify(session, reference, request.pruners)
+        verify(session, reference, request.vision)
 
 
 def test_no_mistake_passes(tiny_llava: Path, bundle: Session) -> None:
     request = planned(tiny_llava)
-    measured = verify(bundle, Reference(request.checkpoint, load_model(request.checkpoint)), request.pruners)
+    measured = verify(bundle, Reference(request.checkpoint, load_model(request.checkpoint)), request.vision)
     for found in measured["vision"].values():
         assert found["features"] <= tolerances.features_limit("fp32", found.get("rounding", 0.0))

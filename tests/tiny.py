@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tiny_sizes
 import tiny_tiles
 import torch
 from tiny_parts import TEMPLATE, byte_tokenizer, spread
@@ -158,3 +159,5 @@ TINY: dict[str, Callable[[Path], Path]] = {
     ),
     **tiny_tiles.TINY,
 }  # fmt: skip
+# Those too whose images have a size and a place, which have tests of their own.
+EVERY = {**TINY, **tiny_sizes.TINY}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,3 +67,16 @@ def spread(model: Any, norms: float) -> None:
             parameter.add_(norms * torch.randn_like(parameter))
             # Heads of unit length attend to everything alike.
             parameter.mul_(2.5 if "q_norm" in name or "k_norm" in name else 1.0)
+
+
+def save(folder: Path, kind: Any, config: Any, tokenizer: Any, images: Any, seed: int) -> Path:
+    """Save a random model with its tokenizer and image processor."""
+    torch.manual_seed(seed)
+    model = kind(config).eval()
+    spread(model, 0.2)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    model.save_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    images.save_pretrained(folder)
+    return folder

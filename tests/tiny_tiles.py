@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from tiny_parts import TEMPLATE, byte_tokenizer, spread
+from tiny_parts import byte_tokenizer, save
 from transformers import (
     CLIPVisionConfig,
     GotOcr2ImageProcessorPil,
@@ -44,12 +43,12 @@ def next_checkpoint(folder: Path, text: Callable[..., PreTrainedConfig] = LlamaC
     tokenizer = byte_tokenizer()
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**_tower(5), image_size=TILE, patch_size=PATCH),
-        text_config=text(**_decoder(len(tokenizer))), image_token_index=3, image_grid_pinpoints=NEXT_SIZES, **options,
+        text_config=text(**decoder(len(tokenizer))), image_token_index=3, image_grid_pinpoints=NEXT_SIZES, **options,
     )  # fmt: skip
     images = LlavaNextImageProcessorPil(
         size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, image_grid_pinpoints=NEXT_SIZES
     )
-    return _save(folder, LlavaNextForConditionalGeneration, config, tokenizer, images, seed)
+    return save(folder, LlavaNextForConditionalGeneration, config, tokenizer, images, seed)
 
 
 def onevision_checkpoint(folder: Path, limit: int = 9, seed: int = 3) -> Path:
@@ -57,11 +56,11 @@ def onevision_checkpoint(folder: Path, limit: int = 9, seed: int = 3) -> Path:
     tokenizer = byte_tokenizer(["<video>"])
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**_tower(4), image_size=TILE, patch_size=PATCH),
-        text_config=Qwen2Config(**_decoder(len(tokenizer))), image_token_index=3, video_token_index=4,
+        text_config=Qwen2Config(**decoder(len(tokenizer))), image_token_index=3, video_token_index=4,
         image_grid_pinpoints=ONEVISION_SIZES, vision_aspect_ratio=f"anyres_max_{limit}",
     )  # fmt: skip
     images = LlavaOnevisionImageProcessorPil(size={"height": TILE, "width": TILE}, image_grid_pinpoints=ONEVISION_SIZES)
-    return _save(folder, LlavaOnevisionForConditionalGeneration, config, tokenizer, images, seed)
+    return save(folder, LlavaOnevisionForConditionalGeneration, config, tokenizer, images, seed)
 
 
 def internvl_checkpoint(
@@ -77,10 +76,10 @@ def internvl_checkpoint(
     tokenizer = byte_tokenizer(["<img>", "</img>", "<v>"], named=INTERN_TOKENS)
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(**_tower(4), image_size=[84, 84], patch_size=[14, 14], **(tower or {})),
-        text_config=text(**_decoder(len(tokenizer))), image_token_id=3, image_seq_length=9, **options,
+        text_config=text(**decoder(len(tokenizer))), image_token_id=3, image_seq_length=9, **options,
     )  # fmt: skip
     images = GotOcr2ImageProcessorPil(size={"height": 84, "width": 84}, max_patches=6)
-    return _save(folder, InternVLForConditionalGeneration, config, tokenizer, images, seed)
+    return save(folder, InternVLForConditionalGeneration, config, tokenizer, images, seed)
 
 
 def smolvlm_checkpoint(
@@ -94,38 +93,26 @@ def smolvlm_checkpoint(
     parts: Any = importlib.import_module(f"transformers.models.{prefix}.configuration_{prefix}")
     config = getattr(parts, f"{kind}Config")(
         vision_config=getattr(parts, f"{kind}VisionConfig")(**_tower(4), image_size=84, patch_size=14),
-        text_config=LlamaConfig(**_decoder(len(tokenizer)) | {"tie_word_embeddings": tied}),
+        text_config=LlamaConfig(**decoder(len(tokenizer)) | {"tie_word_embeddings": tied}),
         image_token_id=3, scale_factor=scale, tie_word_embeddings=tied,
     )  # fmt: skip
     images = getattr(transformers, f"{kind}ImageProcessorPil")(
         size={"longest_edge": 252}, max_image_size={"longest_edge": 84}, do_image_splitting=split
     )
-    return _save(folder, getattr(transformers, f"{kind}ForConditionalGeneration"), config, tokenizer, images, seed)
+    return save(folder, getattr(transformers, f"{kind}ForConditionalGeneration"), config, tokenizer, images, seed)
 
 
 def _tower(blocks: int) -> dict[str, Any]:
     return {"hidden_size": 96, "num_hidden_layers": blocks, "num_attention_heads": 6, "intermediate_size": 160}
 
 
-def _decoder(vocabulary: int) -> dict[str, Any]:
+def decoder(vocabulary: int) -> dict[str, Any]:
     return {
         "vocab_size": vocabulary, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 192, "max_position_embeddings": 2048,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}, "bos_token_id": 1, "eos_token_id": 2,
         "pad_token_id": 0, "tie_word_embeddings": False,
     }  # fmt: skip
-
-
-def _save(folder: Path, kind: Any, config: Any, tokenizer: Any, images: Any, seed: int) -> Path:
-    torch.manual_seed(seed)
-    model = kind(config).eval()
-    spread(model, 0.2)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
-    model.save_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    images.save_pretrained(folder)
-    return folder
 
 
 TINY: dict[str, Callable[[Path], Path]] = {

@@ -7,7 +7,8 @@ attention window they forget, beyond a pretraining length they turn by other ang
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class DecoderKind:
         is_portable: Whether the arithmetic of `PortableDecoder` covers it.
         is_scaled: Whether a token's embedding is its row of the table times a factor.
         is_partial: Whether heads may be rotated in part.
+        axes: Coordinates of a position; with 3 each frequency turns by one of them.
+        written_as: The `model_type` that the builder reads, where it is another than the checkpoint's.
         activation: The configuration's name for the activation.
     """
 
@@ -42,6 +45,8 @@ class DecoderKind:
     is_portable: bool = True
     is_scaled: bool = False
     is_partial: bool = False
+    axes: Literal[1, 3] = 1
+    written_as: str | None = None
     activation: str = "hidden_act"
 
 
@@ -54,10 +59,15 @@ DECODERS: dict[str, DecoderKind] = {
     "mistral": DecoderKind("MistralForCausalLM", "MistralModel"),
     "phi3": DecoderKind("Phi3ForCausalLM", "Phi3MiniModel", is_portable=False, is_partial=True),
     "qwen2": DecoderKind("Qwen2ForCausalLM", "QwenModel"),
+    "qwen2_5_vl_text": DecoderKind("Qwen2ForCausalLM", "QwenModel", axes=3, written_as="qwen2"),
     "qwen3": DecoderKind("Qwen3ForCausalLM", "Qwen3Model"),
+    "qwen3_vl_text": DecoderKind("Qwen3ForCausalLM", "Qwen3Model", axes=3, written_as="qwen3"),
     # The builder's own class for it turns the layers that have no positions.
     "smollm3": DecoderKind("SmolLM3ForCausalLM", "LlamaModel"),
 }
+
+# Those whose positions are numbers, which any family may have.
+ORDINARY = tuple(name for name, kind in DECODERS.items() if kind.axes == 1)
 
 
 def decoder_for(config: Any) -> DecoderKind:
@@ -147,10 +157,63 @@ def rotary_embedding(decoder: Any) -> Any:
     return type(decoder.model.rotary_emb)(decoder.config)
 
 
-def causal_model(language: Any, head: nn.Module) -> nn.Module:
-    """Return a causal language model around a checkpoint's own modules: its layers and its output head."""
+def frequency_axes(decoder: Any) -> Tensor:
+    """Return which coordinate of a position each rotary frequency turns by (head_dim / 2,), of a decoder with three.
+
+    The decoder's own code is asked, with positions that are 1 on one axis and 0 on the others: families lay the axes out
+    in sections or interleaved.
+    """
+    _, sin = rotary_embedding(decoder)(torch.zeros(1), torch.eye(3, dtype=torch.long)[:, None])
+    axes: Tensor = sin[0, :, : sin.shape[2] // 2].abs().argmax(dim=0)
+    return axes
+
+
+class CausalModel(nn.Module):
+    """A causal language model around a checkpoint's layers and head, for those of which transformers has none by itself.
+
+    Args:
+        language: The layers.
+        head: The output head.
+        planes: Further planes of image tokens that it adds behind its first layers, one each (DeepStack, arXiv 2406.04334).
+            They stand in the rows of `inputs_embeds` behind the embedding, zeros where there is no image.
+    """
+
+    def __init__(self, language: Any, head: nn.Module, planes: int = 0) -> None:
+        super().__init__()
+        self.model, self.lm_head, self.config, self.planes = language, head, language.config, planes
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token table."""
+        table: nn.Module = self.model.embed_tokens
+        return table
+
+    def forward(self, *, inputs_embeds: Tensor, logits_to_keep: int, **inputs: Any) -> SimpleNamespace:
+        """Return the logits (B, logits_to_keep, V) of the last positions of embeddings (B, S, W)."""
+        embeddings, *planes = inputs_embeds.chunk(1 + self.planes, dim=2)
+        if planes:
+            every = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+            inputs |= {"visual_pos_masks": every, "deepstack_visual_embeds": [plane[every] for plane in planes]}
+        hidden = self.model(inputs_embeds=embeddings, **inputs).last_hidden_state
+        return SimpleNamespace(logits=self.lm_head(hidden[:, -logits_to_keep:]))
+
+
+def planes_of(decoder: nn.Module) -> int:
+    """Return how many further planes of image tokens a decoder adds behind its first layers."""
+    return int(getattr(decoder, "planes", 0))
+
+
+def causal_model(language: Any, head: nn.Module, planes: int = 0) -> nn.Module:
+    """Return a causal language model around a checkpoint's own modules: its layers and its output head.
+
+    Args:
+        language: The layers.
+        head: The output head.
+        planes: Further planes of image tokens; see `CausalModel`.
+    """
     from transformers import AutoModelForCausalLM
 
+    if decoder_for(language.config).axes == 3:
+        return CausalModel(language, head, planes).eval()
     with torch.device("meta"):
         decoder: Any = AutoModelForCausalLM.from_config(language.config)
     decoder.model, decoder.lm_head = language, head

@@ -6,7 +6,9 @@ modules that are already there, so the weights are read once and no copy reaches
 | direction | name | shape | meaning |
 |---|---|---|---|
 | in | `inputs_embeds` | (B, S, D) | text embeddings with the image embeddings spliced between |
+| | with planes | (B, S, D + planes * D) | each row's planes behind it, added behind the first layers; 0 in rows of text |
 | in | `position_ids` | (B, S) int64 | only with original positions; else the decoder counts by itself |
+| | three axes | (3, B, S) int64 | of a decoder whose positions have three coordinates; B is 1 |
 | in | `attention_mask` | (B, past + S) int64 | ones; its length tells the decoder how much of the cache is valid |
 | | on cuda | (B, S_max) int64 | ones for the valid part; of the cache's length, so that all steps have one shape |
 | in | `last_position` | (1,) int64 | only on cuda: the position whose logits are wanted |
@@ -25,17 +27,17 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint
-from leanvlm.exporter.decoders import check_decoder, context_length, decoder_for, head_dim, kv_heads, rotary_embedding
+from leanvlm.exporter.decoders import check_decoder, context_length, decoder_for, head_dim, kv_heads
+from leanvlm.exporter.decoders.in_memory import in_memory
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.runtime.errors import CheckpointError
 from leanvlm.runtime.optional import require
+from leanvlm.runtime.positions import PositionRule
 from leanvlm.runtime.records import load_json
 
 DECODER = "decoder.onnx"
@@ -46,7 +48,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def build_decoder(
-    decoder: nn.Module, checkpoint: Checkpoint, *, target: str, precision: str, positions: str, folder: Path, scratch: Path
+    decoder: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    target: str,
+    precision: str,
+    positions: PositionRule,
+    folder: Path,
+    scratch: Path,
 ) -> Path:
     """Write `decoder.onnx` and its data file.
 
@@ -55,7 +64,7 @@ def build_decoder(
         checkpoint: For the text configuration and the tokenizer that the builder wants to see.
         target: `cpu` or `cuda`.
         precision: fp32, fp16, int8 or int4.
-        positions: `compact` or `original`.
+        positions: How prompts are numbered.
         folder: Where the files go.
         scratch: A folder for the builder's small inputs, removed by the caller.
 
@@ -96,48 +105,6 @@ def build_decoder(
     return path
 
 
-def in_memory(base: type, decoder: Any, positions: str) -> type:
-    """Return a builder class that takes its weights and its rotary angles from `decoder` instead of a folder.
-
-    The builder itself leaves much out without a word: most scalings of the angles, windows (`context_length` ends before
-    them), layers without positions; and it would take any linear layer with as many outputs as there are tokens for the head.
-    Rotation fused into the attention op ignores position ids on the CPU, so original positions take it out, and with it the
-    packed projection that the builder cannot rotate apart.
-    """
-
-    class InMemory(base):  # type: ignore[misc]
-        def load_weights(self, input_path: str) -> Any:
-            return decoder
-
-        def make_rotary_embedding_caches_from_scratch(self) -> tuple[Tensor, Tensor]:
-            positions = torch.arange(self.rope_attrs["cache_length"])[None]
-            cos, sin = rotary_embedding(decoder)(torch.zeros(1), positions)
-            return cos[0, :, : cos.shape[2] // 2], sin[0, :, : sin.shape[2] // 2]
-
-        def make_context_length_init(self, config: Any) -> None:
-            super().make_context_length_init(config)
-            self.window_size = -1
-
-        def make_attention(self, layer_id: int, attention: Any, root_input: Any, **kwargs: Any) -> None:
-            attrs = self.attention_attrs
-            before = {name: attrs[name] for name in ("rope", "use_rope_in_attn")}
-            attrs.update({name: value and bool(getattr(attention, "use_rope", True)) for name, value in before.items()})
-            super().make_attention(layer_id, attention, root_input, **kwargs)
-            attrs.update(before)
-
-        def has_lm_head(self, module: Any) -> bool:
-            return module is decoder.lm_head
-
-    class WithPositions(InMemory):
-        def is_fused_rope_supported(self) -> bool:
-            return False
-
-        def is_packed_matmul_supported(self) -> bool:
-            return False
-
-    return WithPositions if positions == "original" else InMemory
-
-
 def write_text_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Write what the builder reads from disk: the text configuration and the tokenizer, no weights."""
     folder.mkdir(parents=True)
@@ -147,6 +114,7 @@ def write_text_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     activation = getattr(text, kind.activation)
     config = text.to_dict() | {
         "architectures": [kind.architecture],
+        "model_type": kind.written_as or text.model_type,
         "max_position_embeddings": context_length(text),
         "head_dim": head_dim(text),
         "num_key_value_heads": kv_heads(text),

@@ -6,8 +6,8 @@ and the runtime writes the new rows of all layers into one buffer with one strid
 
 | direction | name | shape | meaning |
 |---|---|---|---|
-| in | `inputs_embeds` | (1, S, D) | text embeddings with the image embeddings spliced between |
-| in | `position_ids` | (1, S) int64 | their positions in the sequence |
+| in | `inputs_embeds` | (1, S, D), or wider | text embeddings, image embeddings spliced between; behind each row its planes |
+| in | `position_ids` | (1, S) int64, or (3, 1, S) | their positions in the sequence, or on three axes |
 | in | `past_length` | (1,) int64 | how many rows of the caches hold something, from the first on |
 | in | `last_position` | (1,) int64 | the position among the S whose logits are wanted; what is behind it is padding |
 | in | `past_key_values.<l>.key` / `.value` | (1, kv_heads, P, head_dim) | the caches; P may be 0 |
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from leanvlm.exporter.decoders import head_dim, kv_heads, rotary_embedding
+from leanvlm.exporter.decoders import decoder_for, frequency_axes, head_dim, kv_heads, planes_of, rotary_embedding
 from leanvlm.exporter.trace import trace
 
 # What is added where a position must not be seen. In half precision, together with any score, it stays a number.
@@ -58,14 +58,16 @@ class PortableDecoder(nn.Module):
         # In fp32, also where the decoder is narrower: half precision would turn the angles of later positions by a radian.
         self.frequencies: Tensor = rotary.inv_freq
         self.magnitude: float = rotary.attention_scaling
+        self.axes = frequency_axes(decoder) if decoder_for(decoder.config).axes == 3 else None
         self.lm_head = decoder.lm_head
+        self.planes = planes_of(decoder)
         self.fused = fused
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, past_length: Tensor, last_position: Tensor, *caches: Tensor
     ) -> tuple[Tensor, ...]:
         """Map the inputs of the table above to its outputs, in its order; caches alternate key and value."""
-        hidden = inputs_embeds
+        hidden, *planes = inputs_embeds.chunk(1 + self.planes, dim=2) if self.planes else (inputs_embeds,)
         new: list[Tensor] = []
         mask = self._mask(inputs_embeds, past_length, caches[0].shape[2])
         cos, sin = self.rotation(position_ids, inputs_embeds.dtype)
@@ -74,6 +76,8 @@ class PortableDecoder(nn.Module):
             mixed, rows = self._attention(layer.self_attn, layer.input_layernorm(hidden), cos, sin, mask, key, value)
             hidden = hidden + mixed
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            if index < len(planes):
+                hidden = hidden + planes[index]
             new += rows
         wanted = self.norm(hidden.index_select(1, last_position))
         logits = self.lm_head(wanted).float()
@@ -83,7 +87,10 @@ class PortableDecoder(nn.Module):
 
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosine and sine of every position's angles, both (1, 1, S, head_dim)."""
-        angles = position_ids[:, None, :, None].float() * self.frequencies
+        if self.axes is None:
+            angles = position_ids[:, None, :, None].float() * self.frequencies
+        else:
+            angles = (position_ids[self.axes].permute(1, 2, 0).float() * self.frequencies)[:, None]
         angles = torch.cat([angles, angles], dim=3)
         return (angles.cos() * self.magnitude).to(dtype), (angles.sin() * self.magnitude).to(dtype)
 
@@ -136,16 +143,20 @@ def trace_decoder(decoder: Any, *, opset: int, dtype: torch.dtype) -> ir.Model:
         dtype: Of embeddings, caches and products; logits are fp32.
     """
     config = decoder.config
-    head, count, past = head_dim(config), 7, 5
+    head, count, past, axes = head_dim(config), 7, 5, decoder_for(config).axes
     names = [f"{layer}.{part}" for layer in range(config.num_hidden_layers) for part in PARTS]
     inputs = {
-        "inputs_embeds": torch.zeros(1, count, config.hidden_size, dtype=dtype),
-        "position_ids": torch.arange(count)[None],
+        "inputs_embeds": torch.zeros(1, count, (1 + planes_of(decoder)) * config.hidden_size, dtype=dtype),
+        "position_ids": torch.arange(count)[None] if axes == 1 else torch.arange(count).expand(axes, 1, -1),
         "past_length": torch.tensor([past]),
         "last_position": torch.tensor([count - 1]),
     }
     inputs |= {f"past_key_values.{name}": torch.zeros(1, kv_heads(config), past, head, dtype=dtype) for name in names}
-    free = {"inputs_embeds": {1: "S"}, "position_ids": {1: "S"}, **{f"past_key_values.{name}": {2: "P"} for name in names}}
+    free = {
+        "inputs_embeds": {1: "S"},
+        "position_ids": {1 if axes == 1 else 2: "S"},
+        **{f"past_key_values.{name}": {2: "P"} for name in names},
+    }
     fused = opset >= FUSED_OPSET and dtype != torch.float32
     outputs = ["logits", "next_token", "top_logit", *(f"new_key_values.{name}" for name in names)]
     graph = PortableDecoder(decoder, fused=fused).eval()

@@ -16,6 +16,8 @@ FAMILIES: dict[str, str] = {
     "llava": "leanvlm.exporter.families.llava:LlavaFamily",
     "llava_next": "leanvlm.exporter.families.llava_next:LlavaNextFamily",
     "llava_onevision": "leanvlm.exporter.families.llava_onevision:LlavaOnevisionFamily",
+    "qwen2_5_vl": "leanvlm.exporter.families.qwen2_5_vl:Qwen25VlFamily",
+    "qwen3_vl": "leanvlm.exporter.families.qwen3_vl:Qwen3VlFamily",
     "smolvlm": "leanvlm.exporter.families.smolvlm:SmolVlmFamily",
 }
 # For configurations that name their architecture only.
@@ -25,6 +27,8 @@ ARCHITECTURES = {
     "LlavaForConditionalGeneration": "llava",
     "LlavaNextForConditionalGeneration": "llava_next",
     "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "SmolVLMForConditionalGeneration": "smolvlm",
 }
 

@@ -33,6 +33,7 @@ class Description:
         blocks: Blocks of the tower.
         saliency: What scores the tokens.
         leading: Tokens in front of the patches that have no position on the grid, such as a class token; they are always kept.
+        scored: The only 0-based block whose attention may score the tokens, where not all see the whole image.
     """
 
     grid: tuple[int, int]
@@ -42,6 +43,7 @@ class Description:
     blocks: int
     saliency: Saliency = "class"
     leading: int = 0
+    scored: int | None = None
 
     @property
     def shape(self) -> CropShape:
@@ -60,6 +62,8 @@ class Description:
 
     def scored_block(self, where: ScoredBlock) -> int:
         """Return the 0-based block whose attention scores the tokens, for what a pruner asks for."""
+        if self.scored is not None:
+            return self.scored
         return max(max(self.layers) - 1, 0) if where == "feature" else self.blocks - 1
 
 
@@ -71,11 +75,13 @@ class Frame:
         image: How one crop becomes pixel values.
         crops: How an image becomes crops.
         layout: What an image becomes in the prompt.
+        axes: Coordinates of a position in the decoder: 1, or 3 where an image token has the row and column of its place.
     """
 
     image: ImageSpec
     crops: CropRule
     layout: Layout = Layout()  # noqa: RUF009 (frozen)
+    axes: Literal[1, 3] = 1
 
 
 @dataclass(frozen=True)
@@ -85,16 +91,18 @@ class Attention:
     Attributes:
         module: Returns the mixed tokens and, where `config` asks for eager attention, the probabilities (B, H, N, N).
         config: Holds `_attn_implementation`, which says how the module computes.
-        query: Projects to (B, N, H * d).
-        keys: Projects to (B, N, H * d).
         heads: H.
+        query: Projects to (B, N, H * d); None in a model that packs crops.
+        keys: Projects to (B, N, H * d); None there too.
+        given: Of a model that packs crops, what is given all patches (S, E) to make tokens of them.
     """
 
     module: nn.Module
     config: Any
-    query: nn.Module
-    keys: nn.Module
     heads: int
+    query: nn.Module | None = None
+    keys: nn.Module | None = None
+    given: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -103,25 +111,28 @@ class Parts:
 
     Attributes:
         vision: The whole tower, as the checkpoint has it.
-        tower: Makes a module, pixel values (B, 3, H, W) -> `Seen`, scored as told. With an image processor the pixels are
-            uint8 levels, and the module does that processor's arithmetic itself.
+        tower: Makes a module, pixel values (B, 3, H, W) -> `Seen`, scored as told, for crops of a shape. With an image
+            processor the pixels are uint8 levels, and the module does that processor's arithmetic itself.
         project: Hidden states (B, N, Dv) -> features (B, N, D), token by token.
         attention: The self-attention of the tower's block of that number.
         skipped: Tokens of the tower in front of those that a pruner may see as `leading` or as patches.
         decoder: The causal language model, with `model` and `lm_head`.
         inputs: What the model's `get_image_features` takes for the crops (C, 3, H, W) of an image of a size (height, width).
         cell: Patches on each side of what becomes one token.
+        order: Of a model that packs all crops into one sequence of patches: for each patch of a shape in raster order, its
+            place (N,) in the sequence of one crop. None where crops are a batch.
         extra_rows: Embeddings (D,) that the model learned beside those of tokens, by name; each becomes a row of the table.
     """
 
     vision: nn.Module
-    tower: Callable[[ScoredBlock, ImageSpec | None], nn.Module]
+    tower: Callable[[ScoredBlock, ImageSpec | None, CropShape], nn.Module]
     project: nn.Module
     attention: Callable[[int], Attention]
     skipped: int
     decoder: nn.Module
     inputs: Callable[[Tensor, tuple[int, int]], dict[str, Any]]
     cell: int = 1
+    order: Callable[[CropShape], Tensor] | None = None
     extra_rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 

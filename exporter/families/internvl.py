@@ -22,7 +22,7 @@ from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.exporter.ranges import DecoderRanges, LlavaRanges, TowerRanges, check_ranges
 from leanvlm.exporter.tokenizer import named_token
 from leanvlm.exporter.towers.intern_vit import InternVit
-from leanvlm.runtime.crops import MAX_TILES, CropRule
+from leanvlm.runtime.crops import MAX_TILES, CropRule, CropShape
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.layout import Layout
 from leanvlm.runtime.preprocess import ImageSpec
@@ -119,12 +119,12 @@ class InternVlFamily(ModelFamily):
         # Only what is read as the tower's result has gone through its last norm.
         norm = vision.layernorm if core.config.vision_feature_layer == -1 else None
 
-        def tower(scored: ScoredBlock, image: ImageSpec | None) -> InternVit:
+        def tower(scored: ScoredBlock, image: ImageSpec | None, shape: CropShape) -> InternVit:
             return InternVit(vision, layer, description.scored_block(scored), image, norm, cell)
 
         def attention(block: int) -> Attention:
             module = vision.encoder.layer[block].attention
-            return Attention(module, module.config, module.q_norm, module.k_norm, module.num_heads)
+            return Attention(module, module.config, module.num_heads, module.q_norm, module.k_norm)
 
         def inputs(pixels: torch.Tensor, size: tuple[int, int]) -> dict[str, Any]:
             return {"pixel_values": pixels}

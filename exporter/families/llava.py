@@ -22,7 +22,7 @@ from leanvlm.exporter.ranges import DecoderRanges, LlavaRanges, TowerRanges, che
 from leanvlm.exporter.towers.base import BlockTower
 from leanvlm.exporter.towers.clip import ClipTower
 from leanvlm.exporter.towers.siglip import SiglipTower
-from leanvlm.runtime.crops import CropRule
+from leanvlm.runtime.crops import CropRule, CropShape
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.preprocess import ImageSpec
 
@@ -97,7 +97,7 @@ class LlavaFamily(ModelFamily):
         description = self.describe(core.config)
         skipped = int(description.saliency == "class" and not description.leading)
 
-        def tower(scored: ScoredBlock, image: ImageSpec | None) -> BlockTower:
+        def tower(scored: ScoredBlock, image: ImageSpec | None, shape: CropShape) -> BlockTower:
             block = description.scored_block(scored)
             if description.saliency == "class":
                 return ClipTower(vision, description.layers, block, image, skipped=skipped)
@@ -105,7 +105,7 @@ class LlavaFamily(ModelFamily):
 
         def attention(block: int) -> Attention:
             module = vision.encoder.layers[block].self_attn
-            return Attention(module, module.config, module.q_proj, module.k_proj, module.num_heads)
+            return Attention(module, module.config, module.num_heads, module.q_proj, module.k_proj)
 
         return Parts(
             vision=core.model.vision_tower,

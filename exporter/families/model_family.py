@@ -20,11 +20,13 @@ class ModelFamily:
         model_type: Theirs.
         model: The model's class in transformers.
         towers: What a `vision_config` may call its type.
+        texts: The same of a `text_config`.
     """
 
     model_type: ClassVar[str]
     model: ClassVar[Callable[[Any], nn.Module]]
     towers: ClassVar[tuple[str, ...]]
+    texts: ClassVar[tuple[str, ...]] = decoders.ORDINARY
 
     def check_parts(self, raw: Mapping[str, Any]) -> None:
         """Refuse other towers and decoders: of some, transformers makes lists as long as a number in the file says.
@@ -32,7 +34,7 @@ class ModelFamily:
         Raises:
             UnsupportedModelError: A tower or decoder that this family does not handle.
         """
-        known = {"vision_config": ("tower", self.towers), "text_config": ("decoder", tuple(decoders.DECODERS))}
+        known = {"vision_config": ("tower", self.towers), "text_config": ("decoder", self.texts)}
         for name, (called, kinds) in known.items():
             part = raw.get(name)
             kind = part.get("model_type") if isinstance(part, Mapping) else None

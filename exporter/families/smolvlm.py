@@ -23,7 +23,7 @@ from leanvlm.exporter.pruners.base import ScoredBlock
 from leanvlm.exporter.ranges import DecoderRanges, TowerRanges, check_ranges
 from leanvlm.exporter.tokenizer import named_token
 from leanvlm.exporter.towers.siglip_squares import SiglipSquares
-from leanvlm.runtime.crops import CropRule
+from leanvlm.runtime.crops import CropRule, CropShape
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.layout import Layout
 from leanvlm.runtime.preprocess import ImageSpec
@@ -110,12 +110,12 @@ class SmolVlmFamily(ModelFamily):
         core: Any = model
         vision, description, cell = core.model.vision_model, self.describe(core.config), core.config.scale_factor
 
-        def tower(scored: ScoredBlock, image: ImageSpec | None) -> SiglipSquares:
+        def tower(scored: ScoredBlock, image: ImageSpec | None, shape: CropShape) -> SiglipSquares:
             return SiglipSquares(vision, description.scored_block(scored), image, cell)
 
         def attention(block: int) -> Attention:
             module = vision.encoder.layers[block].self_attn
-            return Attention(module, module.config, module.q_proj, module.k_proj, module.num_heads)
+            return Attention(module, module.config, module.num_heads, module.q_proj, module.k_proj)
 
         def inputs(pixels: torch.Tensor, size: tuple[int, int]) -> dict[str, Any]:
             return {"pixel_values": pixels[None]}

@@ -62,7 +62,13 @@ class VisionTokens:
         hidden, keys = _averaged(self.hidden, shows), self.seen.keys
         keys = None if keys is None else _averaged(keys.flatten(2), shows).reshape(keys.shape)
         told = (None if part is None else torch.where(shows, part, 0.0) for part in (self.seen.saliency, self.seen.unsplit))
+        assert self.seen.deep is None, "padding and planes do not go together"
         return replace(self, features=_averaged(self.features, shows), seen=Seen(hidden, keys, *told))
+
+    @property
+    def wide(self) -> Tensor:
+        """(B, N, W), the features with the planes that the decoder adds behind its first blocks."""
+        return widened(self.features, self.seen.deep)
 
     @property
     def count(self) -> int:
@@ -194,6 +200,11 @@ def _without_padding(kept: Kept, tokens: VisionTokens, saliency: Tensor, valid: 
     merged = same.to(kept.hidden.dtype) @ kept.hidden
     hidden = torch.where(same.any(dim=2)[:, :, None], merged, gather_tokens(tokens.hidden, indices))
     return Kept(indices, hidden, diagnostics)
+
+
+def widened(features: Tensor, deep: Tensor | None) -> Tensor:
+    """Put the planes (B, N, planes * D) behind features (B, N, D), where there are any."""
+    return features if deep is None else torch.cat([features, deep.to(features.dtype)], dim=2)
 
 
 def gather_tokens(features: Tensor, indices: Tensor) -> Tensor:

@@ -25,12 +25,14 @@ class Seen(NamedTuple):
         saliency: (B, N) in fp32, how much attention each token gets in the scored block, averaged over heads: from the class
             token, or where there is none from all tokens on average.
         unsplit: (B, N) in fp32, the class token's attention if its heads were one; None without a class token.
+        deep: (B, N, planes * D), features that the decoder adds behind its first blocks; None where it adds none.
     """
 
     hidden: Tensor
     keys: Tensor | None
     saliency: Tensor | None
     unsplit: Tensor | None
+    deep: Tensor | None = None
 
     def patches(self, leading: int) -> Seen:
         """Return the same without the first tokens, which have no position on the grid."""
@@ -58,6 +60,11 @@ def summed_cells(part: Tensor, rows: int, side: int) -> Tensor:
     """Sum over the patches of each cell of side x side: (B, N, …) -> (B, N / side^2, …)."""
     summed = _cells(part.flatten(2) if part.dim() > 2 else part[:, :, None], rows, side).sum((2, 4)).flatten(1, 2)
     return summed.reshape(-1, summed.shape[1], *part.shape[2:])
+
+
+def summed_stretches(part: Tensor, length: int) -> Tensor:
+    """Sum over each stretch of so many patches: (B, N, …) -> (B, N / length, …)."""
+    return part.reshape(part.shape[0], -1, length, *part.shape[2:]).sum(dim=2)
 
 
 def _cells(part: Tensor, rows: int, side: int) -> Tensor:

@@ -17,7 +17,7 @@ from leanvlm.runtime.engines.library import LIBRARIES
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
 from leanvlm.runtime.generation import Scores
 from leanvlm.runtime.manifest import Manifest
-from leanvlm.runtime.specs import GraphSpec
+from leanvlm.runtime.specs import GraphSpec, VisionSpec
 
 __all__ = ["BACKENDS", "Backend", "Decoder", "Graph", "Scores", "open_backend", "processors"]
 
@@ -67,7 +67,7 @@ class Backend(Protocol):
         """Open the decoder."""
         ...
 
-    def vision_shares(self, spec: GraphSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: VisionSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
         """Return the share of vision, project and prune in a vision graph's time."""
         ...
 

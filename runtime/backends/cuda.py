@@ -37,8 +37,9 @@ from leanvlm.runtime.errors import BackendError, GraphError
 from leanvlm.runtime.machine.gpu import free_memory, gpus, misfit
 from leanvlm.runtime.machine.kernels import without_kernels
 from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.positions import as_input
 from leanvlm.runtime.prompt import Prompt
-from leanvlm.runtime.specs import DecoderSpec, GraphSpec
+from leanvlm.runtime.specs import DecoderSpec, GraphSpec, VisionSpec
 
 Array = npt.NDArray[Any]
 # Prompts up to FINE positions are padded to a multiple of 8, which tensor cores like; longer ones to a multiple of COARSE.
@@ -112,11 +113,11 @@ class CudaBackend(OrtBackend):
         }
         return [(PROVIDERS["cuda"], settings), PROVIDERS["cpu"]]
 
-    def vision_shares(self, spec: GraphSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: VisionSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
         """Return the share of each stage in a vision graph's time: what it takes longer than the graph that ends before it."""
         if self.device == "cpu":
             return super().vision_shares(spec, inputs, runs)
-        cuts = [self.manifest.stages[stage] for stage in GRAPH_STAGES[:-1]]
+        cuts = [self.manifest.stage_graphs(spec.shape)[stage] for stage in GRAPH_STAGES[:-1]]
         ends = [self._median_ms(graph, inputs, runs) for graph in (*cuts, spec)]
         spent = [max(end - start, 0.0) for start, end in zip([0.0, *ends], ends, strict=False)]
         return {stage: time / sum(spent) for stage, time in zip(GRAPH_STAGES, spent, strict=True)}
@@ -211,7 +212,7 @@ class CudaCache:
         shared = _shared_features(prompt)
         if shared is None:
             # No image, or images of several runs, as in a chat: the processor puts them together.
-            whole = np.zeros((1, self._padded(len(prompt)), self._spec.hidden_size), self._dtype)
+            whole = np.zeros((1, self._padded(len(prompt)), self._spec.row_width), self._dtype)
             whole[0, : len(prompt)] = prompt.embeddings(self._dtype)
             target.fill(whole)
             return
@@ -235,8 +236,8 @@ class CudaCache:
         slot = self._slot(padded)
         self._mask[0] = np.arange(self.capacity) < padded
         slot.buffers["last_position"].fill(np.array([length - 1], np.int64))
-        positions = np.zeros(padded, np.int64)
-        positions[:length] = self._prompt.positions[0]
+        positions = np.zeros((self._spec.axes, padded), np.int64)
+        positions[:, :length] = self._prompt.positions
         scores = self._run(slot, positions)
         self.length = length
         return scores
@@ -248,7 +249,7 @@ class CudaCache:
         self.length += 1
         self._mask[0] = np.arange(self.capacity) < self.length
         slot.buffers["inputs_embeds"].fill(embedding.astype(self._dtype, copy=False)[None, None])
-        return self._run(slot, np.array([position], np.int64))
+        return self._run(slot, np.full((self._spec.axes, 1), position, np.int64))
 
     def replay(self) -> None:
         """Run the last step's graph again as it stands: for measuring."""
@@ -257,7 +258,7 @@ class CudaCache:
     def _run(self, slot: Slot, positions: npt.NDArray[np.int64]) -> DeviceScores:
         slot.buffers["attention_mask"].fill(self._mask)
         if self._positioned:
-            slot.buffers["position_ids"].fill(positions[None])
+            slot.buffers["position_ids"].fill(as_input(positions))
         slot.run()
         return DeviceScores(slot.buffers)
 
@@ -319,9 +320,9 @@ def _shared_features(prompt: Prompt) -> DeviceBuffer | None:
 def _decoder_tensors(spec: DecoderSpec, *, sequence: int, capacity: int) -> list[tuple[str, tuple[int, ...], str]]:
     """Return name, shape and dtype of the decoder's tensors, the caches aside, for inputs of one length."""
     return [
-        ("inputs_embeds", (1, sequence, spec.hidden_size), spec.kv_dtype),
+        ("inputs_embeds", (1, sequence, spec.row_width), spec.kv_dtype),
         ("attention_mask", (1, capacity), "int64"),
-        ("position_ids", (1, sequence), "int64"),
+        ("position_ids", (1, sequence) if spec.axes == 1 else (spec.axes, 1, sequence), "int64"),
         ("last_position", (1,), "int64"),
         ("logits", (1, 1, spec.vocab_size), spec.kv_dtype),
         ("next_token", (1, 1, 1), "int64"),

@@ -22,9 +22,10 @@ from leanvlm.runtime.bundle import leads_out
 from leanvlm.runtime.errors import BackendError, GraphError, LeanVLMWarning
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.optional import require
+from leanvlm.runtime.positions import as_input
 from leanvlm.runtime.prompt import Prompt
 from leanvlm.runtime.sampling import highest
-from leanvlm.runtime.specs import DecoderSpec, GraphSpec
+from leanvlm.runtime.specs import DecoderSpec, GraphSpec, VisionSpec
 
 if TYPE_CHECKING:
     from leanvlm.runtime.backends import Graph
@@ -77,7 +78,7 @@ class OrtBackend:
         session = self.session(spec.graph)
         return Decoder(lambda capacity, kept: OrtCache(self.ort, session, spec, capacity))
 
-    def vision_shares(self, spec: GraphSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: VisionSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
         """Return the share of each stage in a vision graph's node times, from a profiled session of its own.
 
         A fused node may have lost its name; it counts for the stage of the node before it.
@@ -222,9 +223,9 @@ class OrtCache:
         self.capacity = capacity
         self._session = session
         self._dtype = np.dtype(spec.kv_dtype)
-        self._positioned = bool(spec.named("positions"))
+        self._positioned, self._axes = bool(spec.named("positions")), spec.axes
         self._prompt: Prompt | None = None
-        self._embeddings: npt.NDArray[np.floating[Any]] = np.empty((0, spec.hidden_size), np.float32)
+        self._embeddings: npt.NDArray[np.floating[Any]] = np.empty((0, spec.row_width), np.float32)
         self.length = 0
         shape = [1, spec.kv_heads, capacity, spec.head_dim]
         self._binding = session.io_binding()
@@ -241,14 +242,14 @@ class OrtCache:
     def prefill(self) -> OrtScores:
         """Read the loaded prompt."""
         assert self._prompt is not None, "load comes before prefill"
-        return self._append(self._embeddings, self._prompt.positions[0])
+        return self._append(self._embeddings, self._prompt.positions)
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> OrtScores:
         """Append one embedding (D,) at a position."""
-        return self._append(embedding[None], np.array([position], dtype=np.int64))
+        return self._append(embedding[None], np.full((self._axes, 1), position, np.int64))
 
     def _append(self, embeddings: npt.NDArray[np.floating[Any]], positions: npt.NDArray[np.int64]) -> OrtScores:
-        """Append embeddings (S, D) at positions (S,) and return the last one's scores.
+        """Append embeddings (S, D) at positions (axes, S) and return the last one's scores.
 
         A decoder of a bundle with compact positions counts by itself and is not given them.
 
@@ -259,7 +260,7 @@ class OrtCache:
         check_room(total, self.capacity)
         self._binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeddings[None], dtype=self._dtype))
         if self._positioned:
-            self._binding.bind_cpu_input("position_ids", positions[None])
+            self._binding.bind_cpu_input("position_ids", as_input(positions))
         self._binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
         try:
             self._session.run_with_iobinding(self._binding)

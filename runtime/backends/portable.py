@@ -29,6 +29,7 @@ from leanvlm.runtime.engines.profiles import (
 from leanvlm.runtime.errors import BackendError, MissingExtraError
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.optional import require
+from leanvlm.runtime.positions import as_input
 from leanvlm.runtime.prompt import Prompt
 from leanvlm.runtime.specs import DecoderSpec, GraphSpec
 
@@ -161,7 +162,7 @@ class PortableCache:
     def __init__(self, session: Any, spec: DecoderSpec, capacity: int) -> None:
         self.capacity = capacity
         self._run: Callable[..., list[Array]] = session.run
-        self._dtype = np.dtype(spec.kv_dtype)
+        self._dtype, self._axes = np.dtype(spec.kv_dtype), spec.axes
         self._names, self._news = list(spec.caches), list(spec.caches.values())
         self._caches = np.zeros((len(self._names), 1, spec.kv_heads, capacity, spec.head_dim), self._dtype)
         self._prompt: Prompt | None = None
@@ -175,18 +176,18 @@ class PortableCache:
         """Read the loaded prompt, with an empty cache."""
         assert self._prompt is not None, "load comes before prefill"
         nothing = self._caches[:, :, :, :0]
-        return self._append(self._prompt.embeddings(self._dtype), self._prompt.positions[0], nothing)
+        return self._append(self._prompt.embeddings(self._dtype), self._prompt.positions, nothing)
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> OrtScores:
         """Append one embedding (D,) at a position; the whole cache goes in, filled or not, as a captured graph has it."""
-        return self._append(embedding[None], np.array([position], np.int64), self._caches)
+        return self._append(embedding[None], np.full((self._axes, 1), position, np.int64), self._caches)
 
     def _append(self, embeddings: Array, positions: npt.NDArray[np.int64], caches: Array) -> OrtScores:
         count = len(embeddings)
         check_room(self.length + count, self.capacity)
         inputs: dict[str, Array] = {
             "inputs_embeds": np.ascontiguousarray(embeddings[None], self._dtype),
-            "position_ids": positions[None],
+            "position_ids": as_input(positions),
             "past_length": np.array([self.length], np.int64),
             "last_position": np.array([count - 1], np.int64),
             **{name: np.ascontiguousarray(cache) for name, cache in zip(self._names, caches, strict=True)},

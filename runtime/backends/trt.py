@@ -27,8 +27,9 @@ from leanvlm.runtime.crops import PIXELS
 from leanvlm.runtime.engines.library import LIBRARIES, load_runtime, quiet_logger, this_sm
 from leanvlm.runtime.errors import BackendError
 from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.positions import as_input
 from leanvlm.runtime.prompt import Prompt
-from leanvlm.runtime.specs import DecoderSpec, EngineSpec, GraphSpec
+from leanvlm.runtime.specs import DecoderSpec, EngineSpec, GraphSpec, VisionSpec
 
 Array = npt.NDArray[Any]
 PREFILL, DECODE = 0, 1
@@ -73,7 +74,7 @@ class TrtBackend:
         opened = TrtDecoder(self._open(self.manifest.decoder.graph.file), self.manifest.decoder, self._device())
         return Decoder(lambda capacity, kept: TrtCache(opened, capacity, kept))
 
-    def vision_shares(self, spec: GraphSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
+    def vision_shares(self, spec: VisionSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
         """Return the whole for `vision`: TensorRT compiles the graph as one, with project and prune in it."""
         return {"vision": 1.0}
 
@@ -175,7 +176,7 @@ class TrtCache:
         if any(address is None for address in addresses):
             target.fill(prompt.embeddings(self._dtype))
             return
-        width = self._spec.hidden_size * self._dtype.itemsize
+        width = self._spec.row_width * self._dtype.itemsize
         # Rows as `index` numbers them: the text's first, then each image's.
         rows, text = np.asarray(prompt.index), prompt.text.astype(self._dtype, copy=False)
         starts = np.cumsum([len(text), *(crop.embeddings.shape[0] for crop in prompt.crops)])
@@ -191,18 +192,18 @@ class TrtCache:
     def prefill(self) -> DeviceScores:
         """Read the loaded prompt, with an empty cache."""
         assert self._prompt is not None, "load comes before prefill"
-        return self._append(PREFILL, self._prompt.positions[0])
+        return self._append(PREFILL, self._prompt.positions)
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> DeviceScores:
         """Append one embedding (D,) at a position."""
         self._buffers(1)["inputs_embeds"].fill(embedding)
-        return self._append(DECODE, np.array([position], np.int64))
+        return self._append(DECODE, np.full((self._spec.axes, 1), position, np.int64))
 
     def _append(self, profile: int, positions: npt.NDArray[np.int64]) -> DeviceScores:
-        count, context = len(positions), self._contexts[profile]
+        count, context = positions.shape[1], self._contexts[profile]
         check_room(self.length + count, self.capacity)
         buffers, past = self._buffers(count), 0 if profile == PREFILL else self.capacity
-        buffers["position_ids"].fill(positions)
+        buffers["position_ids"].fill(as_input(positions))
         self._counts["past_length"].fill(np.array([self.length]))
         self._counts["last_position"].fill(np.array([count - 1]))
         bound = (self._caches, *buffers.values(), *self._counts.values(), *self._scores.values())
@@ -220,8 +221,8 @@ class TrtCache:
 
     def _bind(self, context: TrtContext, buffers: Mapping[str, Buffer], count: int, past: int) -> None:
         spec, caches, new = self._spec, self._caches, buffers["new"]
-        context.shape("inputs_embeds", (1, count, spec.hidden_size))
-        context.shape("position_ids", (1, count))
+        context.shape("inputs_embeds", (1, count, spec.row_width))
+        context.shape("position_ids", buffers["position_ids"].shape)
         context.bind("inputs_embeds", buffers["inputs_embeds"].address)
         context.bind("position_ids", buffers["position_ids"].address)
         bind_all(context, {**self._counts, **self._scores})
@@ -236,8 +237,8 @@ class TrtCache:
             self._inputs = {length: kept for length, kept in self._inputs.items() if length == 1}
             spec = self._spec
             self._inputs[count] = {
-                "inputs_embeds": Buffer(self._device, (1, count, spec.hidden_size), self._dtype),
-                "position_ids": Buffer(self._device, (1, count), np.int64),
+                "inputs_embeds": Buffer(self._device, (1, count, spec.row_width), self._dtype),
+                "position_ids": Buffer(self._device, (1, count) if spec.axes == 1 else (spec.axes, 1, count), np.int64),
                 "new": Buffer(self._device, (len(self._names), spec.kv_heads, count, spec.head_dim), self._dtype),
             }
         return self._inputs[count]

@@ -24,7 +24,7 @@ def describe(folder: Path, manifest: Manifest) -> str:
         "licence": source.licence or "not stated by the checkpoint",
         "family": manifest.family,
         "target": f"{manifest.target}, {manifest.precision}, ONNX Runtime {manifest.min_onnxruntime} or newer",
-        "budgets": f"{', '.join(map(str, manifest.budgets))} of {manifest.tokens_per_crop} image tokens a crop",
+        "budgets": _budgets(manifest),
         "pruner": f"{manifest.pruner.name}{f' ({params})' if params else ''}, positions {manifest.positions.kept}"
         + ("" if manifest.saliency == "class" else ", tokens ranked by the attention that they receive"),
         **_gate_file(manifest),
@@ -37,6 +37,16 @@ def describe(folder: Path, manifest: Manifest) -> str:
     return "\n".join(f"{name:<9} {text}" for name, text in rows.items())
 
 
+def _budgets(manifest: Manifest) -> str:
+    """Say what each budget keeps, where crops differ in shape of which."""
+    shapes = manifest.crops.shapes
+    if len(shapes) == 1:
+        return f"{', '.join(map(str, manifest.budgets))} of {manifest.tokens_per_crop} image tokens a crop"
+    kept = {budget: [graph.kept for graph in manifest.vision if graph.budget == budget] for budget in manifest.budgets}
+    said = [f"{budget} ({', '.join(map(str, counts))})" for budget, counts in kept.items()]
+    return f"{', '.join(said)} of {', '.join(str(shape.tokens) for shape in shapes)} image tokens"
+
+
 def _gate_file(manifest: Manifest) -> dict[str, str]:
     gate = manifest.pruner.gate
     return {} if gate is None else {"gate": f"{gate.get('file')}, from {gate.get('images')} {gate.get('source')}"}
@@ -45,6 +55,8 @@ def _gate_file(manifest: Manifest) -> dict[str, str]:
 def _cut(manifest: Manifest) -> dict[str, str]:
     """Say what an image is cut into, where it is cut."""
     rule = manifest.crops
+    if rule.kind == "nearest":
+        return {"images": f"brought to the nearest of {', '.join(shape.text for shape in rule.shapes)} pixels (height x width)"}
     height, width = rule.shapes[0].pixels
     alone = "; several images are one crop each" if rule.several == "square" else ""
     return {} if rule.kind == "whole" else {"crops": f"up to {rule.most} of {height} x {width} pixels an image{alone}"}
@@ -79,6 +91,7 @@ def _explain(manifest: Manifest, crops: Sequence[Pruning], image: ImageTokens, o
     ranks = [crop.effective_rank for crop in crops if crop.effective_rank is not None]
     rows = {
         **({} if image.crops == 1 else {"crops": _crops(image)}),
+        **({"brought to": f"{crops[0].shape.text} pixels (height x width)"} if manifest.crops.kind == "nearest" else {}),
         "kept": f"{image.kept} of {image.total} image tokens",
         **({"on merit": _merit(crops, image)} if pruned else {}),
         **({"effective rank": _span(ranks, ".2f")} if ranks else {}),

@@ -88,12 +88,12 @@ def measure(config: ProfileConfig, on_step: Callable[[str], None] = lambda step:
                     answers[budget].append(answer)
         boards = {budget: _board(session, config, image, budget, on_step) for budget in budgets}
         # All crops of one image have one shape.
-        (inputs,) = crop([image], session.manifest.image, session.manifest.crops).inputs.values()
+        ((shape, inputs),) = crop([image], session.manifest.image, session.manifest.crops).inputs.items()
         inputs = in_parts(inputs, session.backend.crops_at_once)[0]
         shares = {}
         for budget in budgets:
             on_step(f"profiling the nodes of budget {budget}")
-            shares[budget] = session.backend.vision_shares(session.manifest.vision_graph(budget), inputs, NODE_RUNS)
+            shares[budget] = session.backend.vision_shares(session.manifest.vision_graph(budget, shape), inputs, NODE_RUNS)
         conditions = _conditions(config, session)
     # The session is closed: its weights may leave no room for those of the process whose memory is measured.
     figures: dict[str, Any] = {}

@@ -127,7 +127,9 @@ def plan_build(config: BuildConfig, manifest: Manifest, module: Any) -> BuildPla
     jobs = []
     for sm in sms:
         folder = ENGINES / str(sm)
-        for graph in [graph for budget in budgets for graph in manifest.vision if graph.budget == budget]:
+        # Graphs of one file are one, whatever budgets they serve.
+        graphs = {graph.file: graph for budget in budgets for graph in manifest.vision if graph.budget == budget}
+        for graph in graphs.values():
             file = folder / f"{Path(graph.file).stem}.engine"
             jobs.append(EngineJob(graph, graph.budget, sm, (vision_profile(graph, limits),), file))
         profiles = _decoder_profiles(config, manifest, limits)

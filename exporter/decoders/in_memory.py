@@ -1,0 +1,156 @@
+"""Classes of onnxruntime-genai's model builder that take their weights and rotary angles from a module in memory.
+
+The builder itself leaves much out without a word: most scalings of the angles, windows (`context_length` ends before them),
+layers without positions, planes of image tokens; and it would take any linear layer with as many outputs as there are tokens
+for the head. What a checkpoint needs of these is a class over the builder's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from leanvlm.exporter.decoders import frequency_axes, planes_of, rotary_embedding
+from leanvlm.runtime.positions import PositionRule
+
+# A constant of the builder's.
+FIRST = "/model/constants/INT64/[0]"
+PLANES, ANGLES = "/model/planes", "/model/rotary"
+
+
+def in_memory(base: type, decoder: Any, positions: PositionRule) -> type:
+    """Return a class over one of the builder's for a decoder in memory.
+
+    Args:
+        base: The builder's.
+        decoder: Causal language model with `model` and `lm_head`.
+        positions: How prompts are numbered.
+    """
+    made = _with_weights(base, decoder)
+    if positions.kept == "original":
+        made = _with_positions(made)
+    if positions.axes == 3:
+        made = _with_axes(made, decoder)
+    return _with_planes(made, planes_of(decoder)) if planes_of(decoder) else made
+
+
+def _with_weights(base: Any, decoder: Any) -> type:
+    class InMemory(base):  # type: ignore[misc]
+        def load_weights(self, input_path: str) -> Any:
+            return decoder
+
+        def make_rotary_embedding_caches_from_scratch(self) -> tuple[Tensor, Tensor]:
+            positions = torch.arange(self.rope_attrs["cache_length"])[None]
+            cos, sin = rotary_embedding(decoder)(torch.zeros(1), positions)
+            return cos[0, :, : cos.shape[2] // 2], sin[0, :, : sin.shape[2] // 2]
+
+        def make_context_length_init(self, config: Any) -> None:
+            super().make_context_length_init(config)
+            self.window_size = -1
+
+        def make_attention(self, layer_id: int, attention: Any, root_input: Any, **kwargs: Any) -> None:
+            attrs = self.attention_attrs
+            before = {name: attrs[name] for name in ("rope", "use_rope_in_attn")}
+            attrs.update({name: value and bool(getattr(attention, "use_rope", True)) for name, value in before.items()})
+            super().make_attention(layer_id, attention, root_input, **kwargs)
+            attrs.update(before)
+
+        def has_lm_head(self, module: Any) -> bool:
+            return module is decoder.lm_head
+
+    return InMemory
+
+
+def _with_positions(base: Any) -> type:
+    """Take the rotation out of the attention op, which ignores position ids on the CPU, and the packed projection with it."""
+
+    class WithPositions(base):  # type: ignore[misc]
+        def is_fused_rope_supported(self) -> bool:
+            return False
+
+        def is_packed_matmul_supported(self) -> bool:
+            return False
+
+    return WithPositions
+
+
+def _with_axes(base: Any, decoder: Any) -> type:
+    """Compute the angles of a prompt in the graph, and let them be the rotary table of that run.
+
+    So the usual operator turns by any layout of the axes; one of its own for them came with ONNX Runtime 1.31 only.
+    """
+
+    class WithAxes(base):  # type: ignore[misc]
+        def make_inputs_and_outputs(self) -> None:
+            self.input_shapes["position_ids"] = [3, "batch_size", "sequence_length"]
+            super().make_inputs_and_outputs()
+
+        def make_rotary_embedding_caches(self, **kwargs: Any) -> tuple[str, str]:
+            if self.rope_attrs["create_caches"]:
+                self.rope_attrs["create_caches"] = False
+                _make_angles(self, decoder)
+            return f"{ANGLES}/cos", f"{ANGLES}/sin"
+
+        def make_rotary_embedding(self, name: str, root_input: Any, output: str, **kwargs: Any) -> None:
+            # The first row of the table is the first position's.
+            super().make_rotary_embedding(name, root_input, output, **(kwargs | {"position_ids": FIRST}))
+
+    return WithAxes
+
+
+def _with_planes(base: Any, planes: int) -> type:
+    """Split rows into embeddings and planes, and add a plane behind each of the first layers."""
+
+    class WithPlanes(base):  # type: ignore[misc]
+        def make_inputs_and_outputs(self) -> None:
+            self.input_shapes["inputs_embeds"] = ["batch_size", "sequence_length", (1 + planes) * self.hidden_size]
+            super().make_inputs_and_outputs()
+
+        def make_layer(self, layer_id: int, layer: Any) -> None:
+            attrs, shape = self.layernorm_attrs, ["batch_size", "sequence_length", self.hidden_size]
+            if layer_id == 0:
+                names = [f"{PLANES}/embeddings", *(f"{PLANES}/{at}" for at in range(planes))]
+                sizes = f"/model/constants/INT64/[{', '.join([str(self.hidden_size)] * len(names))}]"
+                self.make_node("Split", ["inputs_embeds", sizes], names, name=f"{PLANES}/Split", axis=2)
+                for name in names:
+                    self.make_value(name, self.io_dtype, shape=shape)
+                attrs["root_input"] = attrs["skip_input"] = names[0]
+            super().make_layer(layer_id, layer)
+            if layer_id < planes:
+                # What the layer adds to its input is added at the next norm; so is the plane.
+                self.make_add(f"{PLANES}/{layer_id}/Add", [attrs["skip_input"], f"{PLANES}/{layer_id}"], self.io_dtype, shape)
+                attrs["skip_input"] = f"{PLANES}/{layer_id}/Add/output_0"
+
+    return WithPlanes
+
+
+def _make_angles(builder: Any, decoder: Any) -> None:
+    """Write the nodes that compute cosine and sine (S, head_dim / 2) of three axes' positions.
+
+    Positions are gathered, not multiplied: a GPU's products of fp32 keep 10 bits.
+    """
+    rotary = rotary_embedding(decoder)
+    half, count = len(rotary.inv_freq), "sequence_length"
+    builder.make_initializer(frequency_axes(decoder), f"{ANGLES}/axes")
+    builder.make_initializer(rotary.inv_freq.float(), f"{ANGLES}/frequencies")
+    builder.make_initializer(torch.tensor(float(rotary.attention_scaling)), f"{ANGLES}/magnitude")
+
+    def make(kind: str, inputs: list[str], name: str, dtype: Any, shape: list[Any], **attributes: Any) -> str:
+        made = f"{ANGLES}/{name}"
+        builder.make_node(kind, inputs, [made], name=f"{made}/node", **attributes)
+        builder.make_value(made, dtype, shape=shape)
+        return made
+
+    whole, real = ir.DataType.INT64, ir.DataType.FLOAT
+    axes = make("Squeeze", ["position_ids", "/model/constants/INT64/[1]"], "positions", whole, [3, count])
+    chosen = make("Gather", [axes, f"{ANGLES}/axes"], "chosen", whole, [half, count], axis=0)
+    turned = make("Transpose", [chosen], "turned", whole, [count, half], perm=[1, 0])
+    numbers = make("Cast", [turned], "numbers", real, [count, half], to=real)
+    angles = make("Mul", [numbers, f"{ANGLES}/frequencies"], "angles", real, [count, half])
+    for function in ("Cos", "Sin"):
+        value = make(function, [angles], function, real, [count, half])
+        scaled = make("Mul", [value, f"{ANGLES}/magnitude"], f"{function}/scaled", real, [count, half])
+        make("Cast", [scaled], function.lower(), builder.io_dtype, [count, half], to=builder.io_dtype)

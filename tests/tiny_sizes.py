@@ -1,0 +1,75 @@
+"""Tiny random checkpoints of the families whose images have a size and a place, from real transformers configurations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tiny_parts import byte_tokenizer, save
+from tiny_tiles import decoder
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+# Rows and columns of tokens, with and without whole windows.
+GRIDS = ((4, 4), (3, 5), (5, 3))
+MARKS = {"image_token": "<image>", "video_token": "<video>"}
+
+
+def qwen2_5_vl_checkpoint(folder: Path, seed: int = 3, tied: bool = False, **tower: Any) -> Path:
+    """Save a random Qwen2.5-VL: windows of 2 x 2 tokens, two blocks of four without."""
+    tokenizer = byte_tokenizer(["<video>", "<|vision_start|>", "<|vision_end|>"], named=MARKS)
+    text = decoder(len(tokenizer)) | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0, "mrope_section": [2, 3, 3]},
+        "tie_word_embeddings": tied,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 96, "depth": 4, "num_heads": 6, "intermediate_size": 160, "out_hidden_size": 128, "window_size": 56,
+        "fullatt_block_indexes": [1, 3], "patch_size": 14,
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        vision_config=vision | tower, text_config=text, image_token_id=3, video_token_id=4, vision_start_token_id=5,
+        vision_end_token_id=6, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return save(folder, Qwen2_5_VLForConditionalGeneration, config, tokenizer, _images(), seed)
+
+
+def qwen3_vl_checkpoint(folder: Path, seed: int = 3, tied: bool = False, **tower: Any) -> Path:
+    """Save a random Qwen3-VL: a table of 6 x 6 positions, two planes."""
+    tokenizer = byte_tokenizer(["<video>", "<|vision_start|>", "<|vision_end|>"], named=MARKS)
+    text = decoder(len(tokenizer)) | {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 50_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True,
+        },
+        "tie_word_embeddings": tied, "num_hidden_layers": 3,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 96, "depth": 4, "num_heads": 6, "intermediate_size": 160, "out_hidden_size": 128, "patch_size": 16,
+        "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2],
+    }  # fmt: skip
+    config = Qwen3VLConfig(
+        vision_config=vision | tower, text_config=text, image_token_id=3, video_token_id=4, vision_start_token_id=5,
+        vision_end_token_id=6, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return save(folder, Qwen3VLForConditionalGeneration, config, tokenizer, _images(16), seed)
+
+
+def _images(patch: int = 14) -> Any:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    token = (2 * patch) ** 2
+    return Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * token, "longest_edge": 64 * token}, patch_size=patch)
+
+
+TINY: dict[str, Callable[[Path], Path]] = {
+    "qwen2_5_vl": qwen2_5_vl_checkpoint,
+    "qwen2_5_vl/tied": partial(qwen2_5_vl_checkpoint, seed=4, tied=True, fullatt_block_indexes=[0, 2], window_size=84),
+    "qwen3_vl": qwen3_vl_checkpoint,
+}
+
+
+def sizes(folder: Path) -> tuple[tuple[int, int], ...]:
+    """Return the (height, width) of the shapes that a checkpoint's tests export."""
+    token = 2 * int(json.loads((folder / "config.json").read_text())["vision_config"]["patch_size"])
+    return tuple((token * rows, token * columns) for rows, columns in GRIDS)
