@@ -1,4 +1,4 @@
-"""`python -m bench study|counting|prune|latency|families` measure; `python -m bench report` writes RESULTS.md from that."""
+"""`python -m bench study|counting|prune|latency|families|sizes` measure; `python -m bench report` writes RESULTS.md from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from bench.families import FamiliesOptions, measure_families
 from bench.latency import LatencyOptions, measure_latency
 from bench.prune import PruneOptions, measure_prune
 from bench.report import write_report
-from bench.shapes import SHAPES
+from bench.shapes import SHAPES, SIZED
+from bench.sizes import SizesOptions, measure_sizes
 from bench.study import BUDGETS, CAPTIONS, SCENES, StudyOptions, default_methods, study
 from leanvlm.runtime.console import one_line_errors
 from leanvlm.runtime.manifest import parse_budgets
@@ -58,6 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     families.add_argument("--target", choices=("cpu", "cuda"), default="cuda")
     families.add_argument("--small", action="store_true", help="two layers and narrow, to try the command")
     families.add_argument("--runs", type=int, default=15, help="counted runs")
+    sizes = commands.add_parser("sizes", help="export models whose images have a size, and time shares beside transformers")
+    sizes.add_argument("--models", nargs="+", default=list(SIZED), choices=list(SIZED))
+    sizes.add_argument("--work", type=Path, required=True, help="folder for checkpoints and bundles, up to 30 GB")
+    sizes.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    sizes.add_argument("--side", type=int, default=SizesOptions.side, help="pixels on each side of the picture")
+    sizes.add_argument("--target", choices=("cpu", "cuda"), default="cuda")
+    sizes.add_argument("--small", action="store_true", help="two layers and narrow, to try the command")
+    sizes.add_argument("--runs", type=int, default=SizesOptions.runs, help="counted runs")
     latency = commands.add_parser("latency", help="time every stage on a GPU beside transformers and PyTorch")
     latency.add_argument("--checkpoint", type=Path, required=True, help="what the bundles were exported from")
     latency.add_argument("--fp16", type=Path, required=True, help="its bundle for cuda in fp16")
@@ -93,6 +102,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.command == "families":
         chosen = tuple(args.models)
         measure_families(FamiliesOptions(chosen, args.work, args.output, args.target, args.small, args.runs))
+    if args.command == "sizes":
+        models = tuple(args.models)
+        measure_sizes(SizesOptions(models, args.work, args.output, args.side, args.target, args.small, args.runs))
     if args.command == "latency":
         bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
         static, genai, device = not args.no_static, args.genai, args.device

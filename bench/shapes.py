@@ -42,6 +42,8 @@ class Shape:
         text: The same of the decoder.
         options: Fields of the whole.
         processor: Content of `preprocessor_config.json`.
+        small: What `--small` makes of the tower, where its fields are others.
+        factor: Pixels on each side of a token, where images have a size.
     """
 
     family: str
@@ -50,6 +52,8 @@ class Shape:
     text: tuple[str, dict[str, Any]]
     options: dict[str, Any]
     processor: dict[str, Any]
+    small: dict[str, Any] | None = None
+    factor: int = 0
 
 
 def _tower(layers: int, hidden: int, inner: int, side: Any, patch: Any = 14) -> dict[str, Any]:
@@ -107,14 +111,70 @@ SHAPES: dict[str, Shape] = {
 }  # fmt: skip
 
 
+def _qwen_tower(patch: int, depth: int, hidden: int, inner: int, out: int, **more: Any) -> dict[str, Any]:
+    return {
+        "depth": depth, "hidden_size": hidden, "intermediate_size": inner, "num_heads": 16, "out_hidden_size": out,
+        "patch_size": patch, **more,
+    }  # fmt: skip
+
+
+def _qwen_images(patch: int, least: int, most: int, **options: Any) -> dict[str, Any]:
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor", "size": {"shortest_edge": least, "longest_edge": most},
+        "patch_size": patch, "merge_size": 2, "temporal_patch_size": 2, "resample": 3, **options,
+    }  # fmt: skip
+
+
+def _rope(theta: float, sections: list[int], **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, "mrope_section": sections, **more}}
+
+
+QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+# Models whose images have a size.
+SIZED: dict[str, Shape] = {
+    "qwen2.5-vl-3b": Shape(
+        "Qwen2_5_VL", 0,
+        (
+            "Qwen2_5_VLVisionConfig",
+            _qwen_tower(14, 32, 1280, 3420, 2048, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
+        ),
+        ("Qwen2_5_VLTextConfig", _text(36, 2048, 11008, 16, 2, 151936, 128000) | _rope(1e6, [16, 24, 24])),
+        QWEN_TOKENS, _qwen_images(14, 3136, 12_845_056),
+        small={"depth": 2, "hidden_size": 192, "intermediate_size": 256, "num_heads": 6, "fullatt_block_indexes": [1]},
+        factor=28,
+    ),
+    "qwen3-vl-4b": Shape(
+        "Qwen3VL", 0,
+        (
+            "Qwen3VLVisionConfig",
+            _qwen_tower(
+                16, 24, 1024, 4096, 2560, num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17],
+                hidden_act="gelu_pytorch_tanh",
+            ),
+        ),
+        (
+            "Qwen3VLTextConfig",
+            _text(36, 2560, 9728, 32, 8, 151936, 262144) | {"head_dim": 128}
+            | _rope(5e6, [24, 20, 20], mrope_interleaved=True),
+        ),
+        QWEN_TOKENS, _qwen_images(16, 65_536, 16_777_216, **HALF),
+        small={"depth": 2, "hidden_size": 192, "intermediate_size": 256, "num_heads": 6, "deepstack_visual_indexes": [0]},
+        factor=32,
+    ),
+}  # fmt: skip
+
+
 def make_shape(name: str, folder: Path, small: bool = False) -> Path:
     """Write a random checkpoint in fp16 and return its folder."""
-    shape = SHAPES[name]
+    shape = (SHAPES | SIZED)[name]
     classes: dict[str, Callable[..., Any]] = {kind: _class(shape, kind) for kind, _ in (shape.vision, shape.text)}
     vision, text = ({**numbers} for _, numbers in (shape.vision, shape.text))
     if small:
-        vision, text = {**vision, **SMALL}, {**text, **SMALL_TEXT}
+        vision, text = {**vision, **(shape.small or SMALL)}, {**text, **SMALL_TEXT}
         text["num_key_value_heads"] = 4
+        if shape.factor:
+            vision["out_hidden_size"], text["head_dim"] = text["hidden_size"], 32
+            text["rope_parameters"] = {**text["rope_parameters"], "mrope_section": [4, 6, 6]}
     config = _class(shape, f"{shape.family}Config")(
         vision_config=classes[shape.vision[0]](**vision), text_config=classes[shape.text[0]](**text),
         tie_word_embeddings=False, dtype=torch.float16, **shape.options,
@@ -142,9 +202,9 @@ def make_shape(name: str, folder: Path, small: bool = False) -> Path:
 def _vary(model: Any) -> None:
     """Let the tower's attention differ from token to token, and its scaled residuals and newline count."""
     for name, parameter in model.named_parameters():
-        if "vision" in name and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if ("vision" in name or "visual" in name) and name.endswith(("q_proj.weight", "k_proj.weight", "qkv.weight")):
             parameter.normal_(0, 2.0 * parameter.shape[1] ** -0.5)
-        elif "position_embedding" in name or "cls_token" in name:
+        elif "position_embedding" in name or "pos_embed" in name or "cls_token" in name:
             parameter.normal_(0, 0.5)
         elif "lambda" in name:
             parameter.fill_(0.5)

@@ -242,7 +242,7 @@ def _tie(model: nn.Module, found: dict[str, Stored]) -> None:
     Where they store both, both count: so transformers does, which ties only what is equal.
     """
     config: Any = model.config
-    if not (getattr(config, "tie_word_embeddings", False) or config.text_config.tie_word_embeddings):
+    if not any(getattr(part, "tie_word_embeddings", False) for part in (config, config.text_config)):
         return
     head = "lm_head.weight"
     table = next(key for key in model.state_dict() if key.endswith("embed_tokens.weight"))

@@ -96,9 +96,9 @@ class Qwen3VlFamily(Qwen25VlFamily):
 
 
 def interpolated(table: Tensor, shape: CropShape) -> Tensor:
-    """Return the positions (N', Dv) of a shape's patches in raster order, from a square table (P, Dv), corners on corners."""
+    """Return positions (N', Dv) in fp32 of a shape's patches in raster order, from a square table (P, Dv), corners on corners."""
     side = isqrt(len(table))
     square = table.detach().float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     size = [CELL * shape.grid[0], CELL * shape.grid[1]]
     spread = functional.interpolate(square, size=size, mode="bilinear", align_corners=True)
-    return spread[0].flatten(1).T.to(table.dtype).contiguous()
+    return spread[0].flatten(1).T.contiguous()

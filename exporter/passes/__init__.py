@@ -12,6 +12,7 @@ from leanvlm.exporter.passes.greedy_token import add_greedy_token
 from leanvlm.exporter.passes.last_position import add_last_position
 from leanvlm.exporter.passes.levels_shape import shape_behind_cast
 from leanvlm.exporter.passes.quick_gelu import fuse_quick_gelu
+from leanvlm.exporter.passes.simplified_norm import simplify_norms
 from leanvlm.exporter.passes.skip_layer_norm import fuse_skip_layer_norm
 from leanvlm.exporter.passes.stage_names import name_by_layer, name_by_stage
 from leanvlm.exporter.passes.strip_metadata import strip_metadata
@@ -28,6 +29,7 @@ CUDA: dict[str, Pass] = {
     "quick_gelu": fuse_quick_gelu,
     "attention": fuse_attention,
     "skip_layer_norm": fuse_skip_layer_norm,
+    "simplified_norm": simplify_norms,
     "bias_column": fold_bias_columns,
 }
 CUDA_DECODER: dict[str, Pass] = {"last_position": add_last_position, "greedy_token": add_greedy_token}

@@ -5,7 +5,8 @@
     x ─ MatMul+Add ─ Reshape ─ Transpose ┘                        q, k, v ─ MultiHeadAttention ─ y
 
 One product of width 3 D keeps a GPU busier than three of width D, and its bias is added where the heads are split anyway.
-The scored block's keys have another user (the class token's attention), so its projections stay apart.
+The scored block's keys have another user (the class token's attention), so its projections stay apart. So do queries and keys
+that are turned by their positions, and windows that are a batch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from leanvlm.exporter.passes.pattern import (
     Array,
     Linear,
     array,
+    constant,
     contrib_node,
     finish,
     lazy_constant,
@@ -39,44 +41,75 @@ def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     if node.attributes.get_int("is_causal", 0) or node.attributes.get_float("softcap", 0):
         return False
-    splits = [_split(value) for value in node.inputs]
+    turned = [_heads(value) for value in node.inputs]
+    heads = [value for value in turned if value is not None]
     merged = _after_merge(node.outputs[0])
-    if any(s is None for s in splits) or merged is None:
+    counts = {None if value.shape is None else value.shape[2] for value in heads}
+    count = counts.pop() if len(heads) == 3 else None
+    if merged is None or counts or not isinstance(count, int):  # Grouped keys have another operator.
         return False
-    heads = {value.shape[1] if value is not None and value.shape is not None else None for value in node.inputs}
-    count = heads.pop()
-    if heads or not isinstance(count, int):  # Grouped keys have another operator.
-        return False
-    found = [s for s in splits if s is not None]
     attributes: dict[str, Any] = {"num_heads": count}
     if "scale" in node.attributes:
         attributes["scale"] = node.attributes.get_float("scale")
-    name, parts = node.name or "", _packable(found)
+    splits = [split for value in heads if (split := producer(value, "Reshape")) is not None]
+    name, parts = node.name or "", _packable(splits)
     if parts is None:
-        fused = contrib_node("MultiHeadAttention", [s.inputs[0] for s in found], attributes, name)
+        rows = [_flat(graph, node, value, f"{name}/{part}") for value, part in zip(heads, "qkv", strict=True)]
+        fused = contrib_node("MultiHeadAttention", rows, attributes, name)
     else:
         fused = contrib_node("Attention", [parts[0].x, *_packed(graph, name, parts)], attributes, name)
     graph.insert_before(node, fused)
-    replace_value(merged, fused.outputs[0])
+    _use(node, merged, fused)
     return True
 
 
-def _split(value: ir.Value | None) -> ir.Node | None:
-    """Return the node that reshapes a (B, S, D) to heads before it is turned into this (B, H, S, d)."""
+def _heads(value: ir.Value | None) -> ir.Value | None:
+    """Return the (B, S, H, d) that is turned into this (B, H, S, d)."""
     turned = producer(value, "Transpose")
     if turned is None or tuple(turned.attributes.get_ints("perm", ())) != (0, 2, 1, 3):
         return None
-    return producer(turned.inputs[0], "Reshape")
+    source = turned.inputs[0]
+    return source if source is not None and source.shape is not None and len(source.shape) == 4 else None
 
 
-def _after_merge(value: ir.Value) -> ir.Value | None:
-    """Return the (B, S, D) that a (B, H, S, d) becomes."""
+def _flat(graph: ir.Graph, before: ir.Node, heads: ir.Value, name: str) -> ir.Value:
+    """Return a (B, S, H, d) as (B, S, D): what it was split from, or where it was something else, reshaped."""
+    split, sizes = producer(heads, "Reshape"), heads.shape
+    source = None if split is None else split.inputs[0]
+    assert sizes is not None
+    count, head = sizes[2:]
+    assert isinstance(count, int)
+    assert isinstance(head, int)
+    width = count * head
+    if source is not None and source.shape is not None and len(source.shape) == 3 and source.shape[2] == width:
+        return source
+    wanted = constant(graph, f"heads_of_{width}", np.array([0, 0, width], np.int64))
+    reshaped = ir.node("Reshape", [heads, wanted], name=f"{name}/Reshape")
+    graph.insert_before(before, reshaped)
+    reshaped.outputs[0].shape, reshaped.outputs[0].type = ir.Shape([sizes[0], sizes[1], width]), heads.type
+    return reshaped.outputs[0]
+
+
+def _after_merge(value: ir.Value) -> ir.Node | None:
+    """Return what reshapes a (B, H, S, d), turned back, to three axes."""
     turned = _only_user(value, "Transpose")
     if turned is None or tuple(turned.attributes.get_ints("perm", ())) != (0, 2, 1, 3):
         return None
     merged = _only_user(turned.outputs[0], "Reshape")
     shape = merged.outputs[0].shape if merged is not None else None
-    return merged.outputs[0] if merged is not None and shape is not None and len(shape) == 3 else None
+    return merged if shape is not None and len(shape) == 3 else None
+
+
+def _use(node: ir.Node, merged: ir.Node, fused: ir.Node) -> None:
+    """Put what was fused in the place of an attention and what follows it.
+
+    It comes as (B, S, D). Where that is not what the reshaping makes, such as of windows a whole image, it is reshaped.
+    """
+    mixed, shape = node.outputs[0].shape, merged.outputs[0].shape
+    if mixed is not None and shape is not None and mixed[2] == shape[1]:
+        replace_value(merged.outputs[0], fused.outputs[0])
+    else:
+        merged.replace_input_with(0, fused.outputs[0])
 
 
 def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:

@@ -4,7 +4,8 @@
     x ─ Add (bias) ─ Add ─ LayerNormalization ─ y                                                     └ sum
                       └ sum
 
-The position embeddings, a constant sum before the first norm, are taken in the same way.
+Root mean square normalisation (Qwen's ViT) has an operator of the same kind, SkipSimplifiedLayerNormalization. The position
+embeddings, a constant sum before the first norm, are taken in the same way.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import onnx_ir as ir
 
 from leanvlm.exporter.passes.pattern import array, constant, contrib_node, finish, is_constant, producer, replace_value
 
+# What normalises, to the fused operator and how many constants it has, scale and shift.
+KINDS = {"LayerNormalization": ("SkipLayerNormalization", 2), "RMSNormalization": ("SkipSimplifiedLayerNormalization", 1)}
+
 
 def fuse_skip_layer_norm(model: ir.Model) -> int:
     """Fuse every normalised sum of a graph in place; return how many were fused."""
@@ -20,8 +24,9 @@ def fuse_skip_layer_norm(model: ir.Model) -> int:
 
 
 def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
-    total = producer(node.inputs[0], "Add") if node.op_type == "LayerNormalization" else None
-    if total is None or len(node.inputs) < 3 or node.attributes.get_int("axis", -1) != -1:
+    operator, constants = KINDS.get(node.op_type, ("", 0))
+    total = producer(node.inputs[0], "Add") if operator else None
+    if total is None or len(node.inputs) < 1 + constants or node.attributes.get_int("axis", -1) != -1:
         return False
     skip, x = total.inputs
     if not _same_rows(skip, x):
@@ -34,10 +39,8 @@ def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
     bias = None
     if biased is not None and is_constant(biased.inputs[1], rank=1) and x is not None and len(list(x.uses())) == 1:
         x, bias = biased.inputs
-    inputs = [x, skip, node.inputs[1], node.inputs[2], *([bias] if bias is not None else [])]
-    fused = contrib_node(
-        "SkipLayerNormalization", inputs, {"epsilon": node.attributes.get_float("epsilon", 1e-5)}, node.name or "", outputs=4
-    )
+    inputs = [x, skip, *node.inputs[1 : 1 + constants], *([bias] if bias is not None else [])]
+    fused = contrib_node(operator, inputs, {"epsilon": node.attributes.get_float("epsilon", 1e-5)}, node.name or "", outputs=4)
     fused.outputs[1].name = fused.outputs[2].name = ""  # Mean and variance are for training.
     graph.insert_before(total, fused)
     replace_value(node.outputs[0], fused.outputs[0])

@@ -204,10 +204,10 @@ def window_order(grid: tuple[int, int], window: int | None) -> tuple[Tensor, Seq
 
 
 def _flat_convolution(conv: Any) -> nn.Conv2d:
-    """Return the patch convolution for a still picture, which the checkpoint's own sees as two equal frames."""
-    weight = conv.weight.detach().sum(dim=2)
+    """Return the patch convolution, in fp32, for a still picture, which the checkpoint's own sees as two equal frames."""
+    weight = conv.weight.detach().float().sum(dim=2)
     flat = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], weight.shape[2:], bias=conv.bias is not None)
     flat.weight = nn.Parameter(weight, requires_grad=False)
     if conv.bias is not None:
-        flat.bias = nn.Parameter(conv.bias.detach(), requires_grad=False)
+        flat.bias = nn.Parameter(conv.bias.detach().float(), requires_grad=False)
     return flat
