@@ -96,7 +96,7 @@ class Qwen3VlFamily(Qwen25VlFamily):
 
 
 def interpolated(table: Tensor, shape: CropShape) -> Tensor:
-    """Return positions (N', Dv) in fp32 of a shape's patches in raster order, from a square table (P, Dv), corners on corners."""
+    """Spread a square table of positions (P, Dv) over a shape's patches, corners on corners: (N', Dv) in raster order, fp32."""
     side = isqrt(len(table))
     square = table.detach().float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
     size = [CELL * shape.grid[0], CELL * shape.grid[1]]

@@ -54,7 +54,9 @@ def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
     splits = [split for value in heads if (split := producer(value, "Reshape")) is not None]
     name, parts = node.name or "", _packable(splits)
     if parts is None:
-        rows = [_flat(graph, node, value, f"{name}/{part}") for value, part in zip(heads, "qkv", strict=True)]
+        rows: list[ir.Value | None] = [
+            _flat(graph, node, value, f"{name}/{part}") for value, part in zip(heads, "qkv", strict=True)
+        ]
         fused = contrib_node("MultiHeadAttention", rows, attributes, name)
     else:
         fused = contrib_node("Attention", [parts[0].x, *_packed(graph, name, parts)], attributes, name)
