@@ -101,9 +101,16 @@ class VisionGraph(nn.Module):
     def forward(self, pixel_values: Tensor, valid: Tensor | None = None) -> tuple[Tensor, ...]:
         """Map pixel values (B, 3, H, W), and which tokens (B, N) show the image, to the outputs named in `VISION_OUTPUTS`."""
         seen: Seen = self.vision(pixel_values)
-        chosen, indices, *others, merged = self.prune(self.project(seen.hidden), seen, valid)
-        if merged is not None:
-            # Planes are not merged: a cluster has its centre's.
-            deep = None if seen.deep is None else gather_tokens(seen.deep, indices)
-            chosen = widened(self.project(merged), deep)
-        return chosen, indices, *others
+        return finished(self.prune(self.project(seen.hidden), seen, valid), seen, self.project)
+
+
+def finished(outputs: tuple[Tensor | None, ...], seen: Seen, projector: nn.Module) -> tuple[Tensor, ...]:
+    """Return what `PruneStage` gave with merged tokens projected."""
+    chosen, indices, *others, merged = outputs
+    assert indices is not None
+    if merged is not None:
+        # Planes are not merged: a cluster has its centre's.
+        deep = None if seen.deep is None else gather_tokens(seen.deep, indices)
+        chosen = widened(projector(merged), deep)
+    assert chosen is not None
+    return chosen, indices, *(value for value in others if value is not None)

@@ -30,7 +30,6 @@ from leanvlm.exporter.decoders.genai import DECODER, build_decoder
 from leanvlm.exporter.decoders.portable import save_decoder, trace_decoder
 from leanvlm.exporter.dialect import check_dialect, target_opset
 from leanvlm.exporter.families import Parts
-from leanvlm.exporter.graphs import VisionGraph
 from leanvlm.exporter.output import files_replaced, put_in_place, scratch_folder, warn_of_losses
 from leanvlm.exporter.passes.cut_stage import cut_after
 from leanvlm.exporter.passes.shared_weights import save_sharing
@@ -40,14 +39,14 @@ from leanvlm.exporter.reference import Reference
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.text_files import write_text_files
-from leanvlm.exporter.trace import trace
 from leanvlm.exporter.verify import verify
+from leanvlm.exporter.vision_graphs import Tokens, VisionTracer
 from leanvlm.runtime.backends.ort import PROVIDERS
 from leanvlm.runtime.bundle import file_sha256, write_manifest
 from leanvlm.runtime.embeddings import TENSOR
 from leanvlm.runtime.errors import LeanVLMWarning
 from leanvlm.runtime.machine.gpu import free_memory
-from leanvlm.runtime.manifest import MANIFEST, VISION_OUTPUTS, Manifest
+from leanvlm.runtime.manifest import MANIFEST, Manifest
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.session import Session, load
 from leanvlm.runtime.signals import raise_again
@@ -149,21 +148,18 @@ def _write_vision(request: Plan, parts: Parts, folder: Path, on_step: Step) -> t
     dtype, image, record = vision_dtype(request.config), request.image, TARGETS[target]
     projector = _in_dtype(parts.project, dtype)
     models: dict[str, ir.Model] = {}
+    levels = image if image.layout == "uint8" else None
+    tracer = VisionTracer(target_opset(target), record.passes, spec.leading, crops.is_padded)
     for name, planned in request.files.items():
-        shape, pruner = crops.shapes[planned.shape], planned.pruner
+        shape, key = crops.shapes[planned.shape], (planned.shape, planned.pruner.scored_block)
         on_step(f"trace {Path(name).stem.replace('_', ' ')}")
-        example = torch.zeros(2, 3, *shape.pixels, dtype=torch.uint8 if image.layout == "uint8" else dtype)
-        examples = {"pixel_values": example}
-        if crops.is_padded:
-            examples["valid"] = torch.ones(2, shape.tokens)
-        tower = parts.tower(pruner.scored_block, image if image.layout == "uint8" else None, shape)
-        graph = VisionGraph(_in_dtype(tower, dtype), projector, pruner, shape.grid, spec.leading).eval()
-        traced = trace(graph, examples, output_names=VISION_OUTPUTS, opset=target_opset(target))
-        for rewrite in record.passes.values():
-            rewrite(traced)
+        if key not in tracer.keys:
+            tower = _in_dtype(parts.tower(planned.pruner.scored_block, levels, shape), dtype)
+            example = torch.zeros(2, 3, *shape.pixels, dtype=dtype if levels is None else torch.uint8)
+            tracer.add(key, Tokens(tower, projector).eval(), example)
+        models[name] = tracer.graph(key, planned, shape, projector)
         if record.dialect:
-            check_dialect(traced, name)
-        models[name] = traced
+            check_dialect(models[name], name)
     specs = [VisionSpec(*_graph(g.file, models[g.file]), g.shape, g.budget, g.kept) for g in request.vision]
     cuts = []
     if record.cut_stages:

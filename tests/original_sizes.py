@@ -80,6 +80,19 @@ class SizedOriginal:
         return list(self.encoded(inputs).pooler_output)
 
     @torch.no_grad()
+    def projected(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the features (C, N, W) of pixel values (C, 3, H, W), as the processor's own patches; planes stand behind."""
+        maker: Any = AutoImageProcessor.from_pretrained(self.folder)
+        size, factor = maker.patch_size, maker.merge_size
+        patches = [
+            torch.from_numpy(maker.patchify(one.numpy(), size, factor, maker.temporal_patch_size)[0].copy()) for one in pixels
+        ]
+        grid = torch.tensor([[1, pixels.shape[2] // size, pixels.shape[3] // size]] * len(pixels))
+        found = self.encoded({"pixel_values": torch.cat(patches), "image_grid_thw": grid})
+        planes = [torch.stack(list(plane)) for plane in found.get("deepstack_features") or ()]
+        return torch.cat([torch.stack(list(found.pooler_output)), *planes], dim=2)
+
+    @torch.no_grad()
     def choices(self, inputs: Any, keep: int) -> list[list[int]]:
         """Return which tokens of each image the slow AgilePruner keeps."""
         chosen = []

@@ -132,7 +132,7 @@ class QwenVit(nn.Module):
 
 
 class MergedTokens(nn.Module):
-    """A checkpoint's merger, applied to tokens whose patches lie side by side: (B, N, 4 Dv) -> (B, N, D)."""
+    """A checkpoint's merger, applied to tokens whose patches lie side by side: (…, 4 Dv) -> (…, D)."""
 
     def __init__(self, merger: nn.Module) -> None:
         super().__init__()
@@ -140,8 +140,8 @@ class MergedTokens(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Make features of hidden states."""
-        merged: Tensor = self.merger(hidden.reshape(-1, hidden.shape[2] // (CELL * CELL)))
-        return merged.reshape(-1, hidden.shape[1], merged.shape[1])
+        merged: Tensor = self.merger(hidden.reshape(-1, hidden.shape[-1] // (CELL * CELL)))
+        return merged.reshape(*hidden.shape[:-1], merged.shape[1])
 
 
 def _windows(part: Tensor, stretch: Stretch) -> Tensor:
