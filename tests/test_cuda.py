@@ -253,9 +253,9 @@ def test_nodes_off_the_device_are_named(bundle: Path) -> None:
 def test_a_misplaced_node_fails_the_verification() -> None:
     from leanvlm.exporter import verify
 
-    with pytest.raises(VerificationError, match=r"budget 64: 6 nodes .*a \(Add on CPU\).* and 1 more"):
-        verify._check_placement(64, [f"{name} (Add on CPU)" for name in "abcdef"])
-    verify._check_placement(64, [])
+    with pytest.raises(VerificationError, match=r"vision_64.onnx: 6 nodes .*a \(Add on CPU\).* and 1 more"):
+        verify._check_placement("vision_64.onnx", [f"{name} (Add on CPU)" for name in "abcdef"])
+    verify._check_placement("vision_64.onnx", [])
 
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a CUDA device")

@@ -216,14 +216,14 @@ def test_a_gate_file_counts_images_and_crops(
 ) -> None:
     """Images go through the tower in batches of eight crops or, where one becomes more, alone."""
     batches: list[tuple[int, int]] = []
-    tokens = VisionSide.tokens
+    by_shape = VisionSide.by_shape
 
     def noted(side: VisionSide, images: Any, *arguments: Any) -> Any:
-        found = tokens(side, images, *arguments)
-        batches.append((len(images), len(found.features)))
+        found = by_shape(side, images, *arguments)
+        batches.append((len(images), sum(len(one.features) for one in found)))
         return found
 
-    monkeypatch.setattr(VisionSide, "tokens", noted)
+    monkeypatch.setattr(VisionSide, "by_shape", noted)
     output = tmp_path / "gate.json"
     asked = ["--model", llava_next.checkpoint, "--images", pictures, "--budget", "30/125,9", "-o", output]
     result = leanvlm("calibrate", "gate", *asked)

@@ -77,7 +77,7 @@ def test_wrong_command_lines(leanvlm: Command, arguments: str, words: str) -> No
         ("--budget 6/5", "budget 6/5 is not possible"),
         ("--budget 1/0", "budget 1/0 is not possible"),
         ("--budget=-1/-2", "budget -1/-2 is not possible"),
-        ("--budget a/b", "'a/b' is not a number of image tokens, such as 64, 64,128 or 320/2880"),
+        ("--budget a/b", "'a/b' is not a number of image tokens, such as 64, 64,128, 320/2880 or 25%"),
         ("--budget 1/2/3", "'1/2/3' is not a number"),
         ("--budget 1/", "'1/' is not a number"),
         ("--budget 1/9,1/9", "1/9,1/9 name one twice"),
