@@ -15,6 +15,8 @@ from leanvlm.runtime.manifest import POSITIONS, PRECISIONS, TARGETS
 ALIASES = {
     "cosmos-reason2-2b": "nvidia/Cosmos-Reason2-2B",
     "cosmos-reason2-8b": "nvidia/Cosmos-Reason2-8B",
+    "gemma3-4b": "google/gemma-3-4b-it",
+    "gemma3-12b": "google/gemma-3-12b-it",
     "internvl3-1b": "OpenGVLab/InternVL3-1B-hf",
     "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
     "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",

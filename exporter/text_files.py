@@ -147,7 +147,7 @@ def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: Gener
             "add it to the tokenizer, or set image_token_id (image_token_index in LLaVA's files) to the tokenizer's"
         )
     text = str(tokenizer.tokenizer.id_to_token(image))
-    if any(text in mark for mark in checkpoint.frame.layout.marks):
+    if any(text in mark for mark in checkpoint.frame.layout.texts):
         raise CheckpointError(
             f"{name}'s tokenizer_config.json has {shorten(repr(text))} in a mark around images, and that is the image token"
         )
@@ -174,7 +174,8 @@ def _check_template(folder: Path, checkpoint: Checkpoint, origin: str) -> None:
         except BundleError as error:
             raise CheckpointError(f"{origin}: {shorten(error)}; {WAY_OUT}") from error
         ids = tokenizer.encode(text)
-        found = ids.count(checkpoint.spec.image_token_id)
+        written = checkpoint.frame.layout.written
+        found = text.count(written) if written else ids.count(checkpoint.spec.image_token_id)
         if found != images:
             what = f"writes {found} image tokens for {images} images, so it may be for text only"
         elif QUESTION not in text:

@@ -1,8 +1,11 @@
-"""How the positions of a prompt are counted for the decoder's rotary embedding.
+"""How the positions of a prompt are counted for the decoder's rotary embedding, and which of them see which.
 
 With one axis an image's tokens count on as the text does. With three (M-RoPE, arXiv 2409.12191: time, height, width), text
 has one number on all axes, an image's tokens have the image's start and their row and column in the grid, and text goes on
 behind the longest side. `tests` compare with `get_rope_index` of transformers.
+
+A position sees all before it. In some models the tokens of an image see each other too, those behind them included: then the
+last row that a position sees is not its own, but the last of its image.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from leanvlm.runtime.crops import CropShape
 from leanvlm.runtime.errors import ManifestError
 
 Numbers = npt.NDArray[np.int64]
+Visibility = Literal["causal", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,13 @@ class PositionRule:
         kept: `compact` numbers the kept tokens in a row; `original` gives each the number that it has in the unpruned prompt.
         axes: How many coordinates a position has.
         image: `line`: tokens of a crop count on; `grid`: they have their row and column.
+        visibility: `causal`: each position sees those up to its own; `blocks`: image tokens that stand together see each other.
     """
 
     kept: Literal["compact", "original"]
     axes: Literal[1, 3] = 1
     image: Literal["line", "grid"] = "line"
+    visibility: Visibility = "causal"
 
     def __post_init__(self) -> None:
         """Check that the fields go together; raises ManifestError."""
@@ -60,6 +66,18 @@ class PositionRule:
             rows, columns = np.divmod(indices - shape.leading, shape.grid[1])
             return start + np.stack([np.zeros_like(rows), rows, columns])
         return (start + (np.arange(len(indices)) if self.kept == "compact" else indices))[None]
+
+    def last_seen(self, start: int, count: int, image: bool) -> Numbers:
+        """Return the last row of the prompt that each position (count,) of a run sees.
+
+        Args:
+            start: Row of the run's first position.
+            count: Its positions.
+            image: Whether they are image tokens.
+        """
+        if image and self.visibility == "blocks":
+            return np.full(count, start + count - 1)
+        return start + np.arange(count)
 
 
 def as_input(positions: Numbers) -> Numbers:

@@ -24,6 +24,7 @@ from leanvlm.exporter.pruners.gates import exact_effective_rank
 NEW_TOKENS = 24
 # Its images' processor is one thing, what puts placeholders into the text another.
 PROCESSORS = {
+    "gemma3": "Gemma3Processor",
     "internvl": "InternVLProcessor",
     "llava_next": "LlavaNextProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
@@ -137,7 +138,7 @@ class Original:
     @torch.no_grad()
     def projected(self, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Return the features (C, N, D) of the crops (C, 3, H, W) of an image of a size, before anything is laid out."""
-        flat = self.model.config.model_type in ("llava", "internvl")
+        flat = self.model.config.model_type in ("llava", "internvl", "gemma3")
         sizes = [torch.tensor([size])] if hasattr(self.model.config, "image_grid_pinpoints") else []
         seen: list[torch.Tensor] = []
         handle = self.projector.register_forward_hook(lambda module, given, output: seen.append(output))
@@ -158,6 +159,8 @@ class Original:
 
     def _cell(self) -> int:
         config = self.model.config
+        if hasattr(config, "mm_tokens_per_image"):
+            return int(config.vision_config.image_size // config.vision_config.patch_size / config.mm_tokens_per_image**0.5)
         return int(getattr(config, "scale_factor", round(1 / getattr(config, "downsample_ratio", 1.0))))
 
     @torch.no_grad()
@@ -251,11 +254,12 @@ def open_processor(folder: Path, config: Any) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     parts = {"image_processor": AutoImageProcessor.from_pretrained(folder), "tokenizer": tokenizer}
-    if config.model_type not in ("llava_next", "idefics3"):
+    if config.model_type not in ("llava_next", "idefics3", "gemma3"):
         parts["video_processor"] = SimpleNamespace(model_input_names=[], num_frames=1, fps=1)
     vision = config.vision_config
     sequence = (vision.image_size // vision.patch_size // config.scale_factor) ** 2 if hasattr(config, "scale_factor") else 0
     options: dict[str, Any] = {
+        "gemma3": lambda: {"image_seq_length": config.mm_tokens_per_image},
         "idefics3": lambda: {"image_seq_len": sequence},
         "smolvlm": lambda: {"image_seq_len": sequence},
         "internvl": lambda: {"image_seq_length": config.image_seq_length},

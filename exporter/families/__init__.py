@@ -11,6 +11,7 @@ from leanvlm.runtime.records import shorten
 __all__ = ["ARCHITECTURES", "FAMILIES", "Description", "Family", "Frame", "Parts", "family_for"]
 
 FAMILIES: dict[str, str] = {
+    "gemma3": "leanvlm.exporter.families.gemma3:Gemma3Family",
     "idefics3": "leanvlm.exporter.families.smolvlm:Idefics3Family",
     "internvl": "leanvlm.exporter.families.internvl:InternVlFamily",
     "llava": "leanvlm.exporter.families.llava:LlavaFamily",
@@ -22,6 +23,7 @@ FAMILIES: dict[str, str] = {
 }
 # For configurations that name their architecture only.
 ARCHITECTURES = {
+    "Gemma3ForConditionalGeneration": "gemma3",
     "Idefics3ForConditionalGeneration": "idefics3",
     "InternVLForConditionalGeneration": "internvl",
     "LlavaForConditionalGeneration": "llava",
