@@ -159,7 +159,7 @@ TINY: dict[str, Callable[[Path], Path]] = {
     "llava/smollm3": partial(
         checkpoint, text=SmolLM3Config, text_options={"no_rope_layer_interval": 2, "intermediate_size": VOCABULARY}
     ),
-    "llava/gemma3": partial(checkpoint, text=Gemma3TextConfig, text_options=tiny_blocks.GEMMA3_TEXT),
+    "llava/gemma3": partial(checkpoint, seed=1, text=Gemma3TextConfig, text_options=tiny_blocks.GEMMA3_TEXT),
     **tiny_tiles.TINY,
 }  # fmt: skip
 # Those too whose images have a size and a place, or see each other in the decoder, which have tests of their own.
