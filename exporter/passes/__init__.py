@@ -32,7 +32,6 @@ TENSORRT: dict[str, Pass] = {
 # The fused operators are ONNX Runtime's own; on the processor its optimiser does as well by itself.
 CUDA: dict[str, Pass] = {
     **PLAIN,
-    "norm_types": widen_norm_inputs,
     "quick_gelu": fuse_quick_gelu,
     "attention": fuse_attention,
     "skip_layer_norm": fuse_skip_layer_norm,
