@@ -102,6 +102,13 @@ class RopeRanges:
 
 
 @dataclass(frozen=True)
+class ImageTokenRanges:
+    """What is outside the parts of a model whose image tokens are the tower's."""
+
+    image_token_id: Count
+
+
+@dataclass(frozen=True)
 class LlavaRanges:
     """What is outside the parts of a LLaVA."""
 

@@ -54,6 +54,8 @@ def write_text_files(config: ExportConfig, checkpoint: Checkpoint, folder: Path)
     for text in PROBES:
         ours.encode(text)  # And here, not in transformers, a regular expression that would not end.
     tokenizer = load_tokenizer(checkpoint.folder)
+    if not checkpoint.frame.begun:
+        tokenizer.add_bos_token = False
     shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
     write_tokenizer(tokenizer, folder)
     special = json.dumps(_with_special_tokens(settings_there, tokenizer), indent=1, ensure_ascii=False)
@@ -126,6 +128,8 @@ def _template(config: ExportConfig, checkpoint: Checkpoint, tokenizer: Any) -> s
         default = source.get("default") if isinstance(source, dict) else source
         if isinstance(default, str):
             return default
+    if checkpoint.frame.template is not None:
+        return checkpoint.frame.template
     raise CheckpointError(f"{checkpoint.name} has no chat template; {WAY_OUT}")
 
 

@@ -4,12 +4,13 @@ With one axis an image's tokens count on as the text does. With three (M-RoPE, a
 has one number on all axes, an image's tokens have the image's start and their row and column in the grid, and text goes on
 behind the longest side. `tests` compare with `get_rope_index` of transformers.
 
-A position sees all before it. In some models the tokens of an image see each other too, those behind them included: then the
-last row that a position sees is not its own, but the last of its image.
+A position sees all before it. In some models the tokens of an image, or of the whole prompt, see those behind them too: then
+the last row that a position sees is not its own, but the last of its image or of the prompt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,7 @@ from leanvlm.runtime.crops import CropShape
 from leanvlm.runtime.errors import ManifestError
 
 Numbers = npt.NDArray[np.int64]
-Visibility = Literal["causal", "blocks"]
+Visibility = Literal["causal", "blocks", "prefix"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class PositionRule:
         kept: `compact` numbers the kept tokens in a row; `original` gives each the number that it has in the unpruned prompt.
         axes: How many coordinates a position has.
         image: `line`: tokens of a crop count on; `grid`: they have their row and column.
-        visibility: `causal`: each position sees those up to its own; `blocks`: image tokens that stand together see each other.
+        visibility: `causal`: each position sees those up to its own; `blocks`: image tokens that stand together see each other;
+            `prefix`: all of a prompt's see each other, and the answer's those up to their own.
     """
 
     kept: Literal["compact", "original"]
@@ -67,17 +69,20 @@ class PositionRule:
             return start + np.stack([np.zeros_like(rows), rows, columns])
         return (start + (np.arange(len(indices)) if self.kept == "compact" else indices))[None]
 
-    def last_seen(self, start: int, count: int, image: bool) -> Numbers:
-        """Return the last row of the prompt that each position (count,) of a run sees.
+    def last_seen(self, runs: Sequence[tuple[int, bool]]) -> Numbers:
+        """Return the last row of a prompt that each of its positions (S,) sees.
 
         Args:
-            start: Row of the run's first position.
-            count: Its positions.
-            image: Whether they are image tokens.
+            runs: How many positions each run has, and whether they are image tokens.
         """
-        if image and self.visibility == "blocks":
-            return np.full(count, start + count - 1)
-        return start + np.arange(count)
+        ends = np.cumsum([count for count, _ in runs], dtype=np.int64)
+        seen = np.arange(ends[-1] if runs else 0)
+        if self.visibility == "prefix":
+            return np.full_like(seen, len(seen) - 1)
+        for end, (count, image) in zip(ends, runs, strict=True):
+            if image and self.visibility == "blocks":
+                seen[end - count : end] = end - 1
+        return seen
 
 
 def as_input(positions: Numbers) -> Numbers:

@@ -96,15 +96,13 @@ def assemble(runs: Sequence[Run], table: TokenRows, rule: PositionRule, image_to
     text = table.rows(listed)
     row, crop_row, position = 0, len(text), 0
     index: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
-    positions, seen, place = [np.empty((rule.axes, 0), np.int64)], [np.empty(0, np.int64)], 0
+    positions = [np.empty((rule.axes, 0), np.int64)]
+    counts = [(len(run), False) if isinstance(run, tuple) else (len(run.rows), True) for run in runs]
     ids: list[int] = []
     crops: list[CropFeatures] = []
-    for run in runs:
-        count = len(run) if isinstance(run, tuple) else len(run.rows)
-        seen.append(rule.last_seen(place, count, image=not isinstance(run, tuple)))
-        place += count
+    for run, (count, _) in zip(runs, counts, strict=True):
         if isinstance(run, tuple):
-            index.append(row + np.arange(len(run)))
+            index.append(row + np.arange(count))
             positions.append(rule.text(position, count))
             row, position = row + count, position + count
             ids += run
@@ -118,4 +116,4 @@ def assemble(runs: Sequence[Run], table: TokenRows, rule: PositionRule, image_to
         crops += run.crops
         ids += [image_token_id] * run.placeholders
     numbers = np.concatenate(positions, axis=1)
-    return Prompt(text, tuple(crops), np.concatenate(index), numbers, position, np.concatenate(seen), tuple(ids))
+    return Prompt(text, tuple(crops), np.concatenate(index), numbers, position, rule.last_seen(counts), tuple(ids))

@@ -59,6 +59,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] 
         SIGLIP | {"model_type": "siglip_vision_model", "num_hidden_layers": 27, "image_size": 896, "vision_use_head": False},
         {"size": {"height": 896, "width": 896}}, 256,
     ),
+    "paligemma": (
+        {"projection_dim": 2048, "hidden_size": 2048},
+        SIGLIP | {"model_type": "siglip_vision_model", "num_hidden_layers": 27, "image_size": 224, "vision_use_head": False},
+        {"size": {"height": 224, "width": 224}, "image_seq_length": 256}, 256,
+    ),
     "qwen2_5_vl": (
         {},
         {
@@ -153,6 +158,7 @@ SIZES: dict[str, tuple[str, dict[str, Any], float]] = {
     "internvl3.5-2b": ("internvl", qwen3(28, 2048, 6144, 16), 1.72e9),
     "internvl3.5-4b": ("internvl", qwen3(36, 2560, 9728, 32), 4.02e9),
     "internvl3.5-8b": ("internvl", qwen3(36, 4096, 12288, 32), 7.57e9),
+    "paligemma-3b": ("paligemma", decoder("gemma", 18, 2048, 16384, 8, 1, 257_216, 8192, head_dim=256), 2.51e9),
     "qwen2.5-vl-3b": ("qwen2_5_vl", qwen2_5_vl(36, 2048, 11008, 16, 2, 151_936), 3.09e9),
     "qwen2.5-vl-7b": ("qwen2_5_vl", qwen2_5_vl(28, 3584, 18944, 28, 4, 152_064), 7.07e9),
     "qwen3-vl-2b": ("qwen3_vl", qwen3_vl(28, 2048, 6144, 16), 1.72e9),

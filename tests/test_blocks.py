@@ -96,7 +96,7 @@ def pruned(original: Original, inputs: Any, choices: list[list[int]]) -> tuple[d
     given = {
         "input_ids": ids[stays][None],
         "attention_mask": torch.ones(1, int(stays.sum()), dtype=torch.long),
-        "token_type_ids": placeholder[stays].long()[None],
+        "token_type_ids": inputs["token_type_ids"][:, stays],
         "mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=features[chosen].reshape(len(choices), BUDGET, -1))},
     }
     return given, stays.nonzero()[:, 0]
@@ -111,9 +111,9 @@ def greedy(original: Original, given: dict[str, Any], places: torch.Tensor, foll
         best = logits.topk(2).values
         assert best[0] - best[1] > tolerances.TOKEN_MARGIN["fp32"] * logits.abs().max(), "a near tie"
         tokens.append(int(logits.argmax()))
-        for name, value in (("input_ids", tokens[-1]), ("attention_mask", 1), ("token_type_ids", 0)):
-            if name in given:
-                given[name] = torch.nn.functional.pad(given[name], (0, 1), value=value)
+        answered = int(original.shape == "paligemma")
+        for name, value in (("input_ids", tokens[-1]), ("attention_mask", 1), ("token_type_ids", answered)):
+            given[name] = torch.nn.functional.pad(given[name], (0, 1), value=value)
         places = torch.nn.functional.pad(places, (0, 1), value=following + step)
     return tokens
 
@@ -147,15 +147,16 @@ def test_greedy_tokens_equal_generate(original: Original, session: Session) -> N
 
 
 def test_another_mask_gives_other_tokens(original: Original) -> None:
-    """So that the tests above can fail: image tokens that do not see each other, and two images that do."""
+    """So that the tests above can fail: positions that see the past alone, and two images that see each other."""
     inputs = original.inputs(PROMPTS[0], *pictures())
     given, _ = pruned(original, inputs, original.choices(inputs, BUDGET))
     kinds = given["token_type_ids"]
-    images = kinds[0].nonzero()[:, 0]
-    joined = torch.zeros_like(kinds)
-    joined[0, images[0] : images[-1] + 1] = 1
+    images = (given["input_ids"][0] == original.model.config.image_token_id).nonzero()[:, 0]
+    seen, unseen = (1, 0) if original.shape == "gemma3" else (0, 1)
+    joined = torch.full_like(kinds, unseen)
+    joined[0, images[0] : images[-1] + 1] = seen
     places = torch.arange(kinds.shape[1])
-    masks = (kinds, torch.zeros_like(kinds), joined)
+    masks = (kinds, torch.full_like(kinds, unseen), joined)
     answers = [tuple(greedy(original, given | {"token_type_ids": mask}, places, len(places))) for mask in masks]
     assert len(set(answers)) == 3
 
@@ -174,6 +175,8 @@ def test_who_sees_whom(original: Original, session: Session) -> None:
     """Kept tokens of one image see each other, of two images not; text sees what is before it. As transformers masks it."""
     from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
+    if original.shape != "gemma3":
+        return
     prompt, asked = questions()[-1]
     encoded = session.encode_images(asked, BUDGET)
     ids = session.prompt_ids([user_message(prompt, len(asked))], [image.arrangement for image in encoded])
@@ -192,16 +195,18 @@ def test_who_sees_whom(original: Original, session: Session) -> None:
         assert ((mask[0, 0] == 0).numpy() == seen).all()
 
 
-def test_the_text_rule_is_causal() -> None:
-    assert PositionRule("compact").last_seen(5, 3, image=True).tolist() == [5, 6, 7]
-    rule = PositionRule("compact", visibility="blocks")
-    assert rule.last_seen(5, 3, image=True).tolist() == [7, 7, 7]
-    assert rule.last_seen(5, 3, image=False).tolist() == [5, 6, 7]
+def test_what_each_rule_lets_see() -> None:
+    runs = [(2, False), (3, True), (2, True), (1, False)]
+    wanted = {"causal": [0, 1, 2, 3, 4, 5, 6, 7], "blocks": [0, 1, 4, 4, 4, 6, 6, 7], "prefix": [7] * 8}
+    for visibility, seen in wanted.items():
+        rule = PositionRule("compact", visibility=visibility)  # type: ignore[arg-type]
+        assert rule.last_seen(runs).tolist() == seen
+        assert rule.last_seen([]).tolist() == []
 
 
 def test_the_manifest_says_it(session: Session) -> None:
     manifest = session.manifest
-    assert manifest.positions.visibility == "blocks"
+    assert manifest.positions.visibility == {"gemma3": "blocks", "paligemma": "prefix"}[manifest.family]
     assert manifest.decoder.named("last_seen") == ("last_seen",)
     assert manifest.min_onnxruntime == TARGETS[manifest.target].masked
     changed = manifest.to_dict()
@@ -251,6 +256,8 @@ def test_an_older_onnxruntime_is_refused(session: Session, tmp_path: Path, monke
 @pytest.mark.parametrize("images", [0, 2])
 def test_the_prompt_says_an_image_by_what_the_template_writes(session: Session, images: int) -> None:
     """A raw prompt too; the token whose places the image's take is not to be written."""
+    if session.manifest.family != "gemma3":
+        return
     asked = pictures()[:images]
     text = "user\n" + session.image_token * images + "What?"
     assert session.image_token == "<start_of_image>"
@@ -321,6 +328,8 @@ def test_what_is_not_handled_is_refused(
 
 
 def test_the_context_ends_at_the_window(original: Original, tmp_path: Path) -> None:
+    if original.shape != "gemma3":
+        return
     with pytest.warns(LeanVLMWarning, match="the bundle's context is 400 tokens, the checkpoint's 2048"):
         plan(ExportConfig(str(original.folder), (BUDGET,), tmp_path / "bundle"))
 
@@ -335,3 +344,15 @@ def test_a_manifest_of_another_runtime_is_not_run_causally(session: Session, tmp
     write_manifest(folder, replace(session.manifest, positions=rule))
     with pytest.raises(ManifestError, match="is told the last row that each position sees"):
         read_manifest(folder)
+
+
+def test_a_template_of_ours_takes_one_question(session: Session) -> None:
+    """Without an image too, where the first token is not put in front twice."""
+    if session.manifest.family != "paligemma":
+        return
+    begin, *_, end = session.prompt_ids([user_message("What?", 0)], 0)
+    assert (begin, session.tokenizer.decode([end])) == (1, "\n")
+    assert session.prompt_ids([user_message("What?", 1)], 1)[:2] == [session.manifest.image_token_id, begin]
+    answer = {"role": "assistant", "content": "A cup."}
+    with pytest.raises(InputError, match="this model answers one question, without turns before it"):
+        session.prompt_ids([user_message("What?", 1), answer, user_message("And?", 0)], 1)

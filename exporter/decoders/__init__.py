@@ -142,7 +142,7 @@ def check_decoder(config: Any, target: str, visibility: Visibility = "causal") -
         window = getattr(config, name, None)
         if window is not None and not (isinstance(window, int) and window > 0):
             raise UnsupportedModelError(f"{name} {shorten(repr(window))} is not a number of tokens; correct it in text_config")
-    if getattr(config, "use_bidirectional_attention", None):
+    if getattr(config, "use_bidirectional_attention", None) and visibility != "prefix":
         raise UnsupportedModelError("use_bidirectional_attention is not supported: a decoder's tokens see those before them")
     if head % record.head_multiple:
         raise UnsupportedModelError(

@@ -78,6 +78,8 @@ class Frame:
         layout: What an image becomes in the prompt.
         axes: Coordinates of a position in the decoder: 1, or 3 where an image token has the row and column of its place.
         visibility: Which positions see which in the decoder.
+        template: A chat template that writes what the checkpoint's own processor does, for one that comes without.
+        begun: Whether the tokenizer puts its first token in front of a prompt, if it does so with other texts.
     """
 
     image: ImageSpec
@@ -85,6 +87,8 @@ class Frame:
     layout: Layout = Layout()  # noqa: RUF009 (frozen)
     axes: Literal[1, 3] = 1
     visibility: Visibility = "causal"
+    template: str | None = None
+    begun: bool = True
 
 
 @dataclass(frozen=True)
