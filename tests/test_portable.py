@@ -324,7 +324,7 @@ def test_the_files_at_the_profiles_ends(
     session = onnxruntime.InferenceSession(tensorrt_bundle / "decoder.onnx", providers=["CPUExecutionProvider"])
     cache = PortableCache(session, manifest.decoder, capacity)
     embeddings = content(built_in, sample_image, prompt + STEPS)
-    wanted = built_in.logits(embeddings, np.arange(len(embeddings)), STEPS + 1)
+    wanted = built_in.logits(embeddings, np.arange(len(embeddings))[None], STEPS + 1)
     limit = tolerances.LOGITS["fp16"] * np.abs(wanted).max()
     cache.load(text_prompt(embeddings[:prompt]))
     scores = cache.prefill()
