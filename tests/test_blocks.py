@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
@@ -21,7 +22,10 @@ from original import NEW_TOKENS, Original
 from PIL import Image
 
 from leanvlm.exporter import ExportConfig, export, tolerances
+from leanvlm.exporter.checkpoint import load_model, open_checkpoint
+from leanvlm.exporter.decoders.portable import PortableDecoder
 from leanvlm.exporter.plan import plan
+from leanvlm.exporter.reference import relative_difference
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.runtime import load
 from leanvlm.runtime.bundle import read_manifest, write_manifest
@@ -268,6 +272,33 @@ def test_the_prompt_says_an_image_by_what_the_template_writes(session: Session, 
         session.generate("What is <image>?", asked, budget=BUDGET)
     with pytest.raises(InputError, match=rf"{images + 1} image tokens for {images} images"):
         session.generate("What is <start_of_image>?", asked, budget=BUDGET)
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx"])
+def test_half_precision_is_verified(original: Original, target: str, tmp_path: Path) -> None:
+    """Norms that are computed in fp32 among them, which opset 23 writes with two types."""
+    manifest = read_manifest(bundle_of(original, tmp_path / "bundle", target=target))
+    assert manifest.precision == "fp16"
+    assert [measured["wrong"] for measured in manifest.verification["tokens"].values()] == [0, 0]
+
+
+def test_sums_beyond_half_precision_stay_numbers(tmp_path: Path) -> None:
+    """What a Gemma 3's layers add up may be beyond 65,504."""
+    checkpoint = open_checkpoint(ExportConfig(str(tiny_blocks.gemma3_checkpoint(tmp_path / "checkpoint"))))
+    decoder: Any = checkpoint.family.parts(load_model(checkpoint)).decoder
+    embeddings = torch.randn(1, 12, 128, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for layer in decoder.model.layers:
+            layer.post_feedforward_layernorm.weight.fill_(3e4)
+        positions, seen = torch.arange(12)[None], torch.full((1, 12), 11)
+        numbers = [positions, torch.tensor([0]), torch.tensor([11]), seen]
+        found = []
+        for dtype in (torch.float32, torch.float16):
+            portable = PortableDecoder(copy.deepcopy(decoder).to(dtype), fused=False, visibility="blocks")
+            found.append(
+                portable(embeddings.to(dtype), *numbers, *[torch.zeros(1, 4, 0, 16, dtype=dtype)] * 6)[0][0, 0].numpy()
+            )
+    assert relative_difference(found[1], found[0]) < tolerances.LOGITS["fp16"]
 
 
 # --- Refusals -----------------------------------------------------------------------------------------------------------
