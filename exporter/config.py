@@ -15,6 +15,8 @@ from leanvlm.runtime.manifest import POSITIONS, PRECISIONS, TARGETS
 ALIASES = {
     "cosmos-reason2-2b": "nvidia/Cosmos-Reason2-2B",
     "cosmos-reason2-8b": "nvidia/Cosmos-Reason2-8B",
+    "gemma3-4b": "google/gemma-3-4b-it",
+    "gemma3-12b": "google/gemma-3-12b-it",
     "internvl3-1b": "OpenGVLab/InternVL3-1B-hf",
     "internvl3-2b": "OpenGVLab/InternVL3-2B-hf",
     "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
@@ -33,6 +35,7 @@ ALIASES = {
     "llava-next-mistral": "llava-hf/llava-v1.6-mistral-7b-hf",
     "llava-ov-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
     "llava-ov-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    "paligemma-3b": "google/paligemma-3b-mix-224",
     "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
     "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
     "qwen3-vl-2b": "Qwen/Qwen3-VL-2B-Instruct",

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint, load_model
-from leanvlm.exporter.config import NO_TEMPLATE, ExportConfig
+from leanvlm.exporter.config import NO_TEMPLATE
 from leanvlm.exporter.decoders import context_length, head_dim, kv_heads, planes_of, token_rows
 from leanvlm.exporter.decoders.genai import DECODER, build_decoder
 from leanvlm.exporter.decoders.portable import save_decoder, trace_decoder
@@ -37,7 +37,7 @@ from leanvlm.exporter.plan import DTYPES, EMBED_TOKENS, VISION_DATA, Plan, visio
 from leanvlm.exporter.pruners import PRUNERS
 from leanvlm.exporter.reference import Reference
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
-from leanvlm.exporter.targets import TARGETS
+from leanvlm.exporter.targets import TARGETS, least_onnxruntime
 from leanvlm.exporter.text_files import write_text_files
 from leanvlm.exporter.verify import verify
 from leanvlm.exporter.vision_graphs import Tokens, VisionTracer
@@ -52,7 +52,6 @@ from leanvlm.runtime.session import Session, load
 from leanvlm.runtime.signals import raise_again
 from leanvlm.runtime.specs import DecoderSpec, FileSpec, GraphSpec, PrunerSpec, Role, StageSpec, TensorSpec, VisionSpec
 
-MIN_ONNXRUNTIME = "1.23"
 COPIED = ("preprocessor_config.json", "processor_config.json")
 TOOLS = ("leanvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
 
@@ -98,7 +97,7 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     gc.collect()
     on_step("build decoder")
     if TARGETS[config.target].decoder == "portable":
-        _write_portable(parts.decoder, config, folder)
+        _write_portable(parts.decoder, request, folder)
     else:
         build_decoder(
             parts.decoder,
@@ -174,11 +173,12 @@ def _write_vision(request: Plan, parts: Parts, folder: Path, on_step: Step) -> t
     return specs, cuts
 
 
-def _write_portable(decoder: nn.Module, config: ExportConfig, folder: Path) -> None:
+def _write_portable(decoder: nn.Module, request: Plan, folder: Path) -> None:
     """Trace the decoder in standard operators, from a copy in its dtype: the verification wants the weights as read."""
+    config, visibility = request.config, request.positions.visibility
     dtype = DTYPES[config.resolved_precision]
     narrow = copy.deepcopy(decoder).to(dtype)
-    model = trace_decoder(narrow, opset=target_opset(config.target), dtype=dtype)
+    model = trace_decoder(narrow, opset=target_opset(config.target), dtype=dtype, visibility=visibility)
     for rewrite in TARGETS[config.target].decoder_passes.values():
         rewrite(model)
     check_dialect(model, DECODER)
@@ -238,7 +238,7 @@ def _manifest(request: Plan, vision: list[VisionSpec], stages: list[StageSpec], 
         image=request.image,
         image_token_id=spec.image_token_id,
         positions=request.positions,
-        min_onnxruntime=MIN_ONNXRUNTIME,
+        min_onnxruntime=least_onnxruntime(config.target, request.positions.visibility),
         versions={tool: found for tool in TOOLS if (found := _version(tool))},
         files=files,
     )
@@ -269,6 +269,7 @@ ROLES: dict[str, Role] = {
     "inputs_embeds": "embeddings",
     "attention_mask": "mask",
     "position_ids": "positions",
+    "last_seen": "last_seen",
     "past_length": "past_length",
     "last_position": "last_position",
 }

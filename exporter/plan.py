@@ -22,11 +22,13 @@ from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.graphs import VisionPlan
 from leanvlm.exporter.output import check_output
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, Pruner, parse
-from leanvlm.exporter.targets import TARGETS
+from leanvlm.exporter.targets import TARGETS, least_onnxruntime
 from leanvlm.exporter.text_files import check_text
 from leanvlm.exporter.weights import match_weights, outline
+from leanvlm.runtime.backends.ort import check_version
 from leanvlm.runtime.crops import CropShape
 from leanvlm.runtime.errors import InputError, LeanVLMWarning, UnsupportedPrunerError
+from leanvlm.runtime.optional import require
 from leanvlm.runtime.positions import PositionRule
 from leanvlm.runtime.preprocess import ImageSpec
 
@@ -95,7 +97,8 @@ def plan(config: ExportConfig) -> Plan:
             )
             raise InputError(f"budget {budget} is more than the {count} {what}")
     positions = _positions(config, checkpoint)
-    check_decoder(checkpoint.config.text_config, config.target)
+    check_decoder(checkpoint.config.text_config, config.target, positions.visibility)
+    _check_onnxruntime(config.target, positions)
     _warn_of_context(checkpoint.config.text_config)
     check_text(config, checkpoint)
     references, gate = _gate(config, checkpoint)
@@ -125,14 +128,21 @@ def _positions(config: ExportConfig, checkpoint: Checkpoint) -> PositionRule:
     Raises:
         InputError: Positions that the model cannot have.
     """
+    seen = checkpoint.frame.visibility
     if checkpoint.frame.axes == 1:
-        return PositionRule(config.positions or "compact")
+        return PositionRule(config.positions or "compact", visibility=seen)
     if config.positions == "compact":
         raise InputError(
             "--positions compact is not possible: this model's image tokens have the row and column of their place for "
             "positions; leave it out, or give original"
         )
-    return PositionRule("original", checkpoint.frame.axes, "grid")
+    return PositionRule("original", checkpoint.frame.axes, "grid", seen)
+
+
+def _check_onnxruntime(target: str, positions: PositionRule) -> None:
+    """Refuse a decoder that the ONNX Runtime of this machine is too old to verify; raises BackendError."""
+    if positions.visibility != "causal":
+        check_version(require("onnxruntime", TARGETS[target].extra), least_onnxruntime(target, positions.visibility))
 
 
 def _vision(

@@ -72,6 +72,8 @@ class DecoderRanges:
     head_dim: Annotated[int, Between(1, 4096)] | None = None
     # An activation's other name, which counts where it is there.
     hidden_activation: str | None = None
+    # Scores are divided by its root.
+    query_pre_attn_scalar: Positive | None = None
 
     def __post_init__(self) -> None:
         check_activation("hidden_act", self.hidden_activation or self.hidden_act)
@@ -100,6 +102,13 @@ class RopeRanges:
 
 
 @dataclass(frozen=True)
+class ImageTokenRanges:
+    """What is outside the parts of a model whose image tokens are the tower's."""
+
+    image_token_id: Count
+
+
+@dataclass(frozen=True)
 class LlavaRanges:
     """What is outside the parts of a LLaVA."""
 
@@ -118,8 +127,10 @@ def check_ranges(kind: type, config: Any, name: str) -> None:
     """
     given = {field.name: getattr(config, field.name, None) for field in fields(kind)}
     read(kind, given, name, CheckpointError)
-    rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, Mapping):
+    angles = getattr(config, "rope_parameters", None)
+    # Layers of several kinds may have their own.
+    ropes = [angles, *angles.values()] if isinstance(angles, Mapping) else []
+    for rope in (rope for rope in ropes if isinstance(rope, Mapping)):
         known = {field.name: rope[field.name] for field in fields(RopeRanges) if field.name in rope}
         read(RopeRanges, known, f"rope_parameters in {name}", CheckpointError)
 

@@ -78,7 +78,7 @@ class Reference:
             _returned(attention.module) as mixed,
             _returned(attention.query) as queries,
             _returned(attention.keys) as keys,
-            _given(parts.project) as hidden,
+            _given(parts.entry or parts.project) as hidden,
             _returned(parts.project) as features,
         ):
             found = self.model.get_image_features(**given, return_dict=True)
@@ -95,7 +95,8 @@ class Reference:
         assert cell_keys is not None
         seen = Seen(hidden[0].cpu(), cell_keys.reshape(*cell_keys.shape[:2], attention.heads, -1), saliency, unsplit)
         packed = torch.cat([one.reshape(-1, one.shape[-1]) for one in found.pooler_output])
-        return VisionTokens(features[0].cpu(), seen, shape.grid, spec.leading), packed.cpu().numpy()
+        made = features[0] if parts.entry is None else found.pooler_output
+        return VisionTokens(made.cpu(), seen, shape.grid, spec.leading), packed.cpu().numpy()
 
     def _look_packed(self, given: dict[str, Any], attention: Attention, shape: CropShape) -> tuple[VisionTokens, Array]:
         """Do what `look` does with a model that packs the patches of all crops into one sequence, in an order of its own."""
@@ -166,15 +167,21 @@ class Reference:
         return found
 
     @torch.no_grad()
-    def logits(self, embeddings: Array, positions: Array, last: int) -> Array:
-        """Return the logits (last, V) of the last of a sequence of embeddings (S, D) at positions (axes, S)."""
+    def logits(self, embeddings: Array, positions: Array, last: int, last_seen: Array | None = None) -> Array:
+        """Return the logits (last, V) of the last of a sequence of embeddings (S, D).
+
+        Args:
+            embeddings: The sequence.
+            positions: (axes, S), those of its elements.
+            last: How many logits.
+            last_seen: (S,), the last element that each sees; None: itself.
+        """
         decoder: Any = self.parts.decoder
         with computed_in(decoder, torch.float32):
             out = decoder(
                 inputs_embeds=torch.from_numpy(embeddings)[None].to(self.device),
                 position_ids=torch.from_numpy(as_input(positions)).to(self.device),
-                # Without a mask transformers reads gaps in the positions as the borders of packed sequences.
-                attention_mask=torch.ones(1, positions.shape[1], dtype=torch.long, device=self.device),
+                attention_mask=_mask(positions.shape[1], last_seen).to(self.device),
                 use_cache=False,
                 logits_to_keep=last,
             )
@@ -187,6 +194,15 @@ class Reference:
         # Entered before the weights are widened, so that what comes back is what the checkpoint holds.
         with weights_rounded(self.parts.decoder, bits, dtype):
             yield
+
+
+def _mask(count: int, last_seen: Array | None) -> Tensor:
+    """Return what transformers is told of who sees whom: (1, S) ones, or what is added to the scores (1, 1, S, S)."""
+    if last_seen is None or (last_seen == np.arange(count)).all():
+        # Without a mask transformers reads gaps in the positions as the borders of packed sequences.
+        return torch.ones(1, count, dtype=torch.long)
+    hidden = torch.arange(count) > torch.from_numpy(last_seen)[:, None]
+    return torch.zeros(count, count).masked_fill(hidden, torch.finfo(torch.float32).min)[None, None]
 
 
 @contextlib.contextmanager

@@ -10,8 +10,12 @@ import torch
 
 from leanvlm.exporter import passes
 from leanvlm.exporter.passes import Pass
+from leanvlm.runtime.positions import Visibility
 
-__all__ = ["TARGETS", "Target"]
+__all__ = ["MIN_ONNXRUNTIME", "TARGETS", "Target", "least_onnxruntime"]
+
+# What a bundle asks for, if it needs nothing newer.
+MIN_ONNXRUNTIME = "1.23"
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Target:
         cut_stages: Vision graphs that end with each stage are written too, where the host's clock cannot time a stage.
         splice: A graph that puts prompts together is written too.
         dialect: Graphs must keep to what TensorRT's parser takes.
+        masked: The least ONNX Runtime whose attention takes another mask than the causal one; None where it takes none.
         newer_opset: The opset instead, where the TensorRT of this machine is new enough for attention in one operator.
     """
 
@@ -48,7 +53,14 @@ class Target:
     cut_stages: bool = False
     splice: bool = False
     dialect: bool = False
+    masked: str | None = None
     newer_opset: int | None = None
+
+
+def least_onnxruntime(target: str, visibility: Visibility) -> str:
+    """Return the least ONNX Runtime that runs a bundle for a target whose positions see each other so."""
+    masked = TARGETS[target].masked
+    return MIN_ONNXRUNTIME if visibility == "causal" or masked is None else masked
 
 
 TARGETS: dict[str, Target] = {
@@ -61,6 +73,8 @@ TARGETS: dict[str, Target] = {
         vision_dtype=torch.float32,
         # ONNX Runtime's kernels of GroupQueryAttention take no other head sizes.
         head_multiple=16,
+        # Its GroupQueryAttention can be told not to be causal since.
+        masked="1.30",
     ),
     "cuda": Target(
         opset=23,
@@ -82,6 +96,8 @@ TARGETS: dict[str, Target] = {
         passes=passes.TENSORRT,
         decoder_passes=passes.TENSORRT_DECODER,
         dialect=True,
+        # The mask is made of ordinary operators.
+        masked=MIN_ONNXRUNTIME,
     ),
     "tensorrt": Target(
         opset=20,
@@ -89,6 +105,8 @@ TARGETS: dict[str, Target] = {
         passes=passes.TENSORRT,
         decoder_passes=passes.TENSORRT_DECODER,
         dialect=True,
+        # The mask is made of ordinary operators.
+        masked=MIN_ONNXRUNTIME,
         newer_opset=23,
     ),
 }

@@ -54,6 +54,8 @@ def write_text_files(config: ExportConfig, checkpoint: Checkpoint, folder: Path)
     for text in PROBES:
         ours.encode(text)  # And here, not in transformers, a regular expression that would not end.
     tokenizer = load_tokenizer(checkpoint.folder)
+    if not checkpoint.frame.begun:
+        tokenizer.add_bos_token = False
     shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
     write_tokenizer(tokenizer, folder)
     special = json.dumps(_with_special_tokens(settings_there, tokenizer), indent=1, ensure_ascii=False)
@@ -126,6 +128,8 @@ def _template(config: ExportConfig, checkpoint: Checkpoint, tokenizer: Any) -> s
         default = source.get("default") if isinstance(source, dict) else source
         if isinstance(default, str):
             return default
+    if checkpoint.frame.template is not None:
+        return checkpoint.frame.template
     raise CheckpointError(f"{checkpoint.name} has no chat template; {WAY_OUT}")
 
 
@@ -147,7 +151,7 @@ def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: Gener
             "add it to the tokenizer, or set image_token_id (image_token_index in LLaVA's files) to the tokenizer's"
         )
     text = str(tokenizer.tokenizer.id_to_token(image))
-    if any(text in mark for mark in checkpoint.frame.layout.marks):
+    if any(text in mark for mark in checkpoint.frame.layout.texts):
         raise CheckpointError(
             f"{name}'s tokenizer_config.json has {shorten(repr(text))} in a mark around images, and that is the image token"
         )
@@ -174,7 +178,8 @@ def _check_template(folder: Path, checkpoint: Checkpoint, origin: str) -> None:
         except BundleError as error:
             raise CheckpointError(f"{origin}: {shorten(error)}; {WAY_OUT}") from error
         ids = tokenizer.encode(text)
-        found = ids.count(checkpoint.spec.image_token_id)
+        written = checkpoint.frame.layout.written
+        found = text.count(written) if written else ids.count(checkpoint.spec.image_token_id)
         if found != images:
             what = f"writes {found} image tokens for {images} images, so it may be for text only"
         elif QUESTION not in text:

@@ -404,7 +404,8 @@ def _judged(
     sequence = np.concatenate([prompt.embeddings(), reference.rows(answer[:-1])])
     more = manifest.positions.text(prompt.next_position, len(answer) - 1)
     positions = np.concatenate([prompt.positions, more], axis=1)
-    return reference.logits(sequence, positions, len(answer))
+    seen = np.concatenate([prompt.last_seen, np.arange(len(prompt), len(sequence))])
+    return reference.logits(sequence, positions, len(answer), seen)
 
 
 def _check_chain(budget: int, measured: Mapping[str, Any], precision: str) -> None:

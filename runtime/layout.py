@@ -66,6 +66,7 @@ class Layout:
     """What an image becomes in a prompt.
 
     Attributes:
+        written: What a chat template writes for an image, where that is not the image token itself.
         before: Text before all of its crops.
         after: Text behind them.
         before_tile: Text before each tile; `{row}` and `{column}` in it are the tile's, counted from 1.
@@ -87,16 +88,22 @@ class Layout:
     mosaic: bool = False
     row_end: str | None = None
     limit: Size | None = None
+    written: str = ""
 
     def __post_init__(self) -> None:
         """Check the texts' lengths, each of which may stand in a prompt hundreds of times; raises ManifestError."""
-        if any(len(text) > MAX_MARK for text in self.marks):
+        if any(len(text) > MAX_MARK for text in self.texts):
             raise ManifestError(f"layout has a text of more than {MAX_MARK} characters")
 
     @property
     def marks(self) -> tuple[str, ...]:
         """All texts around crops."""
         return (self.before, self.after, self.before_tile, self.after_row, self.before_thumbnail, self.before_whole)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The same, and what is written for an image."""
+        return (self.written, *self.marks)
 
     def runs(self, arrangement: Arrangement) -> int:
         """Return how many runs of image tokens an image has."""
@@ -120,8 +127,8 @@ class Layout:
         return self.before_tile.replace("{row}", str(row + 1)).replace("{column}", str(column + 1))
 
     def expand(self, text: str, token: str, images: Sequence[Arrangement]) -> str:
-        """Replace the image tokens of a text, as many as there are images, by what the images become."""
-        first, *others = text.split(token)
+        """Replace what is written for images in a text, as many times as there are images, by what they become."""
+        first, *others = text.split(self.written or token)
         return first + "".join(self.text(image, token) + other for image, other in zip(images, others, strict=True))
 
 

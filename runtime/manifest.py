@@ -171,6 +171,11 @@ class Manifest:
             raise ManifestError(f"{MANIFEST}: a mosaic has no place for tokens in front of its crops' grids")
         if self.positions.axes != self.decoder.axes:
             raise ManifestError(f"{MANIFEST}: positions of {self.positions.axes} axes are not those that the decoder takes")
+        if (self.positions.visibility == "causal") == bool(self.decoder.named("last_seen")):
+            raise ManifestError(
+                f"{MANIFEST}: visibility {self.positions.visibility} is not what the decoder takes: one that is not causal is "
+                "told the last row that each position sees"
+            )
         if any(graph.shape >= len(self.crops.shapes) for graph in self.stages):
             raise ManifestError(f"{MANIFEST}: stages name a crop shape that is not there")
         if self.image_token_id >= self.decoder.vocab_size:

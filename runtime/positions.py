@@ -1,12 +1,16 @@
-"""How the positions of a prompt are counted for the decoder's rotary embedding.
+"""How the positions of a prompt are counted for the decoder's rotary embedding, and which of them see which.
 
 With one axis an image's tokens count on as the text does. With three (M-RoPE, arXiv 2409.12191: time, height, width), text
 has one number on all axes, an image's tokens have the image's start and their row and column in the grid, and text goes on
 behind the longest side. `tests` compare with `get_rope_index` of transformers.
+
+A position sees all before it. In some models the tokens of an image, or of the whole prompt, see those behind them too: then
+the last row that a position sees is not its own, but the last of its image or of the prompt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +21,7 @@ from leanvlm.runtime.crops import CropShape
 from leanvlm.runtime.errors import ManifestError
 
 Numbers = npt.NDArray[np.int64]
+Visibility = Literal["causal", "blocks", "prefix"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,14 @@ class PositionRule:
         kept: `compact` numbers the kept tokens in a row; `original` gives each the number that it has in the unpruned prompt.
         axes: How many coordinates a position has.
         image: `line`: tokens of a crop count on; `grid`: they have their row and column.
+        visibility: `causal`: each position sees those up to its own; `blocks`: image tokens that stand together see each other;
+            `prefix`: all of a prompt's see each other, and the answer's those up to their own.
     """
 
     kept: Literal["compact", "original"]
     axes: Literal[1, 3] = 1
     image: Literal["line", "grid"] = "line"
+    visibility: Visibility = "causal"
 
     def __post_init__(self) -> None:
         """Check that the fields go together; raises ManifestError."""
@@ -60,6 +68,21 @@ class PositionRule:
             rows, columns = np.divmod(indices - shape.leading, shape.grid[1])
             return start + np.stack([np.zeros_like(rows), rows, columns])
         return (start + (np.arange(len(indices)) if self.kept == "compact" else indices))[None]
+
+    def last_seen(self, runs: Sequence[tuple[int, bool]]) -> Numbers:
+        """Return the last row of a prompt that each of its positions (S,) sees.
+
+        Args:
+            runs: How many positions each run has, and whether they are image tokens.
+        """
+        ends = np.cumsum([count for count, _ in runs], dtype=np.int64)
+        seen = np.arange(ends[-1] if runs else 0)
+        if self.visibility == "prefix":
+            return np.full_like(seen, len(seen) - 1)
+        for end, (count, image) in zip(ends, runs, strict=True):
+            if image and self.visibility == "blocks":
+                seen[end - count : end] = end - 1
+        return seen
 
 
 def as_input(positions: Numbers) -> Numbers:

@@ -32,6 +32,7 @@ class Prompt:
         index: (S,) int64, for each element of the prompt its row among the text's rows followed by the crops'.
         positions: (axes, S) int64, the position of each element for the decoder's rotary embedding.
         next_position: Where the answer's first token goes; it may be more than S, the cache's length.
+        last_seen: (S,) int64, the last row of the prompt that each element sees.
         ids: The tokens as transformers' processor writes them, all placeholders of an image; for generation settings.
     """
 
@@ -40,6 +41,7 @@ class Prompt:
     index: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
     next_position: int
+    last_seen: npt.NDArray[np.int64]
     ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
@@ -95,21 +97,23 @@ def assemble(runs: Sequence[Run], table: TokenRows, rule: PositionRule, image_to
     row, crop_row, position = 0, len(text), 0
     index: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
     positions = [np.empty((rule.axes, 0), np.int64)]
+    counts = [(len(run), False) if isinstance(run, tuple) else (len(run.rows), True) for run in runs]
     ids: list[int] = []
     crops: list[CropFeatures] = []
-    for run in runs:
+    for run, (count, _) in zip(runs, counts, strict=True):
         if isinstance(run, tuple):
-            index.append(row + np.arange(len(run)))
-            positions.append(rule.text(position, len(run)))
-            row, position = row + len(run), position + len(run)
+            index.append(row + np.arange(count))
+            positions.append(rule.text(position, count))
+            row, position = row + count, position + count
             ids += run
             continue
         rows = crop_row + run.rows
         rows[run.rows < 0] = row + np.arange(run.ends)
         index.append(rows)
         positions.append(rule.crop(position, run.shape, run.indices))
-        row, position = row + run.ends, position + rule.width(run.shape, len(run.rows))
+        row, position = row + run.ends, position + rule.width(run.shape, count)
         crop_row += sum(crop.embeddings.shape[0] for crop in run.crops)
         crops += run.crops
         ids += [image_token_id] * run.placeholders
-    return Prompt(text, tuple(crops), np.concatenate(index), np.concatenate(positions, axis=1), position, tuple(ids))
+    numbers = np.concatenate(positions, axis=1)
+    return Prompt(text, tuple(crops), np.concatenate(index), numbers, position, rule.last_seen(counts), tuple(ids))

@@ -58,8 +58,9 @@ class Session:
         self.template = Template.from_folder(folder)
         self.tokenizer = TextTokenizer.from_folder(folder)
         self.tokenizer.check(manifest.decoder.vocab_size, manifest.image_token_id)
-        if not self.image_token or any(self.image_token in text for text in manifest.layout.marks):
-            raise BundleError(f"{MANIFEST}: the image token {shorten(self.image_token)!r} is empty, or in a text of the layout")
+        token = self._placeholder
+        if not token or any(token in text for text in manifest.layout.texts):
+            raise BundleError(f"{MANIFEST}: the image token {shorten(token)!r} is empty, or in a text of the layout")
         decoder = manifest.decoder
         self.table = TokenTable(folder / manifest.embed_tokens, decoder.table_rows, decoder.hidden_size, decoder.row_width)
         self.settings = GenerationSettings.from_folder(folder)
@@ -208,10 +209,12 @@ class Session:
         Raises:
             InputError: The prompt has more or fewer image tokens than there are images.
         """
-        raw, token, layout = isinstance(messages, str), self.image_token, self.manifest.layout
+        raw, token, layout = isinstance(messages, str), self._placeholder, self.manifest.layout
         arrangements = [Arrangement()] * images if isinstance(images, int) else images
         text = messages if isinstance(messages, str) else self.template.render(messages)
-        check_image_tokens(text.count(token), len(arrangements), token if raw else None)
+        if layout.written and token in text:
+            raise InputError(f"the prompt has {token} in it, which stands for an image's tokens; leave it out of the text")
+        check_image_tokens(text.count(self.image_token), len(arrangements), self.image_token if raw else None)
         ids = self.tokenizer.encode(layout.expand(text, token, arrangements))
         runs, found = sum(layout.runs(image) for image in arrangements), ids.count(self.manifest.image_token_id)
         if found != runs:
@@ -224,6 +227,11 @@ class Session:
     @property
     def image_token(self) -> str:
         """The text that stands for an image in a raw prompt."""
+        return self.manifest.layout.written or self._placeholder
+
+    @property
+    def _placeholder(self) -> str:
+        """The token whose places image tokens take."""
         return str(self.tokenizer.tokenizer.id_to_token(self.manifest.image_token_id))
 
     def decoder(self) -> Decoder:

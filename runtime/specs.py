@@ -11,7 +11,7 @@ from leanvlm.runtime.records import Between, Count, Size, shorten
 
 Engine = Literal["tensorrt-rtx", "tensorrt"]
 FloatType = Literal["float16", "float32"]
-Role = Literal["embeddings", "mask", "positions", "past_length", "last_position", "key", "value"]
+Role = Literal["embeddings", "mask", "positions", "last_seen", "past_length", "last_position", "key", "value"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ class DecoderSpec:
         sizes: dict[str, tuple[int | None, ...]] = {"logits": (None, None, self.vocab_size)}
         sizes |= dict.fromkeys((*keys, *values), (None, self.kv_heads, None, self.head_dim))
         sizes |= dict.fromkeys(self.named("embeddings"), (None, None, self.row_width))
+        sizes |= dict.fromkeys(self.named("last_seen"), (None, None))
         sizes |= dict.fromkeys(self.named("positions"), (3, None, None) if self.axes == 3 else (None, None))
         for tensor in (*self.graph.inputs, *self.graph.outputs):
             dtype = self.kv_dtype if tensor.name in self.caches else tensor.dtype

@@ -24,10 +24,12 @@ from leanvlm.exporter.pruners.gates import exact_effective_rank
 NEW_TOKENS = 24
 # Its images' processor is one thing, what puts placeholders into the text another.
 PROCESSORS = {
+    "gemma3": "Gemma3Processor",
     "internvl": "InternVLProcessor",
     "llava_next": "LlavaNextProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
     "idefics3": "Idefics3Processor",
+    "paligemma": "PaliGemmaProcessor",
     "smolvlm": "SmolVLMProcessor",
 }
 
@@ -67,6 +69,10 @@ class Original:
     def inputs(self, prompt: str, *images: Image.Image) -> Any:
         """Return what the processor makes of a question about images, all of one prompt."""
         content = [*[{"type": "image"}] * len(images), {"type": "text", "text": prompt}]
+        if self.processor.chat_template is None:
+            # What such a processor takes is images and a question; the labels are for training.
+            found = self.processor(text=["<image>" * len(images) + prompt], images=[list(images)])
+            return {name: torch.from_numpy(np.asarray(value)) for name, value in found.items() if name != "labels"}
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return self.processor(text=[text], images=[list(images)], return_tensors="pt")
 
@@ -137,7 +143,7 @@ class Original:
     @torch.no_grad()
     def projected(self, pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Return the features (C, N, D) of the crops (C, 3, H, W) of an image of a size, before anything is laid out."""
-        flat = self.model.config.model_type in ("llava", "internvl")
+        flat = self.model.config.model_type in ("llava", "internvl", "gemma3", "paligemma")
         sizes = [torch.tensor([size])] if hasattr(self.model.config, "image_grid_pinpoints") else []
         seen: list[torch.Tensor] = []
         handle = self.projector.register_forward_hook(lambda module, given, output: seen.append(output))
@@ -158,6 +164,8 @@ class Original:
 
     def _cell(self) -> int:
         config = self.model.config
+        if hasattr(config, "mm_tokens_per_image"):
+            return int(config.vision_config.image_size // config.vision_config.patch_size / config.mm_tokens_per_image**0.5)
         return int(getattr(config, "scale_factor", round(1 / getattr(config, "downsample_ratio", 1.0))))
 
     @torch.no_grad()
@@ -251,13 +259,15 @@ def open_processor(folder: Path, config: Any) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     parts = {"image_processor": AutoImageProcessor.from_pretrained(folder), "tokenizer": tokenizer}
-    if config.model_type not in ("llava_next", "idefics3"):
+    if config.model_type not in ("llava_next", "idefics3", "gemma3", "paligemma"):
         parts["video_processor"] = SimpleNamespace(model_input_names=[], num_frames=1, fps=1)
     vision = config.vision_config
     sequence = (vision.image_size // vision.patch_size // config.scale_factor) ** 2 if hasattr(config, "scale_factor") else 0
     options: dict[str, Any] = {
+        "gemma3": lambda: {"image_seq_length": config.mm_tokens_per_image},
         "idefics3": lambda: {"image_seq_len": sequence},
         "smolvlm": lambda: {"image_seq_len": sequence},
+        "paligemma": dict,
         "internvl": lambda: {"image_seq_length": config.image_seq_length},
         "llava_next": lambda: {
             "patch_size": vision.patch_size, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",

@@ -12,4 +12,4 @@ from leanvlm.runtime.prompt import Prompt
 def text_prompt(embeddings: Any) -> Prompt:
     """Return a prompt of text rows (S, D) alone."""
     index = np.arange(len(embeddings))
-    return Prompt(embeddings, (), index, index[None], len(index))
+    return Prompt(embeddings, (), index, index[None], len(index), index)

@@ -54,6 +54,16 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] 
         },
         {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}}, 64,
     ),
+    "gemma3": (
+        {"mm_tokens_per_image": 256},
+        SIGLIP | {"model_type": "siglip_vision_model", "num_hidden_layers": 27, "image_size": 896, "vision_use_head": False},
+        {"size": {"height": 896, "width": 896}}, 256,
+    ),
+    "paligemma": (
+        {"projection_dim": 2048, "hidden_size": 2048},
+        SIGLIP | {"model_type": "siglip_vision_model", "num_hidden_layers": 27, "image_size": 224, "vision_use_head": False},
+        {"size": {"height": 224, "width": 224}, "image_seq_length": 256}, 256,
+    ),
     "qwen2_5_vl": (
         {},
         {
@@ -71,6 +81,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] 
         {"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}, 22 * 40,
     ),
 }  # fmt: skip
+# Where the window of an alias's or a family's decoders ends.
+WINDOWS = {"bakllava": 4096, "gemma3": 1024}
 # The smaller ones of the second SmolVLM have the tower and the tiles of the first.
 SMALL_SMOLVLM = ("smolvlm2-256m", "smolvlm2-500m")
 
@@ -107,6 +119,14 @@ def qwen3_vl(layers: int, hidden: int, inner: int, heads: int) -> dict[str, Any]
     )  # fmt: skip
 
 
+def gemma3(layers: int, hidden: int, inner: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    """Return the configuration of a Gemma 3's decoder."""
+    return decoder(
+        "gemma3_text", layers, hidden, inner, heads, kv_heads, 262_208, 131_072, head_dim=256, sliding_window=1024,
+        layer_types=None, rope_parameters=None, rope_scaling={"factor": 8.0, "rope_type": "linear"}, query_pre_attn_scalar=256,
+    )  # fmt: skip
+
+
 VICUNA = decoder("llama", 32, 4096, 11008, 32, 32, 32064, 4096)
 VICUNA_13B = decoder("llama", 40, 5120, 13824, 40, 40, 32064, 4096)
 LLAMA3 = decoder("llama", 32, 4096, 14336, 32, 8, 128_320, 8192, rope_theta=500_000.0)
@@ -129,6 +149,8 @@ SIZES: dict[str, tuple[str, dict[str, Any], float]] = {
     ),
     "llava-ov-0.5b": ("llava_onevision", decoder("qwen2", 24, 896, 4864, 14, 2, 152_000, 32768), 0.494e9),
     "llava-ov-7b": ("llava_onevision", decoder("qwen2", 28, 3584, 18944, 28, 4, 152_128, 32768), 7.07e9),
+    "gemma3-4b": ("gemma3", gemma3(34, 2560, 10240, 8, 4), 3.88e9),
+    "gemma3-12b": ("gemma3", gemma3(48, 3840, 15360, 16, 8), 11.77e9),
     "internvl3-1b": ("internvl", decoder("qwen2", 24, 896, 4864, 14, 2, 151_674, 32768), 0.494e9),
     "internvl3-2b": ("internvl", decoder("qwen2", 28, 1536, 8960, 12, 2, 151_674, 32768), 1.54e9),
     "internvl3-8b": ("internvl", decoder("qwen2", 28, 3584, 18944, 28, 4, 151_674, 32768), 7.07e9),
@@ -136,6 +158,7 @@ SIZES: dict[str, tuple[str, dict[str, Any], float]] = {
     "internvl3.5-2b": ("internvl", qwen3(28, 2048, 6144, 16), 1.72e9),
     "internvl3.5-4b": ("internvl", qwen3(36, 2560, 9728, 32), 4.02e9),
     "internvl3.5-8b": ("internvl", qwen3(36, 4096, 12288, 32), 7.57e9),
+    "paligemma-3b": ("paligemma", decoder("gemma", 18, 2048, 16384, 8, 1, 257_216, 8192, head_dim=256), 2.51e9),
     "qwen2.5-vl-3b": ("qwen2_5_vl", qwen2_5_vl(36, 2048, 11008, 16, 2, 151_936), 3.09e9),
     "qwen2.5-vl-7b": ("qwen2_5_vl", qwen2_5_vl(28, 3584, 18944, 28, 4, 152_064), 7.07e9),
     "qwen3-vl-2b": ("qwen3_vl", qwen3_vl(28, 2048, 6144, 16), 1.72e9),
@@ -187,12 +210,13 @@ def test_what_an_alias_names_is_configuration_only(
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", LeanVLMWarning)
         request = plan(ExportConfig(str(folder), (BUDGET,), tmp_path / "bundle"))
-    window = "the bundle's context is 4096 tokens, the checkpoint's 32768"
-    assert [str(one.message).partition(":")[0] for one in said] == [window] * (alias == "bakllava")
+    context, most = WINDOWS.get(family, WINDOWS.get(alias, 0)), text["max_position_embeddings"]
+    window = f"the bundle's context is {context} tokens, the checkpoint's {most}"
+    assert [str(one.message).partition(":")[0] for one in said] == [window] * bool(context)
     assert list(dict.fromkeys(graph.budget for graph in request.vision)) == [BUDGET, count]
     assert request.sizes["decoder.onnx.data"] / 4 == pytest.approx(parameters, rel=0.02)
     found = request.checkpoint.config.text_config
-    assert context_length(found) == {"bakllava": 4096}.get(alias, text["max_position_embeddings"])
+    assert context_length(found) == (context or most)
 
 
 def test_every_alias_has_sizes() -> None:

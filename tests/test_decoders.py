@@ -118,5 +118,7 @@ def test_numbers_that_a_configuration_leaves_out(tiny_llava: Path) -> None:
 def test_an_unknown_decoder_is_refused_with_those_that_there_are(tiny_llava: Path) -> None:
     text = open_checkpoint(ExportConfig(str(tiny_llava))).config.text_config
     text.model_type = "opt"
-    with pytest.raises(UnsupportedModelError, match="a 'opt' decoder is not supported; supported: gemma, gemma2, llama"):
+    with pytest.raises(
+        UnsupportedModelError, match="a 'opt' decoder is not supported; supported: gemma, gemma2, gemma3_text, llama"
+    ):
         check_decoder(text, "cpu")

@@ -119,7 +119,7 @@ class Side:
 # Those whose towers, layers or strategies differ; the decoder does not matter here.
 SIDES = [
     "llava", "llava/siglip", "llava/full", "llava/layers", "llava_next", "llava_next/mistral", "llava_onevision", "internvl",
-    "internvl/qwen3", "smolvlm", "idefics3", "qwen2_5_vl", "qwen3_vl",
+    "internvl/qwen3", "smolvlm", "idefics3", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma",
 ]  # fmt: skip
 
 
@@ -228,14 +228,14 @@ def test_a_budget_that_only_the_class_token_fills_is_refused(side: Side) -> None
 
 def test_a_strategy_that_would_drop_a_patch_is_refused(side: Side) -> None:
     config = side.checkpoint.config
-    if config.vision_config.model_type != "siglip_vision_model":
+    if config.vision_config.model_type != "siglip_vision_model" or not hasattr(config, "vision_feature_select_strategy"):
         return
     changed = type(config)(**config.to_dict() | {"vision_feature_select_strategy": "default"})
     with pytest.raises(UnsupportedModelError, match="would drop a patch: a 'siglip_vision_model' tower has no class token"):
         side.checkpoint.family.describe(changed)
 
 
-@pytest.mark.parametrize("shape", ["llava/siglip", "llava/full", "internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("shape", ["llava/siglip", "llava/full", "internvl", "smolvlm", "qwen2_5_vl", "qwen3_vl", "gemma3"])
 def test_levels_in_place_of_pixels(shape: str, tmp_path: Path) -> None:
     """As the GPU targets take images, also those that are no whole number of patches."""
     checkpoint = open_checkpoint(ExportConfig(str(tiny.EVERY[shape](tmp_path / "checkpoint"))))

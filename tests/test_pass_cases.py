@@ -14,6 +14,7 @@ from towers import ATTENTION, BATCHES, MULTI_HEAD, QUICK_GELU, SKIP_NORM, Array
 
 from leanvlm.exporter.passes.attention import fuse_attention
 from leanvlm.exporter.passes.bias_column import fold_bias_columns
+from leanvlm.exporter.passes.norm_types import widen_norm_inputs
 from leanvlm.exporter.passes.quick_gelu import fuse_quick_gelu
 from leanvlm.exporter.passes.skip_layer_norm import fuse_skip_layer_norm
 from leanvlm.exporter.targets import TARGETS
@@ -202,6 +203,7 @@ UNTOUCHED: dict[str, Case] = {
         fuse_skip_layer_norm, lambda: normalised("residual", x=("B", 2, 5, 24), y=("B", 2, 5, 24)),
     ),
     "bias_column: two axes": (fold_bias_columns, lambda: with_quick_gelu(shape=("B",))),
+    "norm_types: one type": (widen_norm_inputs, lambda: root_mean_square(ir.DataType.FLOAT)),
 }  # fmt: skip
 
 
@@ -258,6 +260,26 @@ def test_pass_rewrites(case: str) -> None:
     assert {key: left[key] for key in wanted} == wanted
     for batch in BATCHES:
         assert_equal(run(after, feeds_for(after, batch)), run(before, feeds_for(before, batch)))
+
+
+def root_mean_square(read: ir.DataType) -> ir.Model:
+    """Return a norm whose scale is fp32, of an input in a type."""
+    sketch = Sketch(x=("B", 5, 24))
+    x = sketch.node("Cast", sketch.inputs["x"], to=read)
+    return sketch.model(sketch.node("RMSNormalization", x, sketch.weights(24), epsilon=1e-6))
+
+
+def test_a_norm_reads_the_type_of_its_scale() -> None:
+    """ONNX Runtime does not run it as it is."""
+    model = root_mean_square(ir.DataType.FLOAT16)
+    assert widen_norm_inputs(model) == 1
+    scale = next(iter(model.graph.initializers.values())).const_value
+    assert scale is not None
+    for batch in BATCHES:
+        feeds = feeds_for(model, batch)
+        x = feeds["x"].astype(np.float16).astype(np.float64)
+        wanted = x / np.sqrt((x**2).mean(axis=2, keepdims=True) + 1e-6) * scale.numpy()
+        assert_equal(run(model, feeds), {"out0": wanted.astype(np.float32)})
 
 
 def test_outputs_keep_their_names() -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tiny_blocks
 import tiny_sizes
 import tiny_tiles
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     LlavaConfig,
@@ -157,7 +159,8 @@ TINY: dict[str, Callable[[Path], Path]] = {
     "llava/smollm3": partial(
         checkpoint, text=SmolLM3Config, text_options={"no_rope_layer_interval": 2, "intermediate_size": VOCABULARY}
     ),
+    "llava/gemma3": partial(checkpoint, seed=1, text=Gemma3TextConfig, text_options=tiny_blocks.GEMMA3_TEXT),
     **tiny_tiles.TINY,
 }  # fmt: skip
-# Those too whose images have a size and a place, which have tests of their own.
-EVERY = {**TINY, **tiny_sizes.TINY}
+# Those too whose images have a size and a place, or see each other in the decoder, which have tests of their own.
+EVERY = {**TINY, **tiny_sizes.TINY, **tiny_blocks.TINY}

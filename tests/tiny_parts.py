@@ -64,19 +64,20 @@ def spread(model: Any, norms: float) -> None:
         elif name.endswith("bias"):
             parameter.normal_(0, 0.1)
         elif norms and ("language_model" in name or "text_model" in name) and "norm" in name:
-            parameter.add_(norms * torch.randn_like(parameter))
             # Heads of unit length attend to everything alike.
-            parameter.mul_(2.5 if "q_norm" in name or "k_norm" in name else 1.0)
+            wider = 1.5 if "q_norm" in name or "k_norm" in name else 0.0
+            # Of a norm of 1 + w, w begins at 0.
+            parameter.add_(norms * torch.randn_like(parameter)).add_(wider * (1.0 if parameter.mean() < 0.5 else parameter))
 
 
-def save(folder: Path, kind: Any, config: Any, tokenizer: Any, images: Any, seed: int) -> Path:
+def save(folder: Path, kind: Any, config: Any, tokenizer: Any, images: Any, seed: int, template: str = TEMPLATE) -> Path:
     """Save a random model with its tokenizer and image processor."""
     torch.manual_seed(seed)
     model = kind(config).eval()
     spread(model, 0.2)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     model.save_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     images.save_pretrained(folder)
     return folder

@@ -6,6 +6,7 @@ attention window they forget, beyond a pretraining length they turn by other ang
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.runtime.errors import UnsupportedModelError
+from leanvlm.runtime.positions import Visibility
 from leanvlm.runtime.records import shorten
 
 # Rotary scalings whose angles are fixed for a position, up to `context_length` at least.
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # What makes the cache of transformers forget the older tokens, of a Llama too, whose own attention knows no window.
 WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
+# Bounds that logits are held under, softly.
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # What the model builder writes of a gated block's activation, in transformers' spelling.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
 
@@ -38,6 +42,8 @@ class DecoderKind:
         axes: Coordinates of a position; with 3 each frequency turns by one of them.
         written_as: The `model_type` that the builder reads, where it is another than the checkpoint's.
         activation: The configuration's name for the activation.
+        is_capped: Whether logits may be held under a bound, of the attention or of the output.
+        is_wide: Whether what its layers add up may be beyond half precision, so that the sum is kept in fp32.
     """
 
     architecture: str
@@ -48,12 +54,28 @@ class DecoderKind:
     axes: Literal[1, 3] = 1
     written_as: str | None = None
     activation: str = "hidden_act"
+    is_capped: bool = False
+    is_wide: bool = False
 
 
 DECODERS: dict[str, DecoderKind] = {
     "gemma": DecoderKind("GemmaForCausalLM", "GemmaModel", is_scaled=True),
     "gemma2": DecoderKind(
-        "Gemma2ForCausalLM", "Gemma2Model", is_portable=False, is_scaled=True, activation="hidden_activation"
+        "Gemma2ForCausalLM",
+        "Gemma2Model",
+        is_portable=False,
+        is_scaled=True,
+        activation="hidden_activation",
+        is_capped=True,
+    ),
+    # The builder's own class for it reads the angles of its kinds of layers from where transformers has none.
+    "gemma3_text": DecoderKind(
+        "Gemma2ForCausalLM",
+        "Gemma2Model",
+        is_scaled=True,
+        written_as="gemma2",
+        activation="hidden_activation",
+        is_wide=True,
     ),
     "llama": DecoderKind("LlamaForCausalLM", "LlamaModel"),
     "mistral": DecoderKind("MistralForCausalLM", "MistralModel"),
@@ -83,13 +105,24 @@ def decoder_for(config: Any) -> DecoderKind:
     return DECODERS[config.model_type]
 
 
-def check_decoder(config: Any, target: str) -> None:
+def check_decoder(config: Any, target: str, visibility: Visibility = "causal") -> None:
     """Check that a decoder of this text configuration can be written for a target.
+
+    Args:
+        config: The text configuration.
+        target: The target.
+        visibility: Which positions see which.
 
     Raises:
         UnsupportedModelError: A decoder type, activation, rotary scaling, attention mask or head size that cannot be written.
     """
     decoder, record = decoder_for(config), TARGETS[target]
+    if visibility != "causal" and record.masked is None:
+        others = ", ".join(name for name, other in TARGETS.items() if other.masked is not None)
+        raise UnsupportedModelError(
+            f"image tokens of this model see those behind them, which the attention of {target} does not let them; "
+            f"--target takes it: {others}"
+        )
     if record.decoder == "portable" and not decoder.is_portable:
         others = ", ".join(name for name, other in TARGETS.items() if other.decoder == "genai")
         raise UnsupportedModelError(f"a {config.model_type!r} decoder is not written for {target}; --target takes it: {others}")
@@ -97,7 +130,40 @@ def check_decoder(config: Any, target: str) -> None:
     if record.decoder == "genai" and activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UnsupportedModelError(f"{decoder.activation} {shorten(repr(activation))} is not supported; supported: {known}")
-    rope = _rope(config)
+    _check_kinds(config)
+    head = head_dim(config)
+    for rope in _ropes(config).values():
+        _check_rope(rope, config, target)
+    for name in CAPS:
+        if getattr(config, name, None) is not None and not decoder.is_capped:
+            cap = shorten(getattr(config, name))
+            raise UnsupportedModelError(f"{name} {cap} is not supported for a {config.model_type!r}; it must be null")
+    for name in WINDOWS:
+        window = getattr(config, name, None)
+        if window is not None and not (isinstance(window, int) and window > 0):
+            raise UnsupportedModelError(f"{name} {shorten(repr(window))} is not a number of tokens; correct it in text_config")
+    if getattr(config, "use_bidirectional_attention", None) and visibility != "prefix":
+        raise UnsupportedModelError("use_bidirectional_attention is not supported: a decoder's tokens see those before them")
+    if head % record.head_multiple:
+        raise UnsupportedModelError(
+            f"the decoder's heads are {head} wide; the attention of {target} wants a multiple of {record.head_multiple}"
+        )
+
+
+def _check_kinds(config: Any) -> None:
+    """Refuse kinds of layers that have no angles, where each kind has its own; raises UnsupportedModelError."""
+    own = [name for name, rope in (getattr(config, "rope_parameters", None) or {}).items() if isinstance(rope, Mapping)]
+    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(own)) if own else []
+    if unknown:
+        raise UnsupportedModelError(
+            f"layers of the kind {shorten(repr(unknown[0]))} are not supported for a {config.model_type!r}; supported: "
+            f"{', '.join(sorted(own))}"
+        )
+
+
+def _check_rope(rope: Mapping[str, Any], config: Any, target: str) -> None:
+    """Refuse rotary angles that cannot be written; raises UnsupportedModelError."""
+    decoder, multiple = decoder_for(config), TARGETS[target].head_multiple
     kind = str(rope.get("rope_type", "default"))
     if kind not in ROPE_TYPES:
         raise UnsupportedModelError(f"rope type {shorten(repr(kind))} is not supported; supported: {', '.join(ROPE_TYPES)}")
@@ -106,21 +172,11 @@ def check_decoder(config: Any, target: str) -> None:
             f"partial_rotary_factor {shorten(rope['partial_rotary_factor'])} is not supported: the heads of a "
             f"{config.model_type!r} are rotated whole; remove it from text_config"
         )
-    for name in WINDOWS:
-        window = getattr(config, name, None)
-        if window is not None and not (isinstance(window, int) and window > 0):
-            raise UnsupportedModelError(f"{name} {shorten(repr(window))} is not a number of tokens; correct it in text_config")
-    if getattr(config, "use_bidirectional_attention", None):
-        raise UnsupportedModelError("use_bidirectional_attention is not supported: a decoder's tokens see those before them")
     head = head_dim(config)
-    if head % record.head_multiple:
-        raise UnsupportedModelError(
-            f"the decoder's heads are {head} wide; the attention of {target} wants a multiple of {record.head_multiple}"
-        )
     turned = int(head * (rope.get("partial_rotary_factor") or 1))
-    if turned % record.head_multiple:
+    if head % multiple == 0 and turned % multiple:
         raise UnsupportedModelError(
-            f"{turned} numbers of each of the decoder's heads are rotated; {target} wants a multiple of {record.head_multiple}"
+            f"{turned} numbers of each of the decoder's heads are rotated; {target} wants a multiple of {multiple}"
         )
 
 
@@ -142,19 +198,33 @@ def context_length(config: Any) -> int:
         window = getattr(config, name, None)
         if window is not None and (kinds is None or kind in kinds):
             limits.append(window)
-    rope = _rope(config)
-    if rope.get("rope_type") == "longrope":
-        limits.append(rope["original_max_position_embeddings"])
+    ropes = _ropes(config).values()
+    limits += [rope["original_max_position_embeddings"] for rope in ropes if rope.get("rope_type") == "longrope"]
     return int(min(limits))
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    return getattr(config, "rope_parameters", None) or {}
+def _ropes(config: Any) -> dict[str, dict[str, Any]]:
+    """Return the rotary parameters of each kind of layers, `""` where all turn alike."""
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return {kind: given[kind] for kind in sorted(kinds)} if kinds and kinds <= set(given) else {"": given}
 
 
 def rotary_embedding(decoder: Any) -> Any:
     """Return a decoder's rotary embedding as its configuration makes it: with angles in fp32, whatever the decoder is in."""
     return type(decoder.model.rotary_emb)(decoder.config)
+
+
+def rotary_kinds(decoder: Any) -> list[str]:
+    """Return for each layer of a decoder the kind that says by which angles it turns, `""` where all turn alike."""
+    config, kinds = decoder.config, _ropes(decoder.config)
+    return [kind if kind in kinds else "" for kind in getattr(config, "layer_types", None) or [""] * config.num_hidden_layers]
+
+
+def rotary_frequencies(decoder: Any, kind: str) -> tuple[Tensor, float]:
+    """Return the frequencies (head_dim / 2,) by which layers of a kind turn, and what cosine and sine are multiplied by."""
+    rotary, prefix = rotary_embedding(decoder), f"{kind}_" if kind else ""
+    return getattr(rotary, f"{prefix}inv_freq"), float(getattr(rotary, f"{prefix}attention_scaling"))
 
 
 def frequency_axes(decoder: Any) -> Tensor:

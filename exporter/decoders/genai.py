@@ -9,6 +9,7 @@ modules that are already there, so the weights are read once and no copy reaches
 | | with planes | (B, S, D + planes * D) | each row's planes behind it, added behind the first layers; 0 in rows of text |
 | in | `position_ids` | (B, S) int64 | only with original positions; else the decoder counts by itself |
 | | three axes | (3, B, S) int64 | of a decoder whose positions have three coordinates; B is 1 |
+| in | `last_seen` | (B, S) int64 | only where some see positions behind them: the last row of the sequence that each sees |
 | in | `attention_mask` | (B, past + S) int64 | ones; its length tells the decoder how much of the cache is valid |
 | | on cuda | (B, S_max) int64 | ones for the valid part; of the cache's length, so that all steps have one shape |
 | in | `last_position` | (1,) int64 | only on cuda: the position whose logits are wanted |
@@ -72,7 +73,7 @@ def build_decoder(
         The graph's path.
     """
     text = checkpoint.config.text_config
-    check_decoder(text, target)
+    check_decoder(text, target, positions.visibility)
     source = scratch / "decoder"
     write_text_checkpoint(checkpoint, source)
     record = TARGETS[target]

@@ -7,18 +7,23 @@ for the head. What a checkpoint needs of these is a class over the builder's own
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.decoders import frequency_axes, planes_of, rotary_embedding
+from leanvlm.exporter.decoders import frequency_axes, planes_of, rotary_embedding, rotary_kinds
+from leanvlm.exporter.decoders.portable import HIDDEN
 from leanvlm.runtime.positions import PositionRule
 
-# A constant of the builder's.
-FIRST = "/model/constants/INT64/[0]"
-PLANES, ANGLES = "/model/planes", "/model/rotary"
+# Constants of the builder's.
+FIRST, FIRST_ROW, STEP = (f"/model/constants/INT64/{value}" for value in ("[0]", "0", "1"))
+PLANES, ANGLES, MASK = "/model/planes", "/model/rotary", "/model/mask"
+LAST_SEEN = "last_seen"
+# Which input of attention is added to its scores.
+BIAS = 10
 
 
 def in_memory(base: type, decoder: Any, positions: PositionRule) -> type:
@@ -32,6 +37,10 @@ def in_memory(base: type, decoder: Any, positions: PositionRule) -> type:
     made = _with_weights(base, decoder)
     if positions.kept == "original":
         made = _with_positions(made)
+    if any(rotary_kinds(decoder)):
+        made = _with_kinds(made, decoder)
+    if positions.visibility != "causal":
+        made = _with_mask(made)
     if positions.axes == 3:
         made = _with_axes(made, decoder)
     return _with_planes(made, planes_of(decoder)) if planes_of(decoder) else made
@@ -43,9 +52,17 @@ def _with_weights(base: Any, decoder: Any) -> type:
             return decoder
 
         def make_rotary_embedding_caches_from_scratch(self) -> tuple[Tensor, Tensor]:
+            return self.angles()
+
+        def angles(self, *kind: str) -> tuple[Tensor, Tensor]:
             positions = torch.arange(self.rope_attrs["cache_length"])[None]
-            cos, sin = rotary_embedding(decoder)(torch.zeros(1), positions)
+            cos, sin = rotary_embedding(decoder)(torch.zeros(1), positions, *kind)
             return cos[0, :, : cos.shape[2] // 2], sin[0, :, : sin.shape[2] // 2]
+
+        def make_attention_init(self, config: Any) -> None:
+            if hasattr(decoder.model.layers[0].self_attn, "q_norm"):
+                self.attention_attrs |= {"q_norm": True, "k_norm": True}
+            super().make_attention_init(config)
 
         def make_context_length_init(self, config: Any) -> None:
             super().make_context_length_init(config)
@@ -62,6 +79,52 @@ def _with_weights(base: Any, decoder: Any) -> type:
             return module is decoder.lm_head
 
     return InMemory
+
+
+def _with_kinds(base: Any, decoder: Any) -> type:
+    """Give each kind of layers a rotary table of its own."""
+    kinds = rotary_kinds(decoder)
+
+    class WithKinds(base):  # type: ignore[misc]
+        def make_attention(self, layer_id: int, attention: Any, root_input: Any, **kwargs: Any) -> None:
+            self.kind = kinds[layer_id]
+            self.rope_attrs["create_caches"] = self.kind not in kinds[:layer_id]
+            super().make_attention(layer_id, attention, root_input, **kwargs)
+
+        def make_rotary_embedding_caches(self, **kwargs: Any) -> Any:
+            names = {f"{part}_cache_name": f"{part}_cache_{self.kind}" for part in ("cos", "sin")}
+            return super().make_rotary_embedding_caches(**(kwargs | names))
+
+        def make_rotary_embedding_caches_from_scratch(self) -> Any:
+            return self.angles(self.kind)
+
+    return WithKinds
+
+
+def _with_mask(base: Any) -> type:
+    """Let each position see what an input says, in place of what is behind it.
+
+    Attention is told not to be causal, and a bias of the scores hides what is not to be seen.
+    """
+
+    class WithMask(base):  # type: ignore[misc]
+        def make_inputs_and_outputs(self) -> None:
+            self.input_names[LAST_SEEN] = LAST_SEEN
+            self.input_types[LAST_SEEN] = ir.DataType.INT64
+            self.input_shapes[LAST_SEEN] = ["batch_size", "sequence_length"]
+            super().make_inputs_and_outputs()
+
+        def make_attention_mask_reformatting_for_gqa(self) -> None:
+            super().make_attention_mask_reformatting_for_gqa()
+            _make_mask(self)
+
+        def make_node(self, op_type: str, inputs: Any, outputs: Any, **attributes: Any) -> None:
+            if op_type == "GroupQueryAttention":
+                inputs = [*inputs[:BIAS], f"{MASK}/bias", *inputs[BIAS + 1 :]]
+                attributes["causal"] = 0
+            super().make_node(op_type, inputs, outputs, **attributes)
+
+    return WithMask
 
 
 def _with_positions(base: Any) -> type:
@@ -127,6 +190,27 @@ def _with_planes(base: Any, planes: int) -> type:
     return WithPlanes
 
 
+def _make(builder: Any, part: str, kind: str, inputs: list[str], name: str, dtype: Any, shape: Any, **attributes: Any) -> str:
+    """Write a node of a part of the graph, and return the name of its output."""
+    made = f"{part}/{name}"
+    builder.make_node(kind, inputs, [made], name=f"{made}/node", **attributes)
+    builder.make_value(made, dtype, shape=shape)
+    return made
+
+
+def _make_mask(builder: Any) -> None:
+    """Write the nodes that make a bias of the scores (B, 1, S, T) of the last row that each position sees."""
+    make = partial(_make, builder, MASK)
+    total = builder.mask_attrs["total_seq_len"].removesuffix("/Cast")
+    shape = ["batch_size", 1, "sequence_length", "total_sequence_length"]
+    rows = make("Range", [FIRST_ROW, f"{total}/output_0", STEP], "rows", ir.DataType.INT64, shape[3:])
+    last = make("Unsqueeze", [LAST_SEEN, "/model/constants/INT64/[1, 3]"], "last", ir.DataType.INT64, [*shape[:3], 1])
+    seen = make("LessOrEqual", [rows, last], "seen", ir.DataType.BOOL, shape)
+    for name, value in (("shown", 0.0), ("hidden", HIDDEN)):
+        builder.make_initializer(torch.tensor(value), f"{MASK}/{name}", to=builder.io_dtype)
+    make("Where", [seen, f"{MASK}/shown", f"{MASK}/hidden"], "bias", builder.io_dtype, shape)
+
+
 def _make_angles(builder: Any, decoder: Any) -> None:
     """Write the nodes that compute cosine and sine (S, head_dim / 2) of three axes' positions.
 
@@ -138,12 +222,7 @@ def _make_angles(builder: Any, decoder: Any) -> None:
     builder.make_initializer(rotary.inv_freq.float(), f"{ANGLES}/frequencies")
     builder.make_initializer(torch.tensor(float(rotary.attention_scaling)), f"{ANGLES}/magnitude")
 
-    def make(kind: str, inputs: list[str], name: str, dtype: Any, shape: list[Any], **attributes: Any) -> str:
-        made = f"{ANGLES}/{name}"
-        builder.make_node(kind, inputs, [made], name=f"{made}/node", **attributes)
-        builder.make_value(made, dtype, shape=shape)
-        return made
-
+    make = partial(_make, builder, ANGLES)
     whole, real = ir.DataType.INT64, ir.DataType.FLOAT
     axes = make("Squeeze", ["position_ids", "/model/constants/INT64/[1]"], "positions", whole, [3, count])
     chosen = make("Gather", [axes, f"{ANGLES}/axes"], "chosen", whole, [half, count], axis=0)

@@ -11,22 +11,26 @@ from leanvlm.runtime.records import shorten
 __all__ = ["ARCHITECTURES", "FAMILIES", "Description", "Family", "Frame", "Parts", "family_for"]
 
 FAMILIES: dict[str, str] = {
+    "gemma3": "leanvlm.exporter.families.gemma3:Gemma3Family",
     "idefics3": "leanvlm.exporter.families.smolvlm:Idefics3Family",
     "internvl": "leanvlm.exporter.families.internvl:InternVlFamily",
     "llava": "leanvlm.exporter.families.llava:LlavaFamily",
     "llava_next": "leanvlm.exporter.families.llava_next:LlavaNextFamily",
     "llava_onevision": "leanvlm.exporter.families.llava_onevision:LlavaOnevisionFamily",
+    "paligemma": "leanvlm.exporter.families.paligemma:PaliGemmaFamily",
     "qwen2_5_vl": "leanvlm.exporter.families.qwen2_5_vl:Qwen25VlFamily",
     "qwen3_vl": "leanvlm.exporter.families.qwen3_vl:Qwen3VlFamily",
     "smolvlm": "leanvlm.exporter.families.smolvlm:SmolVlmFamily",
 }
 # For configurations that name their architecture only.
 ARCHITECTURES = {
+    "Gemma3ForConditionalGeneration": "gemma3",
     "Idefics3ForConditionalGeneration": "idefics3",
     "InternVLForConditionalGeneration": "internvl",
     "LlavaForConditionalGeneration": "llava",
     "LlavaNextForConditionalGeneration": "llava_next",
     "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+    "PaliGemmaForConditionalGeneration": "paligemma",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "SmolVLMForConditionalGeneration": "smolvlm",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from leanvlm.exporter.pruners.base import ScoredBlock, Signal
 from leanvlm.runtime.crops import CropRule, CropShape
 from leanvlm.runtime.layout import Layout
+from leanvlm.runtime.positions import Visibility
 from leanvlm.runtime.preprocess import ImageSpec
 
 # Whose attention a token's score is: the class token's, or that of all tokens on average.
@@ -76,12 +77,18 @@ class Frame:
         crops: How an image becomes crops.
         layout: What an image becomes in the prompt.
         axes: Coordinates of a position in the decoder: 1, or 3 where an image token has the row and column of its place.
+        visibility: Which positions see which in the decoder.
+        template: A chat template that writes what the checkpoint's own processor does, for one that comes without.
+        begun: Whether the tokenizer puts its first token in front of a prompt, if it does so with other texts.
     """
 
     image: ImageSpec
     crops: CropRule
     layout: Layout = Layout()  # noqa: RUF009 (frozen)
     axes: Literal[1, 3] = 1
+    visibility: Visibility = "causal"
+    template: str | None = None
+    begun: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ class Parts:
         tower: Makes a module, pixel values (B, 3, H, W) -> `Seen`, scored as told, for crops of a shape. With an image
             processor the pixels are uint8 levels, and the module does that processor's arithmetic itself.
         project: Hidden states (B, N, Dv) -> features (B, N, D), token by token.
+        entry: The checkpoint's module that is first given what `project` takes, where `project` is a module of ours.
         attention: The self-attention of the tower's block of that number.
         skipped: Tokens of the tower in front of those that a pruner may see as `leading` or as patches.
         decoder: The causal language model, with `model` and `lm_head`.
@@ -133,6 +141,7 @@ class Parts:
     inputs: Callable[[Tensor, tuple[int, int]], dict[str, Any]]
     cell: int = 1
     order: Callable[[CropShape], Tensor] | None = None
+    entry: nn.Module | None = None
     extra_rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 

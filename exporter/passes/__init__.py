@@ -11,6 +11,7 @@ from leanvlm.exporter.passes.bias_column import fold_bias_columns
 from leanvlm.exporter.passes.greedy_token import add_greedy_token
 from leanvlm.exporter.passes.last_position import add_last_position
 from leanvlm.exporter.passes.levels_shape import shape_behind_cast
+from leanvlm.exporter.passes.norm_types import widen_norm_inputs
 from leanvlm.exporter.passes.quick_gelu import fuse_quick_gelu
 from leanvlm.exporter.passes.simplified_norm import simplify_norms
 from leanvlm.exporter.passes.skip_layer_norm import fuse_skip_layer_norm
@@ -22,7 +23,12 @@ __all__ = ["CUDA", "CUDA_DECODER", "PLAIN", "TENSORRT", "TENSORRT_DECODER", "Pas
 
 Pass = Callable[[ir.Model], int]
 PLAIN: dict[str, Pass] = {"stage_names": name_by_stage, "strip_metadata": strip_metadata}
-TENSORRT: dict[str, Pass] = {**PLAIN, "levels_shape": shape_behind_cast, "topk_count": fix_topk_counts}
+TENSORRT: dict[str, Pass] = {
+    **PLAIN,
+    "levels_shape": shape_behind_cast,
+    "topk_count": fix_topk_counts,
+    "norm_types": widen_norm_inputs,
+}
 # The fused operators are ONNX Runtime's own; on the processor its optimiser does as well by itself.
 CUDA: dict[str, Pass] = {
     **PLAIN,
@@ -33,4 +39,8 @@ CUDA: dict[str, Pass] = {
     "bias_column": fold_bias_columns,
 }
 CUDA_DECODER: dict[str, Pass] = {"last_position": add_last_position, "greedy_token": add_greedy_token}
-TENSORRT_DECODER: dict[str, Pass] = {"layer_names": name_by_layer, "strip_metadata": strip_metadata}
+TENSORRT_DECODER: dict[str, Pass] = {
+    "layer_names": name_by_layer,
+    "strip_metadata": strip_metadata,
+    "norm_types": widen_norm_inputs,
+}

@@ -122,7 +122,11 @@ class BlockTower(nn.Module):
             return seen
         rows = pixel_values.shape[2] // int(self.convolution.kernel_size[0])
         told = (None if part is None else summed_cells(part, rows, self.cell) for part in seen[1:])
-        return Seen(merged_cells(hidden, rows, self.cell), *told)
+        return Seen(self.merge(hidden, rows), *told)
+
+    def merge(self, hidden: Tensor, rows: int) -> Tensor:
+        """Return what cells of patches (B, N, Dv), of so many rows, become: the patches of each side by side."""
+        return merged_cells(hidden, rows, self.cell)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Return what the first block reads (B, N, Dv)."""

@@ -60,7 +60,7 @@ class OrtBackend:
         self.ort: Any = require("onnxruntime", EXTRAS[self.device])
         self.threads = threads
         self.prepack = prepack
-        self._check_version()
+        check_version(self.ort, manifest.min_onnxruntime)
         self._check_device()
 
     @property
@@ -160,11 +160,6 @@ class OrtBackend:
             options.add_external_initializers_from_files_in_memory(list(mapped), list(mapped.values()), sizes)
         return list(mapped.values())
 
-    def _check_version(self) -> None:
-        found, least = str(self.ort.__version__), self.manifest.min_onnxruntime
-        if _version(found) < _version(least):
-            raise BackendError(f"this bundle needs ONNX Runtime {least} or newer; {found} is installed")
-
     def _check_device(self) -> None:
         if PROVIDERS[self.device] not in self.ort.get_available_providers():
             raise BackendError(
@@ -224,6 +219,7 @@ class OrtCache:
         self._session = session
         self._dtype = np.dtype(spec.kv_dtype)
         self._positioned, self._axes = bool(spec.named("positions")), spec.axes
+        self._masked = bool(spec.named("last_seen"))
         self._prompt: Prompt | None = None
         self._embeddings: npt.NDArray[np.floating[Any]] = np.empty((0, spec.row_width), np.float32)
         self.length = 0
@@ -242,16 +238,22 @@ class OrtCache:
     def prefill(self) -> OrtScores:
         """Read the loaded prompt."""
         assert self._prompt is not None, "load comes before prefill"
-        return self._append(self._embeddings, self._prompt.positions)
+        return self._append(self._embeddings, self._prompt.positions, self._prompt.last_seen)
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> OrtScores:
         """Append one embedding (D,) at a position."""
-        return self._append(embedding[None], np.full((self._axes, 1), position, np.int64))
+        return self._append(embedding[None], np.full((self._axes, 1), position, np.int64), np.array([self.length]))
 
-    def _append(self, embeddings: npt.NDArray[np.floating[Any]], positions: npt.NDArray[np.int64]) -> OrtScores:
-        """Append embeddings (S, D) at positions (axes, S) and return the last one's scores.
+    def _append(
+        self,
+        embeddings: npt.NDArray[np.floating[Any]],
+        positions: npt.NDArray[np.int64],
+        last_seen: npt.NDArray[np.int64],
+    ) -> OrtScores:
+        """Append embeddings (S, D) at positions (axes, S), which see rows up to `last_seen` (S,); return the last one's scores.
 
-        A decoder of a bundle with compact positions counts by itself and is not given them.
+        A decoder of a bundle with compact positions counts by itself and is not given them; a causal one is not told what
+        they see.
 
         Raises:
             BackendError: The cache is full, or ONNX Runtime failed.
@@ -261,6 +263,8 @@ class OrtCache:
         self._binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeddings[None], dtype=self._dtype))
         if self._positioned:
             self._binding.bind_cpu_input("position_ids", as_input(positions))
+        if self._masked:
+            self._binding.bind_cpu_input("last_seen", last_seen[None])
         self._binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
         try:
             self._session.run_with_iobinding(self._binding)
@@ -292,6 +296,13 @@ def check_graph(spec: GraphSpec, session: Any) -> None:
                 f"{tensor.name} of {spec.file} is {value.type} {value.shape}, where the manifest declares {tensor.dtype} "
                 f"{list(tensor.shape)}: export the bundle again"
             )
+
+
+def check_version(ort: Any, least: str) -> None:
+    """Raise BackendError if an ONNX Runtime is older than a bundle asks for."""
+    found = str(ort.__version__)
+    if _version(found) < _version(least):
+        raise BackendError(f"this bundle needs ONNX Runtime {least} or newer; {found} is installed")
 
 
 def check_room(positions: int, capacity: int) -> None:

@@ -162,7 +162,7 @@ class PortableCache:
     def __init__(self, session: Any, spec: DecoderSpec, capacity: int) -> None:
         self.capacity = capacity
         self._run: Callable[..., list[Array]] = session.run
-        self._dtype, self._axes = np.dtype(spec.kv_dtype), spec.axes
+        self._dtype, self._axes, self._masked = np.dtype(spec.kv_dtype), spec.axes, bool(spec.named("last_seen"))
         self._names, self._news = list(spec.caches), list(spec.caches.values())
         self._caches = np.zeros((len(self._names), 1, spec.kv_heads, capacity, spec.head_dim), self._dtype)
         self._prompt: Prompt | None = None
@@ -175,14 +175,17 @@ class PortableCache:
     def prefill(self) -> OrtScores:
         """Read the loaded prompt, with an empty cache."""
         assert self._prompt is not None, "load comes before prefill"
-        nothing = self._caches[:, :, :, :0]
-        return self._append(self._prompt.embeddings(self._dtype), self._prompt.positions, nothing)
+        nothing, prompt = self._caches[:, :, :, :0], self._prompt
+        return self._append(prompt.embeddings(self._dtype), prompt.positions, prompt.last_seen, nothing)
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> OrtScores:
         """Append one embedding (D,) at a position; the whole cache goes in, filled or not, as a captured graph has it."""
-        return self._append(embedding[None], np.full((self._axes, 1), position, np.int64), self._caches)
+        place = np.full((self._axes, 1), position, np.int64)
+        return self._append(embedding[None], place, np.array([self.length]), self._caches)
 
-    def _append(self, embeddings: Array, positions: npt.NDArray[np.int64], caches: Array) -> OrtScores:
+    def _append(
+        self, embeddings: Array, positions: npt.NDArray[np.int64], last_seen: npt.NDArray[np.int64], caches: Array
+    ) -> OrtScores:
         count = len(embeddings)
         check_room(self.length + count, self.capacity)
         inputs: dict[str, Array] = {
@@ -192,6 +195,8 @@ class PortableCache:
             "last_position": np.array([count - 1], np.int64),
             **{name: np.ascontiguousarray(cache) for name, cache in zip(self._names, caches, strict=True)},
         }
+        if self._masked:
+            inputs["last_seen"] = last_seen[None]
         names = ["logits", *self._news]
         try:
             logits, *rows = self._run(names, inputs)

@@ -29,10 +29,12 @@ from leanvlm.runtime.errors import BackendError
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.positions import as_input
 from leanvlm.runtime.prompt import Prompt
-from leanvlm.runtime.specs import DecoderSpec, EngineSpec, GraphSpec, VisionSpec
+from leanvlm.runtime.specs import DecoderSpec, EngineSpec, GraphSpec, Role, VisionSpec
 
 Array = npt.NDArray[Any]
 PREFILL, DECODE = 0, 1
+# What a decoder is given anew with every position.
+GIVEN: tuple[Role, ...] = ("embeddings", "positions", "last_seen")
 
 
 class TrtBackend:
@@ -155,6 +157,7 @@ class TrtCache:
         self._contexts = decoder.contexts(kept)
         self._dtype = np.dtype(spec.kv_dtype)
         self._names = list(spec.caches)
+        self._given = [name for role in GIVEN for name in spec.named(role)]
         # Before the memory is there: one that no step could use is not to be kept.
         self._contexts[DECODE].check(self._names[0], (1, spec.kv_heads, capacity, spec.head_dim))
         specs = {tensor.name: tensor for tensor in spec.graph.outputs}
@@ -192,18 +195,20 @@ class TrtCache:
     def prefill(self) -> DeviceScores:
         """Read the loaded prompt, with an empty cache."""
         assert self._prompt is not None, "load comes before prefill"
-        return self._append(PREFILL, self._prompt.positions)
+        return self._append(PREFILL, self._prompt.positions, self._prompt.last_seen)
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> DeviceScores:
         """Append one embedding (D,) at a position."""
         self._buffers(1)["inputs_embeds"].fill(embedding)
-        return self._append(DECODE, np.full((self._spec.axes, 1), position, np.int64))
+        return self._append(DECODE, np.full((self._spec.axes, 1), position, np.int64), np.array([self.length]))
 
-    def _append(self, profile: int, positions: npt.NDArray[np.int64]) -> DeviceScores:
+    def _append(self, profile: int, positions: npt.NDArray[np.int64], last_seen: npt.NDArray[np.int64]) -> DeviceScores:
         count, context = positions.shape[1], self._contexts[profile]
         check_room(self.length + count, self.capacity)
         buffers, past = self._buffers(count), 0 if profile == PREFILL else self.capacity
         buffers["position_ids"].fill(as_input(positions))
+        if "last_seen" in buffers:
+            buffers["last_seen"].fill(last_seen[None])
         self._counts["past_length"].fill(np.array([self.length]))
         self._counts["last_position"].fill(np.array([count - 1]))
         bound = (self._caches, *buffers.values(), *self._counts.values(), *self._scores.values())
@@ -221,10 +226,9 @@ class TrtCache:
 
     def _bind(self, context: TrtContext, buffers: Mapping[str, Buffer], count: int, past: int) -> None:
         spec, caches, new = self._spec, self._caches, buffers["new"]
-        context.shape("inputs_embeds", (1, count, spec.row_width))
-        context.shape("position_ids", buffers["position_ids"].shape)
-        context.bind("inputs_embeds", buffers["inputs_embeds"].address)
-        context.bind("position_ids", buffers["position_ids"].address)
+        for name in self._given:
+            context.shape(name, buffers[name].shape)
+            context.bind(name, buffers[name].address)
         bind_all(context, {**self._counts, **self._scores})
         for index, name in enumerate(self._names):
             context.shape(name, (1, spec.kv_heads, past, spec.head_dim))
@@ -239,6 +243,7 @@ class TrtCache:
             self._inputs[count] = {
                 "inputs_embeds": Buffer(self._device, (1, count, spec.row_width), self._dtype),
                 "position_ids": Buffer(self._device, (1, count) if spec.axes == 1 else (spec.axes, 1, count), np.int64),
+                **{name: Buffer(self._device, (1, count), np.int64) for name in spec.named("last_seen")},
                 "new": Buffer(self._device, (len(self._names), spec.kv_heads, count, spec.head_dim), self._dtype),
             }
         return self._inputs[count]
