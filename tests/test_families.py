@@ -89,7 +89,7 @@ def test_greedy_tokens_equal_generate(original: Original, tmp_path: Path) -> Non
             pruned = original.greedy(inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2]))
             assert ours(budget) == pruned
             rule = PositionRule("original")
-            table, end, image = session.table, session.manifest.line_end, session.manifest.image_token_id
+            table, end, image = session.table, session.line_end, session.manifest.image_token_id
             plan = assemble(compose(ids, image, encoded, session.manifest.layout), table, rule, image, end)
             assert plan.positions[0].tolist() == positions.tolist()
             seen.add(tuple(pruned))
