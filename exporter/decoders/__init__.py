@@ -21,6 +21,8 @@ from leanvlm.runtime.records import shorten
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # What makes the cache of transformers forget the older tokens, of a Llama too, whose own attention knows no window.
 WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
+# Beta and length: a query is scaled by 1 + beta ln(1 + floor(position / length)).
+QUERY_SCALE = ("llama_4_scaling_beta", "original_max_position_embeddings")
 # What the model builder writes of a gated block's activation, in transformers' spelling.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
 
@@ -35,6 +37,7 @@ class DecoderKind:
         is_portable: Whether the arithmetic of `PortableDecoder` covers it.
         is_scaled: Whether a token's embedding is its row of the table times a factor.
         is_partial: Whether heads may be rotated in part.
+        scales_queries: Whether queries are scaled by their positions, from a pretraining length on, as Llama 4's are.
         axes: Coordinates of a position; with 3 each frequency turns by one of them.
         written_as: The `model_type` that the builder reads, where it is another than the checkpoint's.
         activation: The configuration's name for the activation.
@@ -45,6 +48,7 @@ class DecoderKind:
     is_portable: bool = True
     is_scaled: bool = False
     is_partial: bool = False
+    scales_queries: bool = False
     axes: Literal[1, 3] = 1
     written_as: str | None = None
     activation: str = "hidden_act"
@@ -56,6 +60,7 @@ DECODERS: dict[str, DecoderKind] = {
         "Gemma2ForCausalLM", "Gemma2Model", is_portable=False, is_scaled=True, activation="hidden_activation"
     ),
     "llama": DecoderKind("LlamaForCausalLM", "LlamaModel"),
+    "ministral3": DecoderKind("MistralForCausalLM", "MistralModel", scales_queries=True, written_as="mistral"),
     "mistral": DecoderKind("MistralForCausalLM", "MistralModel"),
     "phi3": DecoderKind("Phi3ForCausalLM", "Phi3MiniModel", is_portable=False, is_partial=True),
     "qwen2": DecoderKind("Qwen2ForCausalLM", "QwenModel"),
@@ -106,6 +111,11 @@ def check_decoder(config: Any, target: str) -> None:
             f"partial_rotary_factor {shorten(rope['partial_rotary_factor'])} is not supported: the heads of a "
             f"{config.model_type!r} are rotated whole; remove it from text_config"
         )
+    if decoder.scales_queries and any(rope.get(name) is None for name in QUERY_SCALE):
+        raise UnsupportedModelError(
+            f"a {config.model_type!r} decoder scales its queries by {' and '.join(QUERY_SCALE)}; give both in the "
+            "rope_parameters of text_config"
+        )
     for name in WINDOWS:
         window = getattr(config, name, None)
         if window is not None and not (isinstance(window, int) and window > 0):
@@ -146,6 +156,14 @@ def context_length(config: Any) -> int:
     if rope.get("rope_type") == "longrope":
         limits.append(rope["original_max_position_embeddings"])
     return int(min(limits))
+
+
+def query_scale(config: Any) -> tuple[float, int] | None:
+    """Return beta and length of a decoder that scales its queries, as `QUERY_SCALE` says; None for one that does not."""
+    if not decoder_for(config).scales_queries:
+        return None
+    beta, length = (_rope(config)[name] for name in QUERY_SCALE)
+    return float(beta), int(length)
 
 
 def _rope(config: Any) -> dict[str, Any]:

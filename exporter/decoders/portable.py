@@ -18,7 +18,8 @@ and the runtime writes the new rows of all layers into one buffer with one strid
 Attention is told what it may see by an additive mask, made in the graph: what a kernel of its own takes "causal" to mean
 where there are more keys than queries has differed between versions. Place, type and order of the operations are those
 of transformers' Llama; `tests` compare both. Decoders that differ in less than that are covered too: norms of the heads
-(Qwen3), layers that do not turn (SmolLM3), whatever a layer's own norms and gated blocks compute.
+(Qwen3), layers that do not turn (SmolLM3), queries scaled by position (Ministral 3), whatever a layer's own norms and gated
+blocks compute.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from leanvlm.exporter.decoders import decoder_for, frequency_axes, head_dim, kv_heads, planes_of, rotary_embedding
+from leanvlm.exporter.decoders import decoder_for, frequency_axes, head_dim, kv_heads, planes_of, query_scale, rotary_embedding
 from leanvlm.exporter.trace import trace
 
 # What is added where a position must not be seen. In half precision, together with any score, it stays a number.
@@ -59,6 +60,7 @@ class PortableDecoder(nn.Module):
         self.frequencies: Tensor = rotary.inv_freq
         self.magnitude: float = rotary.attention_scaling
         self.axes = frequency_axes(decoder) if decoder_for(decoder.config).axes == 3 else None
+        self.query_scale = query_scale(decoder.config)
         self.lm_head = decoder.lm_head
         self.planes = planes_of(decoder)
         self.fused = fused
@@ -71,9 +73,10 @@ class PortableDecoder(nn.Module):
         new: list[Tensor] = []
         mask = self._mask(inputs_embeds, past_length, caches[0].shape[2])
         cos, sin = self.rotation(position_ids, inputs_embeds.dtype)
+        scale = None if self.query_scale is None else self._scale(position_ids, *self.query_scale).to(inputs_embeds.dtype)
         for index, layer in enumerate(self.layers):
             key, value = caches[2 * index], caches[2 * index + 1]
-            mixed, rows = self._attention(layer.self_attn, layer.input_layernorm(hidden), cos, sin, mask, key, value)
+            mixed, rows = self._attention(layer.self_attn, layer.input_layernorm(hidden), cos, sin, scale, mask, key, value)
             hidden = hidden + mixed
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
             if index < len(planes):
@@ -95,6 +98,11 @@ class PortableDecoder(nn.Module):
         return (angles.cos() * self.magnitude).to(dtype), (angles.sin() * self.magnitude).to(dtype)
 
     @staticmethod
+    def _scale(position_ids: Tensor, beta: float, length: int) -> Tensor:
+        """Return what every position's query is scaled by (1, 1, S, 1), in fp32."""
+        return (1 + beta * torch.log(1 + torch.floor(position_ids.float() / length)))[:, None, :, None]
+
+    @staticmethod
     def _mask(inputs_embeds: Tensor, past_length: Tensor, past: int) -> Tensor:
         """Return what is added to the scores (1, 1, S, P + S): 0 for filled rows and for new ones up to the query's own."""
         count, device = inputs_embeds.shape[1], inputs_embeds.device
@@ -105,7 +113,15 @@ class PortableDecoder(nn.Module):
         return torch.where(seen, zero, torch.full_like(zero, HIDDEN))
 
     def _attention(
-        self, attn: Any, states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
+        self,
+        attn: Any,
+        states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale: Tensor | None,
+        mask: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return a layer's attention (1, S, D), and the new rows of its key and value (1, kv_heads, S, head_dim)."""
 
@@ -117,6 +133,8 @@ class PortableDecoder(nn.Module):
             query, key = attn.q_norm(query), attn.k_norm(key)
         if getattr(attn, "use_rope", True):
             query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        if scale is not None:
+            query = query * scale
         keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
         groups = query.shape[1] // keys.shape[1]
         if groups > 1:
