@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_sizes
 from original import NEW_TOKENS
+from original_lines import LinedOriginal
 from original_sizes import SizedOriginal, pictures
 from PIL import Image
 
@@ -27,7 +28,8 @@ def shape(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def original(shape: str, tmp_path_factory: pytest.TempPathFactory) -> SizedOriginal:
-    return SizedOriginal.open(tiny_sizes.TINY[shape](tmp_path_factory.mktemp("sized") / "checkpoint"))
+    kind = LinedOriginal if shape.startswith("mistral3") else SizedOriginal
+    return kind.open(tiny_sizes.TINY[shape](tmp_path_factory.mktemp("sized") / "checkpoint"))
 
 
 @pytest.fixture(scope="module")
