@@ -106,11 +106,11 @@ class Mistral3Family(ModelFamily):
             UnsupportedModelError: A step that is not handled, or a size that is none.
         """
         factor, longest = self.describe(config).image_size[0], _longest(processor.get("size"))
-        if processor.get("do_center_crop"):
-            raise ProcessorError("the image processor's do_center_crop is not supported: an image is shown whole")
         # The image processor's own patch_size is not read: transformers hands it that of the tower's tokens.
         shapes = usual_shapes(factor, longest)
         spec = read_tile_processor(processor, ["PixtralImageProcessor"], ["do_pad"], shapes[0].pixels)
+        if processor.get("do_center_crop"):
+            raise ProcessorError("the image processor's do_center_crop is not supported: an image is shown whole")
         marks = (("image_break_token", "[IMG_BREAK]"), ("image_end_token", "[IMG_END]"))
         line_break, end = (named_token(tokenizer, name, usual) for name, usual in marks)
         return Frame(spec, CropRule("nearest", shapes, longest_edge=longest), Layout(after=end, line_break=line_break))
