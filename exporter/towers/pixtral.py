@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from leanvlm.exporter.towers.base import BlockTower, received_scores
 from leanvlm.runtime.crops import CropShape
@@ -36,8 +37,8 @@ class PixtralTower(BlockTower):
         rows, columns = (cell * count for count in shape.grid)
         places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2)
         cos, sin = vision.patch_positional_embedding(torch.zeros(1), places)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("cos", cos[:, None], persistent=False)
+        self.register_buffer("sin", sin[:, None], persistent=False)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """Return the patches behind their norm; positions turn what attends, in each block."""
@@ -45,22 +46,29 @@ class PixtralTower(BlockTower):
         return normed
 
     def advance(self, block: Any, states: Tensor) -> Tensor:
-        """Return what a block makes of states."""
-        following: Tensor = block(states, None, position_embeddings=(self.cos, self.sin))
+        """Return what a block makes of states; heads are turned before they are laid out for attention, which fuses so."""
+        attn, normed = block.attention, block.attention_norm(states)
+        value = attn.v_proj(normed).reshape(*states.shape[:2], attn.num_heads, -1)
+        query, key, value = (part.transpose(1, 2) for part in (*self._turned(attn, normed), value))
+        mixed = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        states = states + attn.o_proj(mixed)
+        following: Tensor = states + block.feed_forward(block.ffn_norm(states))
         return following
 
     def scores(self, block: Any, states: Tensor) -> tuple[Tensor, Tensor, None]:
         """Return the attention received."""
-        attn, states = block.attention, block.attention_norm(states)
-        query, key = (self._turned(project(states), attn.head_dim) for project in (attn.q_proj, attn.k_proj))
-        return received_scores(query, key, attn.num_heads)
+        query, key = self._turned(block.attention, block.attention_norm(states))
+        return received_scores(query.flatten(2), key.flatten(2), block.attention.num_heads)
 
-    def _turned(self, states: Tensor, head: int) -> Tensor:
-        """Turn the heads of states (B, N, H * d) by their patches' angles."""
-        heads = states.reshape(*states.shape[:2], -1, head)
+    def _turned(self, attn: Any, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys (B, N, H, d) of normed states, turned by their patches' angles."""
+        query, key = (part(states).reshape(*states.shape[:2], attn.num_heads, -1) for part in (attn.q_proj, attn.k_proj))
+        return self._rotated(query), self._rotated(key)
+
+    def _rotated(self, heads: Tensor) -> Tensor:
         first, second = heads.chunk(2, dim=3)
-        turned: Tensor = heads * self.cos[:, None] + torch.cat([-second, first], dim=3) * self.sin[:, None]
-        return turned.flatten(2)
+        turned: Tensor = heads * self.cos + torch.cat([-second, first], dim=3) * self.sin
+        return turned
 
 
 class MergedPatches(nn.Module):
