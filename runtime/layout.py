@@ -4,7 +4,8 @@ The text is written into the prompt before it is tokenised, as transformers' pro
 seam: where a line break ends a row of tiles and another begins the whole picture, the two may be one token.
 
 Tiles may be laid out as one picture, line by line across them: each line then ends with a row that the model learned, padding
-is left out, and of a pruned picture only the lines of which something is kept have an end.
+is left out, and of a pruned picture only the lines of which something is kept have an end. Or a token of the vocabulary stands
+between the lines of a crop.
 """
 
 from __future__ import annotations

@@ -14,11 +14,13 @@ import tiny_sizes
 import torch
 from original_lines import LinedOriginal
 from original_sizes import pictures
+from transformers.models.auto import tokenization_auto
 
 from leanvlm.exporter import ExportConfig
 from leanvlm.exporter.checkpoint import open_checkpoint
 from leanvlm.exporter.decoders import QUERY_SCALE, check_decoder
 from leanvlm.exporter.text_files import check_text
+from leanvlm.exporter.tokenizer import load_tokenizer
 from leanvlm.runtime.errors import CheckpointError, LeanVLMError, UnsupportedModelError
 
 
@@ -79,6 +81,17 @@ def test_a_break_that_is_no_token_is_refused(saved: Path) -> None:
     changed = replace(checkpoint, frame=replace(checkpoint.frame, layout=layout))
     with pytest.raises(CheckpointError, match="tokenizer does not know '\\[BREAK\\]', which ends a line of image tokens"):
         check_text(config, changed)
+
+
+def test_the_tokenizer_s_own_file_is_read_whatever_is_installed(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where mistral-common is, transformers takes its class unless it is told not to."""
+    auto = "transformers.models.auto.tokenization_auto"
+    monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral3", "MistralCommonBackend")
+    monkeypatch.setattr(f"{auto}.tokenizer_class_from_name", lambda name: {"MistralCommonBackend": str}.get(name))
+    monkeypatch.setattr(
+        f"{auto}._use_mistral_format", lambda *args, mistral_format=None, **options: mistral_format is not False
+    )
+    assert load_tokenizer(saved).backend_tokenizer.token_to_id("[IMG_BREAK]") == 4
 
 
 def _merge_patches_by_patch(model: Any) -> None:
