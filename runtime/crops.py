@@ -115,7 +115,7 @@ class CropRule:
         if self.kind != "nearest" and self.pixels is not None:
             raise ManifestError("pixels, the least and the most of an image, go with nearest shapes and nothing else")
         if self.kind == "nearest" and (self.pixels is None) == (self.longest_edge is None):
-            raise ManifestError("nearest shapes want the pixels of an image, the least and the most, or its longest_edge")
+            raise ManifestError("pixels, the least and the most of an image, go with nearest shapes, or longest_edge does")
         if self.kind == "nearest" and len({self._token(shape) for shape in self.shapes}) > 1:
             raise ManifestError("the tokens of all nearest shapes must stand for as many pixels")
         if self.shapes[0].tokens < max(shape.tokens for shape in self.shapes):

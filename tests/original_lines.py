@@ -39,6 +39,12 @@ class LinedOriginal(SizedOriginal):
         return self.model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
 
     @torch.no_grad()
+    def projected(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the features (C, N, D) of pixel values (C, 3, H, W)."""
+        sizes = torch.tensor([pixels.shape[2:]] * len(pixels))
+        return torch.stack(self.features({"pixel_values": pixels, "image_sizes": sizes}))
+
+    @torch.no_grad()
     def scores(self, inputs: Any) -> list[Any]:
         """Return the attention that each token (N,) of each image receives in the block below the features."""
         config, seen = self.model.config, {}

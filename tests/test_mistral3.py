@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_sizes
 import torch
@@ -16,12 +17,14 @@ from original_lines import LinedOriginal
 from original_sizes import pictures
 from transformers.models.auto import tokenization_auto
 
-from leanvlm.exporter import ExportConfig
-from leanvlm.exporter.checkpoint import open_checkpoint
+from leanvlm.exporter import ExportConfig, tolerances
+from leanvlm.exporter.checkpoint import load_model, open_checkpoint
 from leanvlm.exporter.decoders import QUERY_SCALE, check_decoder
+from leanvlm.exporter.reference import Reference, relative_difference
 from leanvlm.exporter.text_files import check_text
 from leanvlm.exporter.tokenizer import load_tokenizer
 from leanvlm.runtime.errors import CheckpointError, LeanVLMError, UnsupportedModelError
+from leanvlm.runtime.preprocess import preprocess
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,21 @@ def test_the_tokenizer_s_own_file_is_read_whatever_is_installed(saved: Path, mon
         f"{auto}._use_mistral_format", lambda *args, mistral_format=None, **options: mistral_format is not False
     )
     assert load_tokenizer(saved).backend_tokenizer.token_to_id("[IMG_BREAK]") == 4
+
+
+@torch.no_grad()
+def test_levels_in_place_of_pixels(saved: Path) -> None:
+    """As the GPU targets take images, of a shape that is no square."""
+    checkpoint = open_checkpoint(ExportConfig(str(saved), image_sizes=((84, 140),)))
+    reference, shape = Reference(checkpoint, load_model(checkpoint)), checkpoint.frame.crops.shapes[0]
+    picture = np.random.default_rng(2).integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    levels = torch.from_numpy(preprocess([picture], replace(checkpoint.image_spec, layout="uint8")))
+    pixels = preprocess([picture], checkpoint.image_spec)
+    parts = reference.parts
+    found = parts.project(parts.tower("feature", checkpoint.image_spec, shape)(levels).hidden).numpy()
+    wanted = parts.project(parts.tower("feature", None, shape)(torch.from_numpy(pixels)).hidden).numpy()
+    limit = tolerances.features_limit("fp32", reference.rounding(pixels, wanted))
+    assert relative_difference(found, wanted) < limit
 
 
 def _merge_patches_by_patch(model: Any) -> None:

@@ -72,7 +72,7 @@ class PixtralTower(BlockTower):
 
 
 class MergedPatches(nn.Module):
-    """A projector that merges patches, applied to tokens whose patches lie side by side: (B, N, patches * Dv) -> (B, N, D).
+    """A projector that merges patches, applied to tokens whose patches lie side by side: (…, patches * Dv) -> (…, D).
 
     Args:
         projector: The checkpoint's.
@@ -86,8 +86,8 @@ class MergedPatches(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Make features of hidden states."""
         inner = self.projector
-        patches = inner.norm(hidden.reshape(*hidden.shape[:2], self.patches, -1))
+        patches = inner.norm(hidden.reshape(*hidden.shape[:-1], self.patches, -1))
         # The checkpoint's own merger unfolds a picture: channel by channel the patches of a token.
-        merged = inner.patch_merger.merging_layer(patches.transpose(2, 3).flatten(2))
+        merged = inner.patch_merger.merging_layer(patches.transpose(-2, -1).flatten(-2))
         features: Tensor = inner.linear_2(inner.act(inner.linear_1(merged)))
         return features
