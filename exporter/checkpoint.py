@@ -39,6 +39,8 @@ CARD_BYTES = 2**16
 # What is fetched from the Hub: first what says whether the export can be done, then what takes the time.
 SMALL_FILES = ("*.json", "*.jinja", "LICENSE*", "LICENCE*", "USE_POLICY.md", "README.md")
 WEIGHT_FILES = ("*.safetensors",)
+# The same weights once more, in a format of Mistral's own.
+NOT_FETCHED = ("consolidated*",)
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def _download(name: str, config: ExportConfig, patterns: tuple[str, ...]) -> Pat
             token=config.token,
             local_files_only=config.offline,
             allow_patterns=list(patterns),
+            ignore_patterns=list(NOT_FETCHED),
         )
     except HFValidationError as error:
         raise CheckpointError(f"{name!r} is neither a folder nor a Hub id such as llava-hf/llava-1.5-7b-hf") from error

@@ -35,6 +35,9 @@ ALIASES = {
     "llava-next-mistral": "llava-hf/llava-v1.6-mistral-7b-hf",
     "llava-ov-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
     "llava-ov-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    # The repositories without BF16 in their names hold fp8, which is not read.
+    "ministral3-3b": "mistralai/Ministral-3-3B-Instruct-2512-BF16",
+    "ministral3-8b": "mistralai/Ministral-3-8B-Instruct-2512-BF16",
     "paligemma-3b": "google/paligemma-3b-mix-224",
     "qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct",
     "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",

@@ -95,6 +95,7 @@ class RopeRanges:
     high_freq_factor: Positive | None = None
     beta_fast: Positive | None = None
     beta_slow: Positive | None = None
+    llama_4_scaling_beta: NotNegative | None = None
     mscale: NotNegative | None = None
     mscale_all_dim: NotNegative | None = None
     partial_rotary_factor: Annotated[float, Between(0, 1)] | None = None

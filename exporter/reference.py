@@ -110,8 +110,8 @@ class Reference:
             found = self.model.get_image_features(**given, return_dict=True)
         order, packed = parts.order(shape), torch.cat(list(found.pooler_output)).cpu()
         states = hidden[0].cpu().reshape(-1, len(order), hidden[0].shape[-1])[:, order]
-        keys = torch.cat([key.transpose(1, 2) for key, _ in seen]).cpu()[:, order]  # (C, N, H, d)
-        saliency = torch.cat([probabilities.float().mean(dim=(1, 2)) for _, probabilities in seen]).cpu()[:, order]
+        keys = torch.cat([key.transpose(1, 2).reshape(-1, len(order), *key.shape[1::2]) for key, _ in seen]).cpu()[:, order]
+        saliency = torch.cat([_own(attended, len(order)).float().mean(dim=(1, 2)) for _, attended in seen]).cpu()[:, order]
         planes = [torch.cat(list(plane)).cpu() for plane in getattr(found, "deepstack_features", None) or ()]
         told = Seen(
             merged_cells(states, rows * parts.cell, parts.cell),
@@ -267,16 +267,23 @@ def _probed(attention: Attention) -> Iterator[list[tuple[Tensor, Tensor]]]:
     def compute(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
-        assert attention_mask is None, "the patches of an image all see each other"
         if module is not attention.module:
-            return functional.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
-        probabilities = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1)
+            mixed = functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+            return mixed.transpose(1, 2), None
+        scores = query @ key.transpose(2, 3) * scaling
+        probabilities = (scores if attention_mask is None else scores + attention_mask).softmax(dim=-1)
         seen.append((key, probabilities))
         return (probabilities @ value).transpose(1, 2), None
 
     AttentionInterface.register(PROBE, compute)
     with _computed_by(attention.config, PROBE):
         yield seen
+
+
+def _own(probabilities: Tensor, count: int) -> Tensor:
+    """Return of probabilities (1, H, C * N, C * N), of crops that do not see each other, those of each (C, H, N, N)."""
+    crops = probabilities.shape[2] // count
+    return probabilities.reshape(-1, crops, count, crops, count).diagonal(dim1=1, dim2=3).permute(3, 0, 1, 2)
 
 
 @contextlib.contextmanager

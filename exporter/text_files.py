@@ -155,6 +155,11 @@ def _check_ids(checkpoint: Checkpoint, tokenizer: TextTokenizer, settings: Gener
         raise CheckpointError(
             f"{name}'s tokenizer_config.json has {shorten(repr(text))} in a mark around images, and that is the image token"
         )
+    line_break = checkpoint.frame.layout.line_break
+    if line_break and line_break not in vocab:
+        raise CheckpointError(
+            f"{name}'s tokenizer does not know {shorten(repr(line_break))}, which ends a line of image tokens; add it"
+        )
     beyond = next((end for end in sorted(settings.end_ids) if end >= rows), None)
     if beyond is not None:
         raise CheckpointError(f"{name}'s eos_token_id {beyond} is beyond its model's {rows} tokens; set it to one of these")

@@ -34,8 +34,10 @@ def load_tokenizer(checkpoint: Path) -> Any:
     Raises:
         CheckpointError: It makes none.
     """
+    # Not with the package mistral-common, which transformers takes where it is installed: it reads another file.
+    options = {"local_files_only": True, "trust_remote_code": False, "mistral_format": False}
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(checkpoint, **options)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # The files can be wrong in any way; for a panic tokenizers raises what is no Exception.

@@ -206,8 +206,9 @@ def _check_layout(session: Session, reference: Reference, image: Image.Image, wh
     every, nothing = np.arange(shape.tokens), np.zeros(shape.tokens, np.float32)
     pruning = Pruning(shape.tokens, None, shape.tokens, True, every, nothing, shape)
     features = ImageFeatures(tuple(CropFeatures(rows, pruning) for rows in whole), arrangement)
-    runs = image_runs(features, manifest.layout)
-    prompt = assemble(runs, reference, manifest.positions, manifest.image_token_id, manifest.line_end)
+    # Breaks are text, which the model's own features are without.
+    runs = image_runs(features, replace(manifest.layout, line_break=""))
+    prompt = assemble(runs, reference, manifest.positions, manifest.image_token_id, session.line_end)
     found = prompt.embeddings()
     if found.shape != packed.shape:
         raise VerificationError(f"an unpruned image takes {len(found)} places in a prompt, the checkpoint's {len(packed)}")
@@ -400,7 +401,7 @@ def _judged(
         crops = tuple(replace(one, embeddings=rows[one.pruning.indices]) for one, rows in pairs)
     manifest = session.manifest
     runs = compose(ids, manifest.image_token_id, [replace(encoded, crops=crops)], manifest.layout)
-    prompt = assemble(runs, reference, manifest.positions, manifest.image_token_id, manifest.line_end)
+    prompt = assemble(runs, reference, manifest.positions, manifest.image_token_id, session.line_end)
     sequence = np.concatenate([prompt.embeddings(), reference.rows(answer[:-1])])
     more = manifest.positions.text(prompt.next_position, len(answer) - 1)
     positions = np.concatenate([prompt.positions, more], axis=1)

@@ -39,6 +39,8 @@ NARROWEST = 200
 MAX_TILES = 256
 """Of one image; each is a run through the tower."""
 Tiles = Annotated[int, Between(1, MAX_TILES)]
+Limit = tuple[int, int] | int
+"""The least and the most pixels of an image, or the most of its longer side."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,13 @@ class CropRule:
         arrangements: Rows and columns to choose from; of equal ones the first counts with `resolution`.
         fit: `stretch`: the tiles show the image with other proportions. `pad`: with its own, black around it.
         thumbnail: Where a crop stands that shows all of the image, beside the tiles.
-        longest_edge: The longer side, in pixels, that every image is resized to before anything else.
+        longest_edge: The longer side, in pixels, that every image is resized to before anything else; with `nearest` the most
+            that the model's own rule leaves it.
         several: Of a prompt with several images, `alike`: each is cut by this rule; `square`: each is one crop, padded to a
             square.
         background: Colour of that padding.
-        pixels: The least and the most pixels that the model's own rule makes of an image, with `nearest`.
+        pixels: The least and the most pixels that the model's own rule makes of an image, with `nearest`; it has this or
+            `longest_edge`.
     """
 
     kind: Literal["whole", "tiles", "nearest"]
@@ -108,8 +112,10 @@ class CropRule:
                 raise ManifestError(f"a crop of {list(shape.pixels)} pixels has no grid of {list(shape.grid)} tokens")
             if shape.leading and self.is_padded:
                 raise ManifestError("tokens in front of a crop's grid have no place among tiles with padding")
-        if (self.kind == "nearest") != (self.pixels is not None):
+        if self.kind != "nearest" and self.pixels is not None:
             raise ManifestError("pixels, the least and the most of an image, go with nearest shapes and nothing else")
+        if self.kind == "nearest" and (self.pixels is None) == (self.longest_edge is None):
+            raise ManifestError("pixels, the least and the most of an image, go with nearest shapes, or longest_edge does")
         if self.kind == "nearest" and len({self._token(shape) for shape in self.shapes}) > 1:
             raise ManifestError("the tokens of all nearest shapes must stand for as many pixels")
         if self.shapes[0].tokens < max(shape.tokens for shape in self.shapes):
@@ -130,6 +136,13 @@ class CropRule:
     def _token(shape: CropShape) -> tuple[float, float]:
         """Return the pixels, high and wide, that one token stands for."""
         return shape.pixels[0] / shape.grid[0], shape.pixels[1] / shape.grid[1]
+
+    @property
+    def limit(self) -> Limit:
+        """Of nearest shapes: what the model's own rule holds an image to."""
+        limit = self.pixels or self.longest_edge
+        assert limit is not None
+        return limit
 
     @property
     def factor(self) -> int:
@@ -356,8 +369,7 @@ def _nearest(size: tuple[int, int], rule: CropRule) -> int:
     """
     if max(size) > NARROWEST * min(size):
         raise InputError(f"an image of {size[1]} x {size[0]} is too narrow: one side may be {NARROWEST} times the other")
-    assert rule.pixels is not None
-    height, width = own_size(size, rule.factor, rule.pixels)
+    height, width = own_size(size, rule.factor, rule.limit)
 
     def distance(shape: CropShape) -> float:
         high, wide = math.log(shape.pixels[0] / height), math.log(shape.pixels[1] / width)
@@ -366,15 +378,21 @@ def _nearest(size: tuple[int, int], rule: CropRule) -> int:
     return min(range(len(rule.shapes)), key=lambda at: distance(rule.shapes[at]))
 
 
-def own_size(size: tuple[int, int], factor: int, pixels: tuple[int, int]) -> tuple[int, int]:
-    """Return the (height, width) that a model resizes an image to without a ladder of shapes: transformers' `smart_resize`.
+def own_size(size: tuple[int, int], factor: int, limit: Limit) -> tuple[int, int]:
+    """Return the (height, width) that a model resizes an image to without a ladder of shapes.
+
+    That is transformers' `smart_resize`, or where a side is limited `get_resize_output_image_size`, which rounds up.
 
     Args:
         size: The image's.
         factor: Both sides are multiples of it.
-        pixels: The least and the most of them.
+        limit: Of its pixels or of its longer side.
     """
-    (height, width), (least, most) = size, pixels
+    if isinstance(limit, int):
+        ratio = max(*(side / limit for side in size), 1)
+        high, wide = (max(math.floor(side / ratio), 1) for side in size)
+        return -(-high // factor) * factor, -(-wide // factor) * factor
+    (height, width), (least, most) = size, limit
     high, wide = (round(side / factor) * factor for side in size)
     if high * wide > most:
         scale = math.sqrt(height * width / most)

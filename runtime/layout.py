@@ -4,7 +4,8 @@ The text is written into the prompt before it is tokenised, as transformers' pro
 seam: where a line break ends a row of tiles and another begins the whole picture, the two may be one token.
 
 Tiles may be laid out as one picture, line by line across them: each line then ends with a row that the model learned, padding
-is left out, and of a pruned picture only the lines of which something is kept have an end.
+is left out, and of a pruned picture only the lines of which something is kept have an end. Or a token of the vocabulary stands
+between the lines of a crop.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class Layout:
         before_whole: Text before the crop of an image that has no tiles.
         mosaic: The tokens of all tiles stand line by line, as in one picture, instead of tile by tile.
         row_end: Name of the extra row that ends each such line.
+        line_break: Text of the token that stands between the lines of a crop's tokens, where a model has one; of a pruned crop
+            between those of which something is kept.
         limit: Of a mosaic that no pruning has touched: the tiles that its tokens may be as many as; more are interpolated to
             about as many.
     """
@@ -87,6 +90,7 @@ class Layout:
     before_whole: str = ""
     mosaic: bool = False
     row_end: str | None = None
+    line_break: str = ""
     limit: Size | None = None
     written: str = ""
 
@@ -94,11 +98,14 @@ class Layout:
         """Check the texts' lengths, each of which may stand in a prompt hundreds of times; raises ManifestError."""
         if any(len(text) > MAX_MARK for text in self.texts):
             raise ManifestError(f"layout has a text of more than {MAX_MARK} characters")
+        if self.line_break and (self.mosaic or self.row_end is not None):
+            raise ManifestError("line_break is for crops by themselves: it goes with neither mosaic nor row_end")
 
     @property
     def marks(self) -> tuple[str, ...]:
         """All texts around crops."""
-        return (self.before, self.after, self.before_tile, self.after_row, self.before_thumbnail, self.before_whole)
+        tiles = (self.before_tile, self.after_row, self.before_thumbnail)
+        return (self.before, self.after, *tiles, self.before_whole, self.line_break)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -139,9 +146,11 @@ class ImageRun:
     Attributes:
         crops: Whose embeddings.
         rows: (k,), for each its row among these crops' rows one behind another, or -1 for the end of a line.
-        shape: Of what they are the kept tokens: a crop, or a picture with the ends of its lines as its last column.
+        shape: Of what they are the kept tokens: a crop, a picture with the ends of its lines as its last column, or all in one
+            line.
         indices: (k,), which of its tokens they are, ascending.
-        placeholders: Image tokens that transformers' processor writes for them, as for an unpruned image.
+        placeholders: Tokens that transformers' processor writes for them, as for an unpruned image.
+        broken: Of these the image tokens before each that is the end of a line; 0 where all are image tokens.
     """
 
     crops: tuple[CropFeatures, ...]
@@ -149,6 +158,7 @@ class ImageRun:
     shape: CropShape
     indices: Numbers
     placeholders: int
+    broken: int = 0
 
     @property
     def ends(self) -> int:
@@ -160,10 +170,19 @@ class ImageRun:
         """How many of them are image tokens."""
         return len(self.rows) - self.ends
 
+    def written(self, image_token_id: int, line_end: int) -> list[int]:
+        """Return the tokens that transformers' processor writes for an unpruned image."""
+        if not self.broken:
+            return [image_token_id] * self.placeholders
+        line = [image_token_id] * self.broken + [line_end]
+        return (line * (self.placeholders // len(line) + 1))[: self.placeholders]
+
 
 def image_runs(image: ImageFeatures, layout: Layout) -> list[ImageRun]:
     """Return an encoded image's runs, one for each image token of its text."""
     arrangement, crops = image.arrangement, image.crops
+    if layout.line_break:
+        return [_broken_run(crop) for crop in crops]
     tiles = arrangement.tiles[0] * arrangement.tiles[1]
     if not tiles or not layout.mosaic:
         return [_crop_run(crop, ended=layout.row_end is not None and not tiles) for crop in crops]
@@ -178,7 +197,7 @@ def image_tokens(image: ImageFeatures, layout: Layout) -> ImageTokens:
     first = image.crops[0].pruning
     # The kept tokens are chosen of all; only those of an unpruned image are interpolated to fewer.
     limit = layout.limit if first.kept == first.total else None
-    shape, plain = first.shape, replace(layout, row_end=None, limit=limit)
+    shape, plain = first.shape, replace(layout, row_end=None, line_break="", limit=limit)
     total = least_positions(image.arrangement, plain, shape, shape.tokens, "compact")
     # An unpruned picture may be interpolated, which takes long.
     kept = total if first.kept == first.total else sum(run.kept for run in image_runs(image, layout))
@@ -198,6 +217,9 @@ def least_positions(arrangement: Arrangement, layout: Layout, shape: CropShape, 
     whole = budget >= shape.tokens
     tiles = arrangement.tiles[0] * arrangement.tiles[1]
     single = min(budget, shape.tokens) if kept == "compact" else shape.tokens
+    if layout.line_break:
+        # As few lines as hold them.
+        return arrangement.crops * (single + -(-single // shape.grid[1]) - 1)
     if not tiles or not layout.mosaic:
         return arrangement.crops * single + (layout.row_end is not None and not tiles)
     picture = _picture_shape(arrangement, layout, shape, whole)
@@ -215,6 +237,17 @@ def _crop_run(crop: CropFeatures, ended: bool) -> ImageRun:
         shape = replace(shape, grid=(1, shape.tokens + 1 - shape.leading))
         rows, indices = np.append(rows, -1), np.append(indices, pruning.total)
     return ImageRun((crop,), rows, shape, indices, shape.tokens)
+
+
+def _broken_run(crop: CropFeatures) -> ImageRun:
+    """Return the run of one crop with breaks between its lines, or between those of which something is kept."""
+    pruning, (rows, columns) = crop.pruning, crop.pruning.shape.grid
+    line, place = np.divmod(pruning.indices, columns)
+    broken = np.unique(line)[:-1]
+    indices = np.concatenate([line * (columns + 1) + place, broken * (columns + 1) + columns])
+    source = np.concatenate([np.arange(pruning.kept), np.full(len(broken), -1)])
+    order, count = np.argsort(indices), rows * (columns + 1) - 1
+    return ImageRun((crop,), source[order], replace(pruning.shape, grid=(1, count)), indices[order], count, columns)
 
 
 def _mosaic_run(tiles: tuple[CropFeatures, ...], arrangement: Arrangement, layout: Layout) -> ImageRun:

@@ -93,7 +93,7 @@ class Manifest:
 
     @property
     def line_end(self) -> int:
-        """Row of the token table that ends a line of image tokens; -1 where the layout has none."""
+        """Row behind the vocabulary that ends a line of image tokens; -1 where the layout has none."""
         return -1 if self.layout.row_end is None else self.decoder.extra_rows[self.layout.row_end]
 
     @property
@@ -167,8 +167,8 @@ class Manifest:
             raise ManifestError(f"{MANIFEST}: images of {list(self.image.size)} do not fit the first crop shape")
         if self.layout.row_end is not None and self.layout.row_end not in self.decoder.extra_rows:
             raise ManifestError(f"{MANIFEST}: row_end {shorten(self.layout.row_end)} is none of the decoder's extra_rows")
-        if self.layout.mosaic and self.crops.shapes[0].leading:
-            raise ManifestError(f"{MANIFEST}: a mosaic has no place for tokens in front of its crops' grids")
+        if (self.layout.mosaic or self.layout.line_break) and self.crops.shapes[0].leading:
+            raise ManifestError(f"{MANIFEST}: lines of tokens have no place for those in front of their crops' grids")
         if self.positions.axes != self.decoder.axes:
             raise ManifestError(f"{MANIFEST}: positions of {self.positions.axes} axes are not those that the decoder takes")
         if (self.positions.visibility == "causal") == bool(self.decoder.named("last_seen")):

@@ -88,7 +88,7 @@ def assemble(runs: Sequence[Run], table: TokenRows, rule: PositionRule, image_to
         table: Rows of the text's tokens.
         rule: How positions are counted.
         image_token_id: Stands for each of a crop's N tokens in `ids`.
-        line_end: Row of the table that ends a line of image tokens, where the layout has one.
+        line_end: Row of the table that ends a line of image tokens, where the layout has one; of a token its id.
     """
     listed: list[int] = []
     for run in runs:
@@ -114,6 +114,6 @@ def assemble(runs: Sequence[Run], table: TokenRows, rule: PositionRule, image_to
         row, position = row + run.ends, position + rule.width(run.shape, count)
         crop_row += sum(crop.embeddings.shape[0] for crop in run.crops)
         crops += run.crops
-        ids += [image_token_id] * run.placeholders
+        ids += run.written(image_token_id, line_end)
     numbers = np.concatenate(positions, axis=1)
     return Prompt(text, tuple(crops), np.concatenate(index), numbers, position, rule.last_seen(counts), tuple(ids))

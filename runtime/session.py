@@ -49,6 +49,7 @@ class Session:
         backend: What runs its graphs.
         settings: What its generation_config.json says.
         encoder: What turns images into embeddings.
+        line_end: Row of the token table that ends a line of image tokens; -1 where the layout has none.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
@@ -61,6 +62,7 @@ class Session:
         token = self._placeholder
         if not token or any(token in text for text in manifest.layout.texts):
             raise BundleError(f"{MANIFEST}: the image token {shorten(token)!r} is empty, or in a text of the layout")
+        self.line_end = self._line_end()
         decoder = manifest.decoder
         self.table = TokenTable(folder / manifest.embed_tokens, decoder.table_rows, decoder.hidden_size, decoder.row_width)
         self.settings = GenerationSettings.from_folder(folder)
@@ -234,6 +236,16 @@ class Session:
         """The token whose places image tokens take."""
         return str(self.tokenizer.tokenizer.id_to_token(self.manifest.image_token_id))
 
+    def _line_end(self) -> int:
+        text = self.manifest.layout.line_break
+        found = self.tokenizer.tokenizer.token_to_id(text) if text else self.manifest.line_end
+        if found is None:
+            raise BundleError(
+                f"the tokenizer does not know {shorten(text)!r}, so it or the layout in {MANIFEST} is another model's: copy or "
+                "export the bundle again"
+            )
+        return int(found)
+
     def decoder(self) -> Decoder:
         """Return the decoder, opened on first use. Beside other threads, use it under `backend.lock`."""
         with self.backend.lock:
@@ -255,7 +267,7 @@ class Session:
         """
         manifest = self.manifest
         runs = compose(ids, manifest.image_token_id, images, manifest.layout)
-        return assemble(runs, self.table, manifest.positions, manifest.image_token_id, manifest.line_end)
+        return assemble(runs, self.table, manifest.positions, manifest.image_token_id, self.line_end)
 
     def check_context(self, ids: Sequence[int], images: Sequence[Arrangement], budget: int, new: int) -> None:
         """Raise ContextOverflowError if a prompt cannot fit the model's context with its answer, before images are encoded.

@@ -35,7 +35,12 @@ class SizedOriginal:
     def open(cls, folder: Path) -> SizedOriginal:
         """Load one from its files, with its own processor, but for the part for videos, which needs torchvision."""
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-        kind: Any = getattr(transformers, PROCESSORS[model.config.model_type])
+        return cls(folder, model, cls.open_processor(folder, model.config))
+
+    @staticmethod
+    def open_processor(folder: Path, config: Any) -> Any:
+        """Open a checkpoint's own processor."""
+        kind: Any = getattr(transformers, PROCESSORS[config.model_type])
 
         class WithoutVideos(kind):  # type: ignore[misc]
             def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
@@ -45,11 +50,10 @@ class SizedOriginal:
 
         tokenizer = AutoTokenizer.from_pretrained(folder)
         videos = SimpleNamespace(model_input_names=[])
-        processor = WithoutVideos(
+        return WithoutVideos(
             image_processor=AutoImageProcessor.from_pretrained(folder), tokenizer=tokenizer, video_processor=videos,
             chat_template=tokenizer.chat_template,
         )  # fmt: skip
-        return cls(folder, model, processor)
 
     def inputs(self, prompt: str, *images: Image.Image) -> Any:
         """Return what the processor makes of a question about images."""
@@ -161,15 +165,16 @@ class SizedOriginal:
         for step in range(NEW_TOKENS):
             if deep:
                 deep["visual_pos_masks"] = torch.nn.functional.pad(mask, (0, step))
+            given = positions if len(positions) == 1 else positions[:, None]
             hidden = self.model.model.language_model(
-                inputs_embeds=embeddings[None], position_ids=positions[:, None], use_cache=False, **deep
+                inputs_embeds=embeddings[None], position_ids=given, use_cache=False, **deep
             ).last_hidden_state
             logits = self.model.lm_head(hidden[0, -1])
             best = logits.topk(2).values
             assert best[0] - best[1] > tolerances.TOKEN_MARGIN["fp32"] * logits.abs().max(), "a near tie"
             tokens.append(int(logits.argmax()))
             embeddings = torch.cat([embeddings, self.model.get_input_embeddings()(torch.tensor(tokens[-1:]))])
-            positions = torch.cat([positions, torch.full((3, 1), following + step)], dim=1)
+            positions = torch.cat([positions, torch.full((len(positions), 1), following + step)], dim=1)
         return tokens
 
 

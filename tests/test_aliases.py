@@ -64,6 +64,14 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] 
         SIGLIP | {"model_type": "siglip_vision_model", "num_hidden_layers": 27, "image_size": 224, "vision_use_head": False},
         {"size": {"height": 224, "width": 224}, "image_seq_length": 256}, 256,
     ),
+    "mistral3": (
+        {},
+        {
+            "model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+            "num_attention_heads": 16, "image_size": 1540, "patch_size": 14, "hidden_act": "silu",
+        },
+        {"size": {"longest_edge": 1540}}, 26 * 46,
+    ),
     "qwen2_5_vl": (
         {},
         {
@@ -101,6 +109,15 @@ def decoder(
 def qwen3(layers: int, hidden: int, inner: int, heads: int) -> dict[str, Any]:
     """Return the configuration of a Qwen3 as InternVL 3.5 has it."""
     return decoder("qwen3", layers, hidden, inner, heads, 8, 151_936, 40_960, head_dim=128, rope_theta=1_000_000.0)
+
+
+def ministral3(layers: int, hidden: int, inner: int) -> dict[str, Any]:
+    """Return the configuration of a Ministral 3's decoder."""
+    rope = {
+        "rope_type": "yarn", "rope_theta": 1_000_000.0, "factor": 16.0, "original_max_position_embeddings": 16_384,
+        "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    }  # fmt: skip
+    return decoder("ministral3", layers, hidden, inner, 32, 8, 131_072, 262_144, head_dim=128, rope_parameters=rope)
 
 
 def qwen2_5_vl(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
@@ -159,6 +176,8 @@ SIZES: dict[str, tuple[str, dict[str, Any], float]] = {
     "internvl3.5-4b": ("internvl", qwen3(36, 2560, 9728, 32), 4.02e9),
     "internvl3.5-8b": ("internvl", qwen3(36, 4096, 12288, 32), 7.57e9),
     "paligemma-3b": ("paligemma", decoder("gemma", 18, 2048, 16384, 8, 1, 257_216, 8192, head_dim=256), 2.51e9),
+    "ministral3-3b": ("mistral3", ministral3(26, 3072, 9216), 3.43e9),
+    "ministral3-8b": ("mistral3", ministral3(34, 4096, 14336), 7.95e9),
     "qwen2.5-vl-3b": ("qwen2_5_vl", qwen2_5_vl(36, 2048, 11008, 16, 2, 151_936), 3.09e9),
     "qwen2.5-vl-7b": ("qwen2_5_vl", qwen2_5_vl(28, 3584, 18944, 28, 4, 152_064), 7.07e9),
     "qwen3-vl-2b": ("qwen3_vl", qwen3_vl(28, 2048, 6144, 16), 1.72e9),

@@ -24,15 +24,16 @@ from leanvlm.runtime.positions import PositionRule
 LENGTH = 20
 
 
-@pytest.fixture(scope="module", params=tiny.TINY)
+@pytest.fixture(scope="module", params=[*tiny.TINY, "mistral3"])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Any]:
     """A tiny checkpoint, and its decoder."""
-    checkpoint = open_checkpoint(ExportConfig(str(tiny.TINY[request.param](tmp_path_factory.mktemp("decoder") / "checkpoint"))))
+    folder = tiny.EVERY[request.param](tmp_path_factory.mktemp("decoder") / "checkpoint")
+    checkpoint = open_checkpoint(ExportConfig(str(folder)))
     return checkpoint, checkpoint.family.parts(load_model(checkpoint)).decoder
 
 
-def embeddings() -> torch.Tensor:
-    return torch.randn(1, LENGTH, 128, generator=torch.Generator().manual_seed(1))
+def embeddings(decoder: Any) -> torch.Tensor:
+    return torch.randn(1, LENGTH, decoder.config.hidden_size, generator=torch.Generator().manual_seed(1))
 
 
 def positions() -> torch.Tensor:
@@ -44,7 +45,8 @@ def positions() -> torch.Tensor:
 def wanted(decoder: Any, positions: torch.Tensor) -> np.ndarray[Any, Any]:
     # Without a mask transformers reads gaps in the positions as the borders of packed sequences.
     mask = torch.ones(1, LENGTH, dtype=torch.long)
-    out = decoder(inputs_embeds=embeddings(), position_ids=positions, attention_mask=mask, use_cache=False, logits_to_keep=1)
+    given = {"inputs_embeds": embeddings(decoder), "position_ids": positions, "attention_mask": mask}
+    out = decoder(**given, use_cache=False, logits_to_keep=1)
     found: np.ndarray[Any, Any] = out.logits[0, 0].numpy()
     return found
 
@@ -62,7 +64,7 @@ def test_the_portable_decoder_equals_the_model_or_is_refused(loaded: tuple[Check
     portable = PortableDecoder(decoder, fused=False)
     caches = [torch.zeros(1, kv_heads(text), 0, 16)] * (2 * text.num_hidden_layers)
     with torch.no_grad():
-        logits, *_ = portable(embeddings(), positions(), torch.tensor([0]), torch.tensor([LENGTH - 1]), *caches)
+        logits, *_ = portable(embeddings(decoder), positions(), torch.tensor([0]), torch.tensor([LENGTH - 1]), *caches)
     assert relative_difference(logits[0, 0].numpy(), wanted(decoder, positions())) < tolerances.TINY_LOGITS
 
 
@@ -82,7 +84,7 @@ def test_the_built_decoder_equals_the_model_at_original_positions(loaded: tuple[
     text = checkpoint.config.text_config
     shape = (1, kv_heads(text), 0, text.head_dim)
     caches = {i.name: np.zeros(shape, np.float32) for i in session.get_inputs() if i.name.startswith("past_key")}
-    given = {"inputs_embeds": embeddings().numpy(), "attention_mask": np.ones((1, LENGTH), np.int64)}
+    given = {"inputs_embeds": embeddings(decoder).numpy(), "attention_mask": np.ones((1, LENGTH), np.int64)}
     found = session.run(["logits"], {**given, "position_ids": positions().numpy(), **caches})[0][0, -1]
     assert relative_difference(found, expected) < tolerances.TINY_LOGITS
 

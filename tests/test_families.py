@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from original import NEW_TOKENS, Original
+from original_lines import LinedOriginal
 from original_sizes import SizedOriginal
 from PIL import Image
 from reference import REFERENCE, Crop
@@ -89,7 +90,7 @@ def test_greedy_tokens_equal_generate(original: Original, tmp_path: Path) -> Non
             pruned = original.greedy(inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2]))
             assert ours(budget) == pruned
             rule = PositionRule("original")
-            table, end, image = session.table, session.manifest.line_end, session.manifest.image_token_id
+            table, end, image = session.table, session.line_end, session.manifest.image_token_id
             plan = assemble(compose(ids, image, encoded, session.manifest.layout), table, rule, image, end)
             assert plan.positions[0].tolist() == positions.tolist()
             seen.add(tuple(pruned))
@@ -120,6 +121,7 @@ class Side:
 SIDES = [
     "llava", "llava/siglip", "llava/full", "llava/layers", "llava_next", "llava_next/mistral", "llava_onevision", "internvl",
     "internvl/qwen3", "smolvlm", "idefics3", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma",
+    "mistral3/mistral",
 ]  # fmt: skip
 
 
@@ -133,7 +135,8 @@ def side(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     count = max(arrange(size, checkpoint.frame.crops).crops, 2)
     pixels = torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(3))
     if checkpoint.frame.crops.kind == "nearest":
-        features = SizedOriginal.open(folder).projected(pixels)
+        kind = LinedOriginal if request.param.startswith("mistral3") else SizedOriginal
+        features = kind.open(folder).projected(pixels)
     else:
         features = Original.open(request.param, folder).projected(pixels, size)
     return Side(checkpoint, reference.parts, reference, pixels, features, size)

@@ -34,6 +34,7 @@ class Hub:
         """Copy the files of these names, as the Hub's client downloads them."""
         assert name == NAME
         files = [f for f in self.repository.iterdir() if any(fnmatch(f.name, pattern) for pattern in allow_patterns)]
+        files = [f for f in files if not any(fnmatch(f.name, pattern) for pattern in options["ignore_patterns"])]
         self.calls.append((options["revision"], any(file.suffix == ".safetensors" for file in files)))
         self.snapshot.mkdir(parents=True, exist_ok=True)
         if not local_files_only:
@@ -94,6 +95,13 @@ def test_an_export_fetches_weights_last_and_of_the_same_commit(
     assert [file.name for file in request.checkpoint.weight_files] == ["model.safetensors"]
     assert request.checkpoint.revision == COMMIT
     assert request.steps == plan(ExportConfig(str(hub.repository), (16,))).steps
+
+
+def test_weights_in_a_format_of_their_makers_are_not_fetched(hub: Hub, exported: list[Plan]) -> None:
+    shutil.copyfile(hub.repository / "model.safetensors", hub.repository / "consolidated.safetensors")
+    with pytest.raises(InputError, match="as far as"):
+        export(ExportConfig(NAME, (16,)))
+    assert [file.name for file in hub.weights] == ["model.safetensors"]
 
 
 def broken_template(repository: Path) -> None:

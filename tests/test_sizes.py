@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_sizes
 from original import NEW_TOKENS
+from original_lines import LinedOriginal
 from original_sizes import SizedOriginal, pictures
 from PIL import Image
 
 from leanvlm.exporter import ExportConfig, export
 from leanvlm.runtime import load
 from leanvlm.runtime.crops import arrange
+from leanvlm.runtime.errors import BundleError
+from leanvlm.runtime.manifest import MANIFEST
 from leanvlm.runtime.session import Session, user_message
 
 PROMPTS = ("What is on the table?", "Año 2026: count the red cups, please.")
@@ -27,7 +32,8 @@ def shape(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def original(shape: str, tmp_path_factory: pytest.TempPathFactory) -> SizedOriginal:
-    return SizedOriginal.open(tiny_sizes.TINY[shape](tmp_path_factory.mktemp("sized") / "checkpoint"))
+    kind = LinedOriginal if shape.startswith("mistral3") else SizedOriginal
+    return kind.open(tiny_sizes.TINY[shape](tmp_path_factory.mktemp("sized") / "checkpoint"))
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,15 @@ def test_greedy_tokens_equal_generate(original: SizedOriginal, bundle: Path) -> 
         assert len(shapes) == 2, "both pictures go to one shape"
     assert len(seen) == 2 * len(questions), "the model ignores its prompt, its image or the pruning"
     assert all(len(set(tokens)) > NEW_TOKENS // 3 for tokens in seen), "the model repeats itself"
+
+
+def test_a_break_that_the_tokenizer_does_not_know_is_refused(bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    raw["layout"]["line_break"] = "[BREAK]"
+    (folder / MANIFEST).write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(BundleError, match=r"the tokenizer does not know '\[BREAK\]', so it or the layout in leanvlm"):
+        load(folder)
 
 
 def test_levels_equal_the_processor_s(original: SizedOriginal, bundle: Path) -> None:

@@ -10,10 +10,23 @@ from typing import Any
 
 from tiny_parts import byte_tokenizer, save
 from tiny_tiles import decoder
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessorPil,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 # Rows and columns of tokens, with and without whole windows.
 GRIDS = ((4, 4), (3, 5), (5, 3))
+# Turned by other angles than those of their positions, and queries are scaled from position 16 on.
+YARN = {
+    "rope_type": "yarn", "rope_theta": 50_000.0, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0,
+    "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.8, "llama_4_scaling_beta": 0.4,
+}  # fmt: skip
 MARKS = {"image_token": "<image>", "video_token": "<video>"}
 
 
@@ -55,6 +68,24 @@ def qwen3_vl_checkpoint(folder: Path, seed: int = 3, tied: bool = False, **tower
     return save(folder, Qwen3VLForConditionalGeneration, config, tokenizer, _images(16), seed)
 
 
+def mistral3_checkpoint(
+    folder: Path, seed: int = 3, tied: bool = False, patch: int = 14, text: dict[str, Any] | None = None, **options: Any
+) -> Path:
+    """Save a random Mistral 3: a decoder whose heads together are wider than it."""
+    tokenizer = byte_tokenizer(["[IMG_BREAK]", "[IMG_END]"])
+    changes = {"model_type": "ministral3", "hidden_size": 96, "rope_parameters": YARN} if text is None else text
+    vision = {
+        "model_type": "pixtral", "hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 160,
+        "patch_size": patch, "image_size": 8 * patch, "hidden_act": "silu",
+    }  # fmt: skip
+    config = Mistral3Config(
+        vision_config=vision, text_config=decoder(len(tokenizer)) | {"tie_word_embeddings": tied} | changes,
+        image_token_index=3, tie_word_embeddings=tied, **options,
+    )  # fmt: skip
+    images = PixtralImageProcessorPil(size={"longest_edge": 16 * patch}, patch_size={"height": patch, "width": patch})
+    return save(folder, Mistral3ForConditionalGeneration, config, tokenizer, images, seed)
+
+
 def _images(patch: int = 14) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -66,6 +97,16 @@ TINY: dict[str, Callable[[Path], Path]] = {
     "qwen2_5_vl": qwen2_5_vl_checkpoint,
     "qwen2_5_vl/tied": partial(qwen2_5_vl_checkpoint, seed=4, tied=True, fullatt_block_indexes=[0, 2], window_size=84),
     "qwen3_vl": qwen3_vl_checkpoint,
+    "mistral3": mistral3_checkpoint,
+    "mistral3/mistral": partial(
+        mistral3_checkpoint,
+        seed=7,
+        tied=True,
+        patch=16,
+        text={"model_type": "mistral", "sliding_window": None},
+        vision_feature_layer=-2,
+        multimodal_projector_bias=True,
+    ),
 }
 
 

@@ -25,6 +25,8 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
 # Bounds that logits are held under, softly.
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+# Beta and length: a query is scaled by 1 + beta ln(1 + floor(position / length)).
+QUERY_SCALE = ("llama_4_scaling_beta", "original_max_position_embeddings")
 # What the model builder writes of a gated block's activation, in transformers' spelling.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
 
@@ -39,6 +41,7 @@ class DecoderKind:
         is_portable: Whether the arithmetic of `PortableDecoder` covers it.
         is_scaled: Whether a token's embedding is its row of the table times a factor.
         is_partial: Whether heads may be rotated in part.
+        scales_queries: Whether queries are scaled by their positions, from a pretraining length on, as Llama 4's are.
         axes: Coordinates of a position; with 3 each frequency turns by one of them.
         written_as: The `model_type` that the builder reads, where it is another than the checkpoint's.
         activation: The configuration's name for the activation.
@@ -51,6 +54,7 @@ class DecoderKind:
     is_portable: bool = True
     is_scaled: bool = False
     is_partial: bool = False
+    scales_queries: bool = False
     axes: Literal[1, 3] = 1
     written_as: str | None = None
     activation: str = "hidden_act"
@@ -78,6 +82,7 @@ DECODERS: dict[str, DecoderKind] = {
         is_wide=True,
     ),
     "llama": DecoderKind("LlamaForCausalLM", "LlamaModel"),
+    "ministral3": DecoderKind("MistralForCausalLM", "MistralModel", scales_queries=True, written_as="mistral"),
     "mistral": DecoderKind("MistralForCausalLM", "MistralModel"),
     "phi3": DecoderKind("Phi3ForCausalLM", "Phi3MiniModel", is_portable=False, is_partial=True),
     "qwen2": DecoderKind("Qwen2ForCausalLM", "QwenModel"),
@@ -172,6 +177,11 @@ def _check_rope(rope: Mapping[str, Any], config: Any, target: str) -> None:
             f"partial_rotary_factor {shorten(rope['partial_rotary_factor'])} is not supported: the heads of a "
             f"{config.model_type!r} are rotated whole; remove it from text_config"
         )
+    if decoder.scales_queries and any(rope.get(name) is None for name in QUERY_SCALE):
+        raise UnsupportedModelError(
+            f"a {config.model_type!r} decoder scales its queries by {' and '.join(QUERY_SCALE)}; give both in the "
+            "rope_parameters of text_config"
+        )
     head = head_dim(config)
     turned = int(head * (rope.get("partial_rotary_factor") or 1))
     if head % multiple == 0 and turned % multiple:
@@ -208,6 +218,14 @@ def _ropes(config: Any) -> dict[str, dict[str, Any]]:
     given = getattr(config, "rope_parameters", None) or {}
     kinds = set(getattr(config, "layer_types", None) or ())
     return {kind: given[kind] for kind in sorted(kinds)} if kinds and kinds <= set(given) else {"": given}
+
+
+def query_scale(config: Any) -> tuple[float, int] | None:
+    """Return beta and length of a decoder that scales its queries, as `QUERY_SCALE` says; None for one that does not."""
+    if not decoder_for(config).scales_queries:
+        return None
+    beta, length = (config.rope_parameters[name] for name in QUERY_SCALE)
+    return float(beta), int(length)
 
 
 def rotary_embedding(decoder: Any) -> Any:

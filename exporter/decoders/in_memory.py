@@ -1,26 +1,26 @@
 """Classes of onnxruntime-genai's model builder that take their weights and rotary angles from a module in memory.
 
 The builder itself leaves much out without a word: most scalings of the angles, windows (`context_length` ends before them),
-layers without positions, planes of image tokens; and it would take any linear layer with as many outputs as there are tokens
-for the head. What a checkpoint needs of these is a class over the builder's own.
+layers without positions, scaled queries, planes of image tokens; and it would take any linear layer with as many outputs as
+there are tokens for the head. What a checkpoint needs of these is a class over the builder's own.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from leanvlm.exporter.decoders import frequency_axes, planes_of, rotary_embedding, rotary_kinds
+from leanvlm.exporter.decoders import frequency_axes, planes_of, query_scale, rotary_embedding, rotary_kinds
 from leanvlm.exporter.decoders.portable import HIDDEN
 from leanvlm.runtime.positions import PositionRule
 
 # Constants of the builder's.
 FIRST, FIRST_ROW, STEP = (f"/model/constants/INT64/{value}" for value in ("[0]", "0", "1"))
-PLANES, ANGLES, MASK = "/model/planes", "/model/rotary", "/model/mask"
+PLANES, ANGLES, MASK, SCALE = "/model/planes", "/model/rotary", "/model/mask", "/model/query_scale"
 LAST_SEEN = "last_seen"
 # Which input of attention is added to its scores.
 BIAS = 10
@@ -43,6 +43,9 @@ def in_memory(base: type, decoder: Any, positions: PositionRule) -> type:
         made = _with_mask(made)
     if positions.axes == 3:
         made = _with_axes(made, decoder)
+    scale = query_scale(decoder.config)
+    if scale is not None:
+        made = _with_query_scale(made, *scale)
     return _with_planes(made, planes_of(decoder)) if planes_of(decoder) else made
 
 
@@ -164,6 +167,24 @@ def _with_axes(base: Any, decoder: Any) -> type:
     return WithAxes
 
 
+def _with_query_scale(base: Any, beta: float, length: int) -> type:
+    """Scale queries by their positions before the attention op; it is all one whether they are turned before or in it."""
+
+    class WithQueryScale(base):  # type: ignore[misc]
+        def make_attention_mask_reformatting_for_gqa(self) -> None:
+            super().make_attention_mask_reformatting_for_gqa()
+            _make_query_scale(self, beta, length)
+
+        def make_group_query_attention(self, name: str, **kwargs: Any) -> None:
+            packed = not kwargs["k_path"]
+            scale = f"{SCALE}/packed" if packed else f"{SCALE}/scale"
+            shape = ["batch_size", "sequence_length", self.q_size + 2 * self.kv_size * packed]
+            self.make_mul(f"{name}/scale", [kwargs["q_path"], scale], self.io_dtype, shape)
+            super().make_group_query_attention(name, **(kwargs | {"q_path": f"{name}/scale/output_0"}))
+
+    return WithQueryScale
+
+
 def _with_planes(base: Any, planes: int) -> type:
     """Split rows into embeddings and planes, and add a plane behind each of the first layers."""
 
@@ -190,17 +211,9 @@ def _with_planes(base: Any, planes: int) -> type:
     return WithPlanes
 
 
-def _make(builder: Any, part: str, kind: str, inputs: list[str], name: str, dtype: Any, shape: Any, **attributes: Any) -> str:
-    """Write a node of a part of the graph, and return the name of its output."""
-    made = f"{part}/{name}"
-    builder.make_node(kind, inputs, [made], name=f"{made}/node", **attributes)
-    builder.make_value(made, dtype, shape=shape)
-    return made
-
-
 def _make_mask(builder: Any) -> None:
     """Write the nodes that make a bias of the scores (B, 1, S, T) of the last row that each position sees."""
-    make = partial(_make, builder, MASK)
+    make = _maker(builder, MASK)
     total = builder.mask_attrs["total_seq_len"].removesuffix("/Cast")
     shape = ["batch_size", 1, "sequence_length", "total_sequence_length"]
     rows = make("Range", [FIRST_ROW, f"{total}/output_0", STEP], "rows", ir.DataType.INT64, shape[3:])
@@ -222,8 +235,7 @@ def _make_angles(builder: Any, decoder: Any) -> None:
     builder.make_initializer(rotary.inv_freq.float(), f"{ANGLES}/frequencies")
     builder.make_initializer(torch.tensor(float(rotary.attention_scaling)), f"{ANGLES}/magnitude")
 
-    make = partial(_make, builder, ANGLES)
-    whole, real = ir.DataType.INT64, ir.DataType.FLOAT
+    make, whole, real = _maker(builder, ANGLES), ir.DataType.INT64, ir.DataType.FLOAT
     axes = make("Squeeze", ["position_ids", "/model/constants/INT64/[1]"], "positions", whole, [3, count])
     chosen = make("Gather", [axes, f"{ANGLES}/axes"], "chosen", whole, [half, count], axis=0)
     turned = make("Transpose", [chosen], "turned", whole, [count, half], perm=[1, 0])
@@ -233,3 +245,47 @@ def _make_angles(builder: Any, decoder: Any) -> None:
         value = make(function, [angles], function, real, [count, half])
         scaled = make("Mul", [value, f"{ANGLES}/magnitude"], f"{function}/scaled", real, [count, half])
         make("Cast", [scaled], function.lower(), builder.io_dtype, [count, half], to=builder.io_dtype)
+
+
+def _make_query_scale(builder: Any, beta: float, length: int) -> None:
+    """Write the nodes that compute what queries are scaled by: `scale` (B, S, 1), and `packed` with ones for keys and values.
+
+    A decoder that counts by itself does so from the mask, whose sum less one is the last of its positions.
+    """
+    make, whole, real = _maker(builder, SCALE), ir.DataType.INT64, ir.DataType.FLOAT
+    batch, count, width = "batch_size", "sequence_length", builder.q_size + 2 * builder.kv_size
+    one, positions = "/model/constants/INT64/1", builder.input_names.get("position_ids")
+    if positions is None:
+        size = make("Shape", ["inputs_embeds"], "size", whole, [1], start=1, end=2)
+        first = make("Sub", [one, make("Squeeze", [size], "count", whole, [])], "first", whole, [])
+        # From the first to the last, counted back from 0.
+        back = make("Range", [first, one, one], "back", whole, [count])
+        last = make("Cast", [f"{builder.mask_attrs['seqlens_k']}/output_0"], "last", whole, [batch], to=whole)
+        column = make("Unsqueeze", [last, "/model/constants/INT64/[1]"], "column", whole, [batch, 1])
+        positions = make("Add", [column, back], "positions", whole, [batch, count])
+    values = {"length": torch.tensor(length), "beta": torch.tensor(beta), "one": torch.tensor(1.0)}
+    for name, value in values.items():
+        builder.make_initializer(value, f"{SCALE}/{name}")
+    lengths = make("Div", [positions, f"{SCALE}/length"], "lengths", whole, [batch, count])
+    numbers = make("Cast", [lengths], "numbers", real, [batch, count], to=real)
+    more = make("Log", [make("Add", [numbers, f"{SCALE}/one"], "more", real, [batch, count])], "log", real, [batch, count])
+    times = make("Mul", [more, f"{SCALE}/beta"], "times", real, [batch, count])
+    scaled = make("Add", [times, f"{SCALE}/one"], "scaled", real, [batch, count])
+    narrow = make("Cast", [scaled], "narrow", builder.io_dtype, [batch, count], to=builder.io_dtype)
+    scale = make("Unsqueeze", [narrow, "/model/constants/INT64/[2]"], "scale", builder.io_dtype, [batch, count, 1])
+    if builder.attention_attrs["use_packed_matmul"]:
+        builder.make_initializer(torch.arange(width) < builder.q_size, f"{SCALE}/queries")
+        builder.make_initializer(torch.tensor(1.0), f"{SCALE}/kept", to=builder.io_dtype)
+        make("Where", [f"{SCALE}/queries", scale, f"{SCALE}/kept"], "packed", builder.io_dtype, [batch, count, width])
+
+
+def _maker(builder: Any, prefix: str) -> Callable[..., str]:
+    """Return a function that writes a node with one output and returns its name."""
+
+    def make(kind: str, inputs: list[str], name: str, dtype: Any, shape: list[Any], **attributes: Any) -> str:
+        made = f"{prefix}/{name}"
+        builder.make_node(kind, inputs, [made], name=f"{made}/node", **attributes)
+        builder.make_value(made, dtype, shape=shape)
+        return made
+
+    return make

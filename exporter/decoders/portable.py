@@ -19,8 +19,8 @@ and the runtime writes the new rows of all layers into one buffer with one strid
 Attention is told what it may see by an additive mask, made in the graph: what a kernel of its own takes "causal" to mean
 where there are more keys than queries has differed between versions. Place, type and order of the operations are those
 of transformers' Llama; `tests` compare both. Decoders that differ in less than that are covered too: norms of the heads
-(Qwen3), layers that do not turn (SmolLM3), layers that turn by angles of their kind and norms behind attention and gated block
-(Gemma 3), whatever a layer's own norms and gated blocks compute.
+(Qwen3), layers that do not turn (SmolLM3), queries scaled by position (Ministral 3), layers that turn by angles of their kind
+and norms behind attention and gated block (Gemma 3), whatever a layer's own norms and gated blocks compute.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from leanvlm.exporter.decoders import (
     head_dim,
     kv_heads,
     planes_of,
+    query_scale,
     rotary_frequencies,
     rotary_kinds,
 )
@@ -70,6 +71,7 @@ class PortableDecoder(nn.Module):
         # In fp32, also where the decoder is narrower: half precision would turn the angles of later positions by a radian.
         self.frequencies = {kind: rotary_frequencies(decoder, kind) for kind in sorted(set(self.kinds))}
         self.axes = frequency_axes(decoder) if decoder_for(decoder.config).axes == 3 else None
+        self.query_scale = query_scale(decoder.config)
         self.lm_head = decoder.lm_head
         self.planes = planes_of(decoder)
         self.fused = fused
@@ -87,10 +89,11 @@ class PortableDecoder(nn.Module):
         new: list[Tensor] = []
         mask = self._mask(inputs_embeds, past_length, caches[0].shape[2], last_seen)
         turns = {kind: self.rotation(position_ids, dtype, kind) for kind in self.frequencies}
+        scale = None if self.query_scale is None else self._scale(position_ids, *self.query_scale).to(dtype)
         for index, layer in enumerate(self.layers):
             key, value = caches[2 * index], caches[2 * index + 1]
             states = layer.input_layernorm(hidden).to(dtype)
-            mixed, rows = self._attention(layer.self_attn, states, *turns[self.kinds[index]], mask, key, value)
+            mixed, rows = self._attention(layer.self_attn, states, *turns[self.kinds[index]], scale, mask, key, value)
             hidden = self._through_block(layer, hidden, mixed)
             if index < len(planes):
                 hidden = hidden + planes[index]
@@ -125,6 +128,11 @@ class PortableDecoder(nn.Module):
         return (angles.cos() * magnitude).to(dtype), (angles.sin() * magnitude).to(dtype)
 
     @staticmethod
+    def _scale(position_ids: Tensor, beta: float, length: int) -> Tensor:
+        """Return what every position's query is scaled by (1, 1, S, 1), in fp32."""
+        return (1 + beta * torch.log(1 + torch.floor(position_ids.float() / length)))[:, None, :, None]
+
+    @staticmethod
     def _mask(inputs_embeds: Tensor, past_length: Tensor, past: int, last_seen: Tensor | None) -> Tensor:
         """Return what is added to the scores (1, 1, S, P + S): 0 for filled rows, and for new ones up to the last seen.
 
@@ -139,7 +147,15 @@ class PortableDecoder(nn.Module):
         return torch.where(seen, zero, torch.full_like(zero, HIDDEN))
 
     def _attention(
-        self, attn: Any, states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
+        self,
+        attn: Any,
+        states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale: Tensor | None,
+        mask: Tensor,
+        past_key: Tensor,
+        past_value: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return a layer's attention (1, S, D), and the new rows of its key and value (1, kv_heads, S, head_dim)."""
 
@@ -151,6 +167,8 @@ class PortableDecoder(nn.Module):
             query, key = attn.q_norm(query), attn.k_norm(key)
         if getattr(attn, "use_rope", True):
             query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        if scale is not None:
+            query = query * scale
         keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
         groups = query.shape[1] // keys.shape[1]
         if groups > 1:

@@ -111,6 +111,9 @@ def usual_limits(manifest: Manifest, limits: Limits) -> Limits:
     """Return limits cut to a bundle's context, with room for a whole crop unpruned and for all crops of an image pruned."""
     found, crops = limits.within(manifest.decoder.context_length), manifest.crops
     longest = manifest.tokens_per_crop
+    if manifest.layout.line_break:
+        # In the shape of the most tokens and lines.
+        longest += max(shape.grid[0] for shape in crops.shapes)
     if crops.kind == "tiles":
         # Each line of tiles side by side may have its end.
         ends = crops.shapes[0].grid[0] if manifest.layout.row_end else 0
