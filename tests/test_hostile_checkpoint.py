@@ -121,11 +121,11 @@ def test_sizes_of_another_model(folder: Path, size: str) -> None:
         ("text_config.dtype", "float8_e4m3fn", "dtype is 'float8_e4m3fn'"),
         ("vision_config.torch_dtype", "Tensor", "dtype is 'Tensor'"),
         ("text_config.torch_dtype", 3, "dtype is 3"),
-        ("text_config.model_type", "gemma3_text", "'gemma3_text' decoder is not supported"),
+        ("text_config.model_type", "gemma3n_text", "'gemma3n_text' decoder is not supported"),
         ("vision_config.model_type", [1], "llava with a [1] tower is not supported"),
         ("model_type", "x" * 10**5, "model_type 'xxx"),
         ("text_config.model_type", "x" * 10**5, "llava with a 'xxx"),
-        ("model_type", {"a": 1}, "is not supported; supported: idefics3, internvl, llava"),
+        ("model_type", {"a": 1}, "is not supported; supported: gemma3, idefics3, internvl"),
         ("configuration_files", ["config.4.0.0.json"], "configuration_files of other versions"),
         ("quantization_config", {"quant_method": "awq"}, "holds quantised weights"),
         ("text_config.text_config", "load", "transformers cannot build the model that config.json describes"),
@@ -143,7 +143,7 @@ def test_configurations_of_no_model(folder: Path, key: str, value: Any, words: s
 def test_a_layer_list_of_another_decoder_is_not_made(folder: Path) -> None:
     """Gemma's configuration makes a list with an entry for every layer as soon as it is read."""
     put("config.json", "text_config.num_hidden_layers", BILLION)(folder)
-    put("config.json", "text_config.model_type", "gemma3_text")(folder)
+    put("config.json", "text_config.model_type", "gemma3n_text")(folder)
     assert "decoder is not supported" in refusal(folder)
 
 

@@ -16,6 +16,7 @@ from leanvlm.exporter.passes.attention import fuse_attention
 from leanvlm.exporter.passes.bias_column import fold_bias_columns
 from leanvlm.exporter.passes.norm_types import widen_norm_inputs
 from leanvlm.exporter.passes.quick_gelu import fuse_quick_gelu
+from leanvlm.exporter.passes.simplified_norm import simplify_norms
 from leanvlm.exporter.passes.skip_layer_norm import fuse_skip_layer_norm
 from leanvlm.exporter.targets import TARGETS
 
@@ -171,6 +172,28 @@ def normalised(
     return sketch.model(norm, *([sketch.node("Sigmoid", total)] if sum_read else []))
 
 
+def squares(summed: str) -> ir.Model:
+    """Return root mean square normalisation over a sum of x and what `summed` names."""
+    sketch = Sketch(x=("B", 5, 24), y=("B", 5, 24))
+    one, other = sketch.inputs["x"], sketch.inputs["y"]
+    total = {
+        "nothing": lambda: one,
+        "residual": lambda: sketch.node("Add", one, other),
+        "linear": lambda: sketch.node("Add", one, sketch.linear(other, 24, 24)),
+    }[summed]()
+    return sketch.model(sketch.node("RMSNormalization", total, sketch.weights(24), axis=-1, epsilon=1e-3))
+
+
+def windows() -> ir.Model:
+    """Return attention in windows of 3 of 6 rows, whose heads (B * 2, 3, 2, 12) come from an image's (B, 6, 24)."""
+    sketch = Sketch(x=("B", 6, 24))
+    split = sketch.constant(np.array([-1, 3, 2, 12], np.int64))
+    heads = [sketch.node("Reshape", sketch.inputs["x"], split) for _ in "qkv"]
+    mixed = sketch.node("Attention", *(sketch.node("Transpose", one, perm=(0, 2, 1, 3)) for one in heads))
+    turned = sketch.node("Transpose", mixed, perm=(0, 2, 1, 3))
+    return sketch.model(sketch.node("Reshape", turned, sketch.constant(np.array([-1, 6, 24], np.int64))))
+
+
 Case = tuple[Pass, Callable[[], ir.Model]]
 UNTOUCHED: dict[str, Case] = {
     "attention: a fourth input is a mask": (fuse_attention, lambda: self_attention(mask=True)),
@@ -247,6 +270,16 @@ REWRITTEN: dict[str, tuple[Pass, Callable[[], ir.Model], dict[str, int]]] = {
     "skip_layer_norm: the sum is read elsewhere": (
         fuse_skip_layer_norm, lambda: normalised("linear", sum_read=True), {SKIP_NORM: 1, "Add": 0},
     ),
+    "skip_layer_norm: root mean squares": (
+        fuse_skip_layer_norm, lambda: squares("residual"), {"com.microsoft.SkipSimplifiedLayerNormalization": 1, "Add": 0},
+    ),
+    "skip_layer_norm: root mean squares behind a bias": (
+        fuse_skip_layer_norm, lambda: squares("linear"), {"com.microsoft.SkipSimplifiedLayerNormalization": 1, "Add": 0},
+    ),
+    "simplified_norm: no sum": (
+        simplify_norms, lambda: squares("nothing"), {"SimplifiedLayerNormalization": 1, "RMSNormalization": 0},
+    ),
+    "attention: windows of a batch": (fuse_attention, windows, {ATTENTION: 0, MULTI_HEAD: 1, "Transpose": 0}),
     "bias_column: a bias": (fold_bias_columns, with_quick_gelu, {QUICK_GELU: 1, "Pad": 1, "Add": 0}),
 }  # fmt: skip
 

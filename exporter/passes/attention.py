@@ -51,7 +51,7 @@ def _fuse(graph: ir.Graph, node: ir.Node) -> bool:
     attributes: dict[str, Any] = {"num_heads": count}
     if "scale" in node.attributes:
         attributes["scale"] = node.attributes.get_float("scale")
-    splits = [split for value in heads if (split := producer(value, "Reshape")) is not None]
+    splits = [split for value in heads if (split := _split(value)) is not None]
     name, parts = node.name or "", _packable(splits)
     if parts is None:
         rows: list[ir.Value | None] = [
@@ -74,17 +74,25 @@ def _heads(value: ir.Value | None) -> ir.Value | None:
     return source if source is not None and source.shape is not None and len(source.shape) == 4 else None
 
 
+def _split(heads: ir.Value) -> ir.Node | None:
+    """Return the node that splits a (B, S, D) into these heads (B, S, H, d), and into nothing else, such as windows."""
+    split = producer(heads, "Reshape")
+    source = None if split is None else split.inputs[0]
+    if source is None or source.shape is None or len(source.shape) != 3 or heads.shape is None:
+        return None
+    return split if source.shape[1] == heads.shape[1] else None
+
+
 def _flat(graph: ir.Graph, before: ir.Node, heads: ir.Value, name: str) -> ir.Value:
     """Return a (B, S, H, d) as (B, S, D): what it was split from, or where it was something else, reshaped."""
-    split, sizes = producer(heads, "Reshape"), heads.shape
-    source = None if split is None else split.inputs[0]
+    split, sizes = _split(heads), heads.shape
+    if split is not None and split.inputs[0] is not None:
+        return split.inputs[0]
     assert sizes is not None
     count, head = sizes[2:]
     assert isinstance(count, int)
     assert isinstance(head, int)
     width = count * head
-    if source is not None and source.shape is not None and len(source.shape) == 3 and source.shape[2] == width:
-        return source
     wanted = constant(graph, f"heads_of_{width}", np.array([0, 0, width], np.int64))
     reshaped = ir.node("Reshape", [heads, wanted], name=f"{name}/Reshape")
     graph.insert_before(before, reshaped)
