@@ -85,6 +85,13 @@ class DecoderRanges:
 
 
 @dataclass(frozen=True)
+class DepthRanges:
+    """What transformers makes lists of while it reads a tower's or decoder's configuration."""
+
+    num_hidden_layers: Layers
+
+
+@dataclass(frozen=True)
 class RopeRanges:
     """Rotary angles; a number out of these makes them infinite, or none at all."""
 
@@ -134,6 +141,17 @@ def check_ranges(kind: type, config: Any, name: str) -> None:
     for rope in (rope for rope in ropes if isinstance(rope, Mapping)):
         known = {field.name: rope[field.name] for field in fields(RopeRanges) if field.name in rope}
         read(RopeRanges, known, f"rope_parameters in {name}", CheckpointError)
+
+
+def check_depth(part: Mapping[str, Any], name: str) -> None:
+    """Hold the layers of a part of `config.json`, as it stands there, to their range.
+
+    Raises:
+        CheckpointError: There are too many.
+    """
+    layers = part.get("num_hidden_layers")
+    if type(layers) is int and layers > 0:
+        read(DepthRanges, {"num_hidden_layers": layers}, name, CheckpointError)
 
 
 def check_activation(field: str, name: str | None) -> None:

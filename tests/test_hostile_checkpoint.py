@@ -121,11 +121,11 @@ def test_sizes_of_another_model(folder: Path, size: str) -> None:
         ("text_config.dtype", "float8_e4m3fn", "dtype is 'float8_e4m3fn'"),
         ("vision_config.torch_dtype", "Tensor", "dtype is 'Tensor'"),
         ("text_config.torch_dtype", 3, "dtype is 3"),
-        ("text_config.model_type", "gemma3n_text", "'gemma3n_text' decoder is not supported"),
+        ("text_config.model_type", "olmo2", "'olmo2' decoder is not supported"),
         ("vision_config.model_type", [1], "llava with a [1] tower is not supported"),
         ("model_type", "x" * 10**5, "model_type 'xxx"),
         ("text_config.model_type", "x" * 10**5, "llava with a 'xxx"),
-        ("model_type", {"a": 1}, "is not supported; supported: gemma3, idefics3, internvl"),
+        ("model_type", {"a": 1}, "is not supported; supported: gemma3, idefics3, internvl, llava"),
         ("configuration_files", ["config.4.0.0.json"], "configuration_files of other versions"),
         ("quantization_config", {"quant_method": "awq"}, "holds quantised weights"),
         ("text_config.text_config", "load", "transformers cannot build the model that config.json describes"),
@@ -140,11 +140,12 @@ def test_configurations_of_no_model(folder: Path, key: str, value: Any, words: s
     assert any(part in message for part in words.split("|")), message
 
 
-def test_a_layer_list_of_another_decoder_is_not_made(folder: Path) -> None:
-    """Gemma's configuration makes a list with an entry for every layer as soon as it is read."""
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen2", "gemma3n_text"])
+def test_a_list_of_a_billion_layers_is_not_made(kind: str, folder: Path) -> None:
+    """Some configurations make a list with an entry for every layer as soon as they are read, of decoders known or not."""
     put("config.json", "text_config.num_hidden_layers", BILLION)(folder)
-    put("config.json", "text_config.model_type", "gemma3n_text")(folder)
-    assert "decoder is not supported" in refusal(folder)
+    put("config.json", "text_config.model_type", kind)(folder)
+    assert "num_hidden_layers is 1000000000" in refusal(folder)
 
 
 def test_code_of_a_checkpoint_is_not_looked_for(folder: Path) -> None:

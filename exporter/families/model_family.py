@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from leanvlm.exporter import decoders
+from leanvlm.exporter.ranges import check_depth
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.records import shorten
 
@@ -29,15 +30,18 @@ class ModelFamily:
     texts: ClassVar[tuple[str, ...]] = decoders.ORDINARY
 
     def check_parts(self, raw: Mapping[str, Any]) -> None:
-        """Refuse other towers and decoders: of some, transformers makes lists as long as a number in the file says.
+        """Refuse other towers and decoders, and deeper ones: of some, transformers makes lists as long as the file says.
 
         Raises:
             UnsupportedModelError: A tower or decoder that this family does not handle.
+            CheckpointError: More layers than any has.
         """
         known = {"vision_config": ("tower", self.towers), "text_config": ("decoder", self.texts)}
         for name, (called, kinds) in known.items():
             part = raw.get(name)
             kind = part.get("model_type") if isinstance(part, Mapping) else None
+            if isinstance(part, Mapping):
+                check_depth(part, f"{name} in config.json")
             if kind and kind not in list(kinds):
                 raise UnsupportedModelError(
                     f"{self.model_type} with a {shorten(repr(kind))} {called} is not supported; supported: {', '.join(kinds)}"
