@@ -24,8 +24,10 @@ import transformers
 from PIL import Image
 
 from bench.shapes import SIZED, make_shape
-from leanvlm.exporter import ExportConfig, export
+from leanvlm.exporter import ExportConfig
 from leanvlm.exporter.config import Share
+from leanvlm.exporter.pipeline import export_plan
+from leanvlm.exporter.plan import plan
 from leanvlm.runtime.crops import crop
 from leanvlm.runtime.session import Session, load, user_message
 
@@ -90,7 +92,7 @@ def _measure(name: str, folder: Path, options: SizesOptions) -> dict[str, Any]:
     config = ExportConfig(
         str(checkpoint), budgets, folder / "bundle", target=options.target, image_sizes=((side, side),)  # type: ignore[arg-type]
     )  # fmt: skip
-    manifest = export(config)
+    manifest = export_plan(plan(config), lambda step: print(f"{perf_counter() - begin:7.1f} s  {step}", flush=True))
     exported = perf_counter()
     gc.collect()
     if torch.cuda.is_available():
