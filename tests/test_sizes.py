@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_sizes
+from conftest import Command
 from original import NEW_TOKENS
 from original_lines import LinedOriginal
 from original_sizes import SizedOriginal, pictures
@@ -85,3 +86,39 @@ def test_a_break_that_the_tokenizer_does_not_know_is_refused(bundle: Path, tmp_p
     (folder / MANIFEST).write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(BundleError, match=r"the tokenizer does not know '\[BREAK\]', so it or the layout in leanvlm"):
         load(folder)
+
+
+def test_inspect_says_which_shape_an_image_is_brought_to(
+    leanvlm: Command, original: SizedOriginal, bundle: Path, tmp_path: Path
+) -> None:
+    """And a picture of what is kept has that shape."""
+    wide = pictures()[0]
+    wide.save(tmp_path / "wide.png")
+    result = leanvlm("inspect", bundle, "--image", tmp_path / "wide.png", "--overlay", tmp_path / "kept.png")
+    assert result.returncode == 0, result.stderr
+    with load(bundle) as session:
+        shapes = session.manifest.crops.shapes
+        shape = shapes[arrange((wide.height, wide.width), session.manifest.crops).shape]
+    listed = ", ".join(one.text for one in shapes)
+    assert f"brought to the nearest of {listed} pixels (height x width)" in result.stdout
+    assert f"brought to        {shape.text} pixels (height x width)" in result.stdout
+    assert f"kept              {BUDGET} of {shape.tokens} image tokens" in result.stdout
+    height, width = shape.pixels
+    with Image.open(tmp_path / "kept.png") as kept:
+        assert kept.height == 2 * height
+        assert kept.width > 4 * width
+
+
+def test_profile_times_the_shape_that_an_image_goes_to(leanvlm: Command, bundle: Path, tmp_path: Path) -> None:
+    """The nodes of that shape's graph, whatever the first shape is."""
+    pictures()[1].save(tmp_path / "tall.png")
+    arguments = ("--image", tmp_path / "tall.png", "--runs", 1, "--warmup", 0, "--json", tmp_path / "a.json")
+    result = leanvlm("profile", bundle, *arguments)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "a.json").read_text())["budgets"]
+    with load(bundle) as session:
+        rule = session.manifest.crops
+        tall = pictures()[1]
+        count = rule.shapes[arrange((tall.height, tall.width), rule).shape].tokens
+    assert {budget["image_tokens"]["total"] for budget in figures.values()} == {count}
+    assert count < max(shape.tokens for shape in rule.shapes)
