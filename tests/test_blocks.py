@@ -60,7 +60,9 @@ def bundle_of(original: Original, folder: Path, **options: Any) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(way, marks=[pytest.mark.slow] * (way == "cpu-original")) for way in WAYS]
+)  # fmt: skip
 def session(request: pytest.FixtureRequest, original: Original, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     target, positions = WAYS[request.param]
     folder = tmp_path_factory.mktemp(request.param) / "bundle"

@@ -41,6 +41,7 @@ def bundle(checkpoint: Path) -> Path:
     return folder / "bundle"
 
 
+@pytest.mark.parametrize("checkpoint", [pytest.param("qwen2_5_vl", marks=pytest.mark.slow), "qwen3_vl"], indirect=True)
 def test_the_portable_decoder_answers_as_transformers(bundle: Path) -> None:
     """Unpruned and pruned, on the processor, which runs what TensorRT's parser is given."""
     original = SizedOriginal.open(bundle.parent / "checkpoint")

@@ -25,7 +25,11 @@ PROMPTS = ("What is on the table?", "Año 2026: count the red cups, please.")
 BUDGET = 6
 
 
-@pytest.fixture(scope="module", params=tiny_sizes.TINY)
+# One of each family; what else their files may hold takes as long again.
+SHAPES = [pytest.param(shape, marks=[pytest.mark.slow] * ("/" in shape)) for shape in tiny_sizes.TINY]
+
+
+@pytest.fixture(scope="module", params=SHAPES)
 def shape(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -29,7 +29,13 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("shape", "method"), CASES)
+# Those that have most of it together; the others are slow.
+USUAL = CASES[:1] + CASES[2:3] + CASES[4:5]
+
+
+@pytest.mark.parametrize(
+    ("shape", "method"), [pytest.param(*case, marks=[pytest.mark.slow] * (case not in USUAL)) for case in CASES]
+)  # fmt: skip
 def test_two_traces_are_the_module(shape: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pruned and unpruned over one trace of the tower; two images, and three, which were not traced."""
     checkpoint = open_checkpoint(ExportConfig(str(tiny.EVERY[shape](tmp_path / "checkpoint"))))
