@@ -20,7 +20,7 @@ import tiny
 from conftest import Command
 
 import leanvlm.exporter.pipeline as pipeline
-from leanvlm.exporter import ExportConfig
+from leanvlm.exporter import ExportConfig, vision_graphs
 from leanvlm.exporter.output import files_replaced, put_in_place
 from leanvlm.exporter.plan import Plan, plan
 from leanvlm.runtime.bundle import read_manifest
@@ -50,15 +50,16 @@ def traced() -> dict[str, bytes]:
 @pytest.fixture(autouse=True)
 def trace_once(traced: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace each graph only the first time."""
-    trace = pipeline.trace
+    trace = vision_graphs.trace
 
     def again(module: Any, *arguments: Any, **options: Any) -> ir.Model:
-        key = repr(module.prune.pruner)
+        # Of the one model there is one tower.
+        key = repr(module.prune.pruner) if hasattr(module, "prune") else type(module).__name__
         if key not in traced:
             traced[key] = ir.to_proto(trace(module, *arguments, **options)).SerializeToString()
         return ir.from_proto(_parsed(traced[key]))
 
-    monkeypatch.setattr(pipeline, "trace", again)
+    monkeypatch.setattr(vision_graphs, "trace", again)
 
 
 def _parsed(data: bytes) -> Any:

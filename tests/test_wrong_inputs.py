@@ -155,7 +155,7 @@ def edit(name: str, **values: Any) -> Change:
         (write("config.json", "{"), "config.json cannot be read"),
         (write("config.json", "[]"), "config.json does not hold a JSON object"),
         (write("config.json", "[" * 100_000), "config.json cannot be read"),
-        (edit("config.json", model_type="mamba"), "model_type 'mamba' is not supported; supported: idefics3, internvl, llava"),
+        (edit("config.json", model_type="mamba"), "model_type 'mamba' is not supported; supported: gemma3, idefics3, internvl"),
         (edit("config.json", text_config__hidden_size="wide"), "config.json is not a valid configuration"),
         (edit("config.json", text_config__model_type="mamba"), "'mamba' decoder is not supported"),
         (edit("config.json", vision_config__patch_size=0), "patch_size is 0; it must be from 1 to 4096"),
