@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -49,16 +50,31 @@ def measure_families(options: FamiliesOptions) -> Path:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "models": {},
     }
-    for name in options.names:
-        folder = options.work / name
+    measure_each(record, options.names, options.work, options.output, lambda name, folder: _measure(name, folder, options))
+    return options.output
+
+
+def measure_each(
+    record: dict[str, Any], names: Sequence[str], work: Path, output: Path, measure: Callable[[str, Path], dict[str, Any]]
+) -> None:
+    """Measure models in turn, each in a folder that goes with it, and write the record after every one.
+
+    Args:
+        record: Gets what was measured under `models`, or a model's error.
+        names: The models.
+        work: Where the folders are.
+        output: The JSON file.
+        measure: Takes a name and the folder.
+    """
+    for name in names:
+        folder = work / name
         try:
-            record["models"][name] = _measure(name, folder, options)
+            record["models"][name] = measure(name, folder)
         except Exception as error:  # One model is not to lose what was measured of the others.
             record["models"][name] = {"error": f"{type(error).__name__}: {error}"}
         shutil.rmtree(folder, ignore_errors=True)
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(name, json.dumps(record["models"][name])[:300], flush=True)
-    return options.output
 
 
 def _measure(name: str, folder: Path, options: FamiliesOptions) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def families_section(path: Path, data: dict[str, Any]) -> str:
             "Times in ms; a token of the answer is `decode`. With many crops most of the time to the first token is the "
             "processor's resizing and the tower, which pruning behind the tower does not shorten.\n",
             _stages(models),
-            _verified(models),
+            verified(models, "per crop"),
         ]
     )
 
@@ -45,8 +45,9 @@ def _stages(models: dict[str, Any]) -> str:
     return table(heads, rows)
 
 
-def _verified(models: dict[str, Any]) -> str:
-    heads = ("model", "per crop", "features differ by", "kept tokens the same", "first logits differ by", "greedy tokens equal")
+def verified(models: dict[str, Any], unit: str) -> str:
+    """Return the table of what the exports' own comparisons measured; `unit` says what a budget counts."""
+    heads = ("model", unit, "features differ by", "kept tokens the same", "first logits differ by", "greedy tokens equal")
     rows = []
     for name, model in models.items():
         record = model["verification"]

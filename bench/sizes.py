@@ -7,9 +7,7 @@ shape, in turn. Transformers gets what its own image processor makes of the pict
 from __future__ import annotations
 
 import gc
-import json
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -23,6 +21,7 @@ import torch
 import transformers
 from PIL import Image
 
+from bench.families import measure_each
 from bench.shapes import SIZED, make_shape
 from leanvlm.exporter import ExportConfig
 from leanvlm.exporter.config import Share
@@ -71,15 +70,7 @@ def measure_sizes(options: SizesOptions) -> Path:
         "warmup": options.warmup,
         "models": {},
     }
-    for name in options.names:
-        folder = options.work / name
-        try:
-            record["models"][name] = _measure(name, folder, options)
-        except Exception as error:  # One model is not to lose what was measured of the others.
-            record["models"][name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
-        shutil.rmtree(folder, ignore_errors=True)
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(name, json.dumps(record["models"][name])[:400], flush=True)
+    measure_each(record, options.names, options.work, options.output, lambda name, folder: _measure(name, folder, options))
     return options.output
 
 
@@ -92,7 +83,8 @@ def _measure(name: str, folder: Path, options: SizesOptions) -> dict[str, Any]:
     config = ExportConfig(
         str(checkpoint), budgets, folder / "bundle", target=options.target, image_sizes=((side, side),)  # type: ignore[arg-type]
     )  # fmt: skip
-    manifest = export_plan(plan(config), lambda step: print(f"{perf_counter() - begin:7.1f} s  {step}", flush=True))
+    steps: list[tuple[float, str]] = []
+    manifest = export_plan(plan(config), lambda step: steps.append((round(perf_counter() - begin, 1), step)))
     exported = perf_counter()
     gc.collect()
     if torch.cuda.is_available():
@@ -111,6 +103,7 @@ def _measure(name: str, folder: Path, options: SizesOptions) -> dict[str, Any]:
         "tokens": manifest.tokens_per_crop,
         "bytes": sum(file.bytes for file in manifest.files.values()),
         "seconds": {"checkpoint": round(made - begin, 1), "export and verify": round(exported - made, 1)},
+        "steps": steps,
         "versions": {**manifest.versions, "torch": torch.__version__, "transformers": transformers.__version__},
         "runtime": session.backend.versions(),
         "verification": dict(manifest.verification),

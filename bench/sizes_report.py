@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from bench.cells import table
+from bench.families_report import verified
 
 STAGES = ("preprocess", "vision", "project", "prune", "splice", "prefill")
 
@@ -26,7 +27,7 @@ def sizes_section(path: Path, data: dict[str, Any]) -> str:
             "and reads all tokens; its `vision` holds the projector, its `prefill` is the rest of the first token. The "
             "picture is JPEG bytes of the exported shape. `python -m bench sizes` repeats it. Times in ms.\n",
             _stages(models),
-            _verified(models),
+            verified(models, "tokens"),
         ]
     )
 
@@ -44,17 +45,3 @@ def _stages(models: dict[str, Any]) -> str:
             size = " x ".join(map(str, model["pixels"]))
             rows.append([f"{name}, {size}", whose, f"{kept} of {model['tokens']}", *cells, f"{times['first token']:.1f}"])
     return table(("model, pixels", "", "tokens", *STAGES, "first token"), rows)
-
-
-def _verified(models: dict[str, Any]) -> str:
-    rows = []
-    for name, model in models.items():
-        record = model["verification"]
-        for budget, vision in record["vision"].items():
-            chain = record["tokens"][budget]
-            rows.append(
-                [name, budget, f"{vision['features']:.1e}", f"{vision['kept_overlap']:.1%}", f"{chain['logits']:.1e}",
-                 f"{chain['equal']} of {chain['compared']}"]
-            )  # fmt: skip
-    heads = ("model", "tokens", "features differ by", "kept tokens the same", "first logits differ by", "greedy tokens equal")
-    return table(heads, rows)

@@ -90,7 +90,10 @@ class PruneStage(nn.Module):
 
 
 class VisionGraph(nn.Module):
-    """Tower, projector and pruner as one traceable module."""
+    """Tower, projector and pruner as one traceable module: what a bundle's graph computes, for measuring and comparing.
+
+    Exports trace it in two parts (`vision_graphs.py`).
+    """
 
     def __init__(self, tower: nn.Module, projector: nn.Module, pruner: Pruner, grid: tuple[int, int], leading: int = 0) -> None:
         super().__init__()

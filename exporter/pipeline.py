@@ -155,7 +155,8 @@ def _write_vision(request: Plan, parts: Parts, folder: Path, on_step: Step) -> t
         if key not in tracer.keys:
             tower = _in_dtype(parts.tower(planned.pruner.scored_block, levels, shape), dtype)
             example = torch.zeros(2, 3, *shape.pixels, dtype=dtype if levels is None else torch.uint8)
-            tracer.add(key, Tokens(tower, projector).eval(), example)
+            tokens = Tokens(tower, projector, spec.signals, planes=planes_of(parts.decoder) > 0)
+            tracer.add(key, tokens.eval(), example)
         models[name] = tracer.graph(key, planned, shape, projector)
         if record.dialect:
             check_dialect(models[name], name)

@@ -154,6 +154,16 @@ def check_depth(part: Mapping[str, Any], name: str) -> None:
         read(DepthRanges, {"num_hidden_layers": layers}, name, CheckpointError)
 
 
+def check_axial_heads(hidden: int, heads: int) -> None:
+    """Check the width of a tower whose heads turn by half by the row and half by the column, in pairs.
+
+    Raises:
+        CheckpointError: It is no multiple of 4 for each head.
+    """
+    if hidden % (4 * heads):
+        raise CheckpointError(f"hidden_size {hidden} is not a multiple of 4 for each of {heads} heads")
+
+
 def check_activation(field: str, name: str | None) -> None:
     """Check that transformers has an activation of this name.
 

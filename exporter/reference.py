@@ -112,7 +112,7 @@ class Reference:
         states = hidden[0].cpu().reshape(-1, len(order), hidden[0].shape[-1])[:, order]
         keys = torch.cat([key.transpose(1, 2).reshape(-1, len(order), *key.shape[1::2]) for key, _ in seen]).cpu()[:, order]
         saliency = torch.cat([_own(attended, len(order)).float().mean(dim=(1, 2)) for _, attended in seen]).cpu()[:, order]
-        planes = [torch.cat(list(plane)).cpu() for plane in getattr(found, "deepstack_features", None) or ()]
+        planes = [plane.cpu() for plane in parts.planes(found)]
         told = Seen(
             merged_cells(states, rows * parts.cell, parts.cell),
             self._of_cells(keys.flatten(2), shape).reshape(-1, shape.tokens, *keys.shape[2:]),

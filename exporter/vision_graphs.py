@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -26,16 +27,25 @@ FEATURES = "features"
 
 
 class Tokens(nn.Module):
-    """The first part: pixel values to features, and what the tower tells of them."""
+    """The first part: pixel values to features, and what the tower tells of them.
 
-    def __init__(self, tower: nn.Module, projector: nn.Module) -> None:
+    Args:
+        tower: Returns `Seen`.
+        projector: Makes features.
+        signals: What the tower tells the pruners.
+        planes: Whether it makes planes for the decoder.
+    """
+
+    def __init__(self, tower: nn.Module, projector: nn.Module, signals: Collection[str], *, planes: bool = False) -> None:
         super().__init__()
         self.vision, self.project = tower, projector
+        fields = {"hidden", *signals, *(["deep"] if planes else [])}
+        self.told = tuple(name for name in Seen._fields if name in fields)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Map pixel values (B, 3, H, W) to features (B, N, D) and the fields of `Seen` that the tower has, in order."""
+        """Map pixel values (B, 3, H, W) to features (B, N, D) and the fields of `Seen` that the tower tells, in order."""
         seen: Seen = self.vision(pixel_values)
-        return self.project(seen.hidden), *(part for part in seen if part is not None)
+        return self.project(seen.hidden), *(getattr(seen, name) for name in self.told)
 
 
 class Choice(nn.Module):
@@ -80,12 +90,9 @@ class VisionTracer:
 
     def add(self, key: Any, tokens: Tokens, pixels: Tensor) -> None:
         """Trace tower and projector for graphs of a key, with pixel values (2, 3, H, W) of the shape."""
-        with torch.no_grad():
-            seen = tokens.vision(pixels)
-            told = {name: part for name, part in zip(Seen._fields, seen, strict=True) if part is not None}
-            examples = {FEATURES: tokens.project(seen.hidden), **told}
-        names = [f"seen.{name}" for name in examples]
-        model = trace(tokens, {PIXELS: pixels}, output_names=names, opset=self._opset)
+        names = (FEATURES, *tokens.told)
+        model = trace(tokens, {PIXELS: pixels}, output_names=[f"seen.{name}" for name in names], opset=self._opset)
+        examples = {name: _like(value, len(pixels)) for name, value in zip(names, model.graph.outputs, strict=True)}
         self._rewrite(model)
         self._fronts[key] = model, examples
 
@@ -104,6 +111,15 @@ class VisionTracer:
     def _rewrite(self, model: ir.Model) -> None:
         for rewrite in self._passes.values():
             rewrite(model)
+
+
+def _like(value: ir.Value, batch: int) -> Tensor:
+    """Return zeros of the shape and dtype of a graph's value, whose first size alone is free."""
+    assert value.shape is not None
+    assert value.dtype is not None
+    sizes = [size for size in value.shape[1:] if isinstance(size, int)]
+    assert len(sizes) == len(value.shape) - 1, "only the batch is free"
+    return torch.from_numpy(np.zeros((batch, *sizes), value.dtype.numpy()))
 
 
 def joined(front: ir.Model, back: ir.Model, names: list[str]) -> ir.Model:

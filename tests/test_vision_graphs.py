@@ -14,6 +14,7 @@ from onnxruntime import InferenceSession
 
 from leanvlm.exporter import ExportConfig, vision_graphs
 from leanvlm.exporter.checkpoint import load_model, open_checkpoint
+from leanvlm.exporter.decoders import planes_of
 from leanvlm.exporter.graphs import VisionGraph, VisionPlan
 from leanvlm.exporter.passes.stage_names import STAGES
 from leanvlm.exporter.plan import pruner_for
@@ -44,7 +45,8 @@ def test_two_traces_are_the_module(shape: str, method: str, tmp_path: Path, monk
     padded, opset = checkpoint.frame.crops.is_padded, TARGETS["cpu"].opset
     tower, traced = parts.tower(pruner.scored_block, None, size), counted(monkeypatch)
     tracer = VisionTracer(opset, TARGETS["cpu"].passes, spec.leading, padded)
-    tracer.add("one", Tokens(tower, parts.project).eval(), torch.zeros(2, 3, *size.pixels))
+    tokens = Tokens(tower, parts.project, spec.signals, planes=planes_of(parts.decoder) > 0)
+    tracer.add("one", tokens.eval(), torch.zeros(2, 3, *size.pixels))
     generator = torch.Generator().manual_seed(5)
     for each in (pruner, NoPruner(keep=size.tokens - spec.leading)):
         planned = VisionPlan(0, each.keep, each, each.keep + spec.leading, "vision.onnx")
@@ -82,13 +84,16 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_what_a_pruner_does_not_read_is_not_computed(tmp_path: Path) -> None:
-    """The unpruned graph needs no keys; their product is gone, the attention for pictures stays."""
+    """The unpruned graph needs no keys and no unsplit attention of the tower; the attention for pictures stays."""
     checkpoint = open_checkpoint(ExportConfig(str(tiny.llava(tmp_path / "checkpoint"))))
     parts, size = checkpoint.family.parts(load_model(checkpoint)), checkpoint.spec.shape
     tracer = VisionTracer(18, TARGETS["cpu"].passes, 0, padded=False)
-    tracer.add("one", Tokens(parts.tower("feature", None, size), parts.project).eval(), torch.zeros(2, 3, *size.pixels))
+    tokens = Tokens(parts.tower("feature", None, size), parts.project, checkpoint.spec.signals)
+    tracer.add("one", tokens.eval(), torch.zeros(2, 3, *size.pixels))
     sizes = {}
     for method in ("prumerge", "none"):
         pruner = pruner_for(method, checkpoint.spec, 20) if method != "none" else NoPruner(keep=size.tokens)
-        sizes[method] = len(list(tracer.graph("one", VisionPlan(0, 20, pruner, 20, "v"), size, parts.project).graph))
+        graph = tracer.graph("one", VisionPlan(0, 20, pruner, 20, "v"), size, parts.project).graph
+        # The tower's own, whatever the pruner adds.
+        sizes[method] = len([node for node in graph if str(node.name).startswith("/vision/")])
     assert sizes["none"] < sizes["prumerge"]

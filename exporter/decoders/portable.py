@@ -43,6 +43,7 @@ from leanvlm.exporter.decoders import (
     rotary_frequencies,
     rotary_kinds,
 )
+from leanvlm.exporter.rotary import rotated
 from leanvlm.exporter.trace import trace
 from leanvlm.runtime.positions import Visibility
 
@@ -166,7 +167,7 @@ class PortableDecoder(nn.Module):
         if hasattr(attn, "q_norm"):
             query, key = attn.q_norm(query), attn.k_norm(key)
         if getattr(attn, "use_rope", True):
-            query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+            query, key = rotated(query, cos, sin), rotated(key, cos, sin)
         if scale is not None:
             query = query * scale
         keys, values = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
@@ -178,12 +179,6 @@ class PortableDecoder(nn.Module):
         else:
             mixed = (query * attn.scaling @ keys.transpose(2, 3) + mask).softmax(dim=-1) @ values
         return attn.o_proj(mixed.transpose(1, 2).flatten(2)), (key, value)
-
-
-def _rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs of half a head's width apart by their position's angles: rotary embedding (arXiv 2104.09864)."""
-    first, second = states.chunk(2, dim=3)
-    return states * cos + torch.cat([-second, first], dim=3) * sin
 
 
 def trace_decoder(decoder: Any, *, opset: int, dtype: torch.dtype, visibility: Visibility = "causal") -> ir.Model:

@@ -6,7 +6,7 @@ checkpoint's own; nothing foreign is patched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -129,6 +129,7 @@ class Parts:
         cell: Patches on each side of what becomes one token.
         order: Of a model that packs all crops into one sequence of patches: for each patch of a shape in raster order, its
             place (N,) in the sequence of one crop. None where crops are a batch.
+        planes: Takes what `get_image_features` returns to the planes (S, D) of all crops' tokens, in the decoder's order.
         extra_rows: Embeddings (D,) that the model learned beside those of tokens, by name; each becomes a row of the table.
     """
 
@@ -141,6 +142,7 @@ class Parts:
     inputs: Callable[[Tensor, tuple[int, int]], dict[str, Any]]
     cell: int = 1
     order: Callable[[CropShape], Tensor] | None = None
+    planes: Callable[[Any], Sequence[Tensor]] = lambda found: ()
     entry: nn.Module | None = None
     extra_rows: Mapping[str, Tensor] = field(default_factory=dict)
 

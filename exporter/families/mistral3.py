@@ -25,11 +25,21 @@ from leanvlm.exporter.families.model_family import ModelFamily, feature_layers, 
 from leanvlm.exporter.image_processor import ProcessorError, read_tile_processor
 from leanvlm.exporter.ladder import usual_shapes
 from leanvlm.exporter.pruners.base import ScoredBlock
-from leanvlm.exporter.ranges import DecoderRanges, Heads, Inner, Layers, LlavaRanges, Width, check_activation, check_ranges
+from leanvlm.exporter.ranges import (
+    DecoderRanges,
+    Heads,
+    Inner,
+    Layers,
+    LlavaRanges,
+    Width,
+    check_activation,
+    check_axial_heads,
+    check_ranges,
+)
 from leanvlm.exporter.tokenizer import named_token
 from leanvlm.exporter.towers.pixtral import MergedPatches, PixtralTower
 from leanvlm.runtime.crops import CropRule, CropShape
-from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
+from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.layout import Layout
 from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.records import Between, shorten
@@ -49,11 +59,7 @@ class PixtralRanges:
 
     def __post_init__(self) -> None:
         check_activation("hidden_act", self.hidden_act)
-        # Half of a head turns by the row and half by the column, in pairs.
-        if self.hidden_size % (4 * self.num_attention_heads):
-            raise CheckpointError(
-                f"hidden_size {self.hidden_size} is not a multiple of 4 for each of {self.num_attention_heads} heads"
-            )
+        check_axial_heads(self.hidden_size, self.num_attention_heads)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,16 @@ from leanvlm.exporter.families.model_family import ModelFamily
 from leanvlm.exporter.image_processor import ProcessorError, read_tile_processor
 from leanvlm.exporter.ladder import usual_shapes
 from leanvlm.exporter.pruners.base import ScoredBlock
-from leanvlm.exporter.ranges import DecoderRanges, Heads, Inner, Layers, Width, check_activation, check_ranges
+from leanvlm.exporter.ranges import (
+    DecoderRanges,
+    Heads,
+    Inner,
+    Layers,
+    Width,
+    check_activation,
+    check_axial_heads,
+    check_ranges,
+)
 from leanvlm.exporter.towers.qwen_vit import CELL, MergedTokens, QwenVit, packed_patches, packed_places
 from leanvlm.runtime.crops import CropRule, CropShape
 from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
@@ -48,9 +57,7 @@ class QwenTowerRanges:
 
     def __post_init__(self) -> None:
         check_activation("hidden_act", self.hidden_act)
-        # Half of a head turns by the row and half by the column, in pairs.
-        if self.hidden_size % (4 * self.num_heads):
-            raise CheckpointError(f"hidden_size {self.hidden_size} is not a multiple of 4 for each of {self.num_heads} heads")
+        check_axial_heads(self.hidden_size, self.num_heads)
 
 
 @dataclass(frozen=True)

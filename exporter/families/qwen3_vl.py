@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Annotated, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen3VLForConditionalGeneration
@@ -92,7 +93,11 @@ class Qwen3VlFamily(Qwen25VlFamily):
             return QwenVit(visual, shape, visual.config.depth - 1, image, positions=positions, deep=deep)
 
         decoder = decoders.causal_model(core.model.language_model, core.lm_head, planes=len(planes))
-        return replace(super().parts(model), tower=tower, decoder=decoder)
+
+        def made(found: Any) -> list[Tensor]:
+            return [torch.cat(list(plane)) for plane in found.deepstack_features]
+
+        return replace(super().parts(model), tower=tower, decoder=decoder, planes=made)
 
 
 def interpolated(table: Tensor, shape: CropShape) -> Tensor:

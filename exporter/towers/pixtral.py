@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from leanvlm.exporter.rotary import rotated
 from leanvlm.exporter.towers.base import BlockTower, received_scores
 from leanvlm.runtime.crops import CropShape
 from leanvlm.runtime.preprocess import ImageSpec
@@ -63,12 +64,7 @@ class PixtralTower(BlockTower):
     def _turned(self, attn: Any, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys (B, N, H, d) of normed states, turned by their patches' angles."""
         query, key = (part(states).reshape(*states.shape[:2], attn.num_heads, -1) for part in (attn.q_proj, attn.k_proj))
-        return self._rotated(query), self._rotated(key)
-
-    def _rotated(self, heads: Tensor) -> Tensor:
-        first, second = heads.chunk(2, dim=3)
-        turned: Tensor = heads * self.cos + torch.cat([-second, first], dim=3) * self.sin
-        return turned
+        return rotated(query, self.cos, self.sin), rotated(key, self.cos, self.sin)
 
 
 class MergedPatches(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from leanvlm.exporter.rotary import rotated
 from leanvlm.exporter.towers.base import Seen, received_scores, summed_stretches
 from leanvlm.exporter.towers.patches import LevelPatches
 from leanvlm.runtime.crops import CropShape
@@ -114,12 +115,7 @@ class QwenVit(nn.Module):
     def _projected(self, attn: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys, both turned, and values (B, N', H, d)."""
         query, key, value = attn.qkv(states).reshape(*states.shape[:2], 3, attn.num_heads, -1).unbind(2)
-        return self._turned(query), self._turned(key), value
-
-    def _turned(self, states: Tensor) -> Tensor:
-        first, second = states.chunk(2, dim=3)
-        turned: Tensor = states * self.cos + torch.cat([-second, first], dim=3) * self.sin
-        return turned
+        return rotated(query, self.cos, self.sin), rotated(key, self.cos, self.sin), value
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, at: int) -> Tensor:
         """Return what a block's attention mixes (B, N', Dv), of the whole image or in windows."""
