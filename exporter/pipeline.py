@@ -25,7 +25,7 @@ from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint, load_model
 from leanvlm.exporter.config import NO_TEMPLATE
-from leanvlm.exporter.decoders import context_length, head_dim, kv_heads, planes_of, token_rows
+from leanvlm.exporter.decoders import context_length, head_dim, kv_heads, least_onnxruntime, planes_of, token_rows
 from leanvlm.exporter.decoders.genai import DECODER, build_decoder
 from leanvlm.exporter.decoders.portable import save_decoder, trace_decoder
 from leanvlm.exporter.dialect import check_dialect, target_opset
@@ -37,7 +37,7 @@ from leanvlm.exporter.plan import DTYPES, EMBED_TOKENS, VISION_DATA, Plan, visio
 from leanvlm.exporter.pruners import PRUNERS
 from leanvlm.exporter.reference import Reference
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
-from leanvlm.exporter.targets import TARGETS, least_onnxruntime
+from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.text_files import write_text_files
 from leanvlm.exporter.verify import verify
 from leanvlm.exporter.vision_graphs import Tokens, VisionTracer
@@ -239,7 +239,7 @@ def _manifest(request: Plan, vision: list[VisionSpec], stages: list[StageSpec], 
         image=request.image,
         image_token_id=spec.image_token_id,
         positions=request.positions,
-        min_onnxruntime=least_onnxruntime(config.target, request.positions.visibility),
+        min_onnxruntime=least_onnxruntime(checkpoint.config.text_config, config.target, request.positions.visibility),
         versions={tool: found for tool in TOOLS if (found := _version(tool))},
         files=files,
     )
@@ -248,20 +248,20 @@ def _manifest(request: Plan, vision: list[VisionSpec], stages: list[StageSpec], 
 def _decoder_spec(checkpoint: Checkpoint, parts: Parts, folder: Path) -> DecoderSpec:
     graph = ir.load(folder / DECODER).graph
     text = checkpoint.config.text_config
-    kv_dtype = next(v.dtype for v in graph.inputs if v.name == "past_key_values.0.key")
-    assert kv_dtype is not None
+    roles = {str(value.name): _role(str(value.name)) for value in graph.inputs}
+    keys = [value for value in graph.inputs if roles[str(value.name)] == "key"]
     return DecoderSpec(
         graph=GraphSpec(DECODER, _tensors(graph.inputs), _tensors(graph.outputs)),
-        layers=text.num_hidden_layers,
+        layers=len(keys),
         kv_heads=kv_heads(text),
         head_dim=head_dim(text),
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
         context_length=context_length(text),
-        kv_dtype="float16" if kv_dtype == ir.DataType.FLOAT16 else "float32",
+        kv_dtype="float16" if keys[0].dtype == ir.DataType.FLOAT16 else "float32",
         extra_rows={name: text.vocab_size + at for at, name in enumerate(parts.extra_rows)},
         planes=planes_of(parts.decoder),
-        roles={str(value.name): _role(str(value.name)) for value in graph.inputs},
+        roles=roles,
         cache="shared" if any(str(value.name).startswith("present.") for value in graph.outputs) else "appended",
     )
 
@@ -275,10 +275,13 @@ ROLES: dict[str, Role] = {
     "last_position": "last_position",
 }
 
+# Of an input of each layer, the last part of its name.
+ENDS: dict[str, Role] = {"key": "key", "value": "value", "conv": "state", "recurrent": "state"}
+
 
 def _role(name: str) -> Role:
     """Return what an input of a decoder's graph is for."""
-    return ROLES.get(name) or ("key" if name.endswith(".key") else "value")
+    return ROLES.get(name) or ENDS[name.rpartition(".")[2]]
 
 
 def _write_splice(decoder: DecoderSpec, folder: Path) -> GraphSpec:

@@ -16,13 +16,13 @@ from torch import nn
 
 from leanvlm.exporter.checkpoint import Checkpoint, hub_id, open_checkpoint
 from leanvlm.exporter.config import ExportConfig, Share
-from leanvlm.exporter.decoders import check_decoder, context_length, decoder_for, token_rows
+from leanvlm.exporter.decoders import check_decoder, context_length, decoder_for, least_onnxruntime, token_rows
 from leanvlm.exporter.families import Description
 from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.graphs import VisionPlan
 from leanvlm.exporter.output import check_output
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, Pruner, parse
-from leanvlm.exporter.targets import TARGETS, least_onnxruntime
+from leanvlm.exporter.targets import MIN_ONNXRUNTIME, TARGETS
 from leanvlm.exporter.text_files import check_text
 from leanvlm.exporter.weights import match_weights, outline
 from leanvlm.runtime.backends.ort import check_version
@@ -98,7 +98,7 @@ def plan(config: ExportConfig) -> Plan:
             raise InputError(f"budget {budget} is more than the {count} {what}")
     positions = _positions(config, checkpoint)
     check_decoder(checkpoint.config.text_config, config.target, positions.visibility)
-    _check_onnxruntime(config.target, positions)
+    _check_onnxruntime(checkpoint.config.text_config, config.target, positions)
     _warn_of_context(checkpoint.config.text_config)
     check_text(config, checkpoint)
     references, gate = _gate(config, checkpoint)
@@ -139,10 +139,11 @@ def _positions(config: ExportConfig, checkpoint: Checkpoint) -> PositionRule:
     return PositionRule("original", checkpoint.frame.axes, "grid", seen)
 
 
-def _check_onnxruntime(target: str, positions: PositionRule) -> None:
+def _check_onnxruntime(config: Any, target: str, positions: PositionRule) -> None:
     """Refuse a decoder that the ONNX Runtime of this machine is too old to verify; raises BackendError."""
-    if positions.visibility != "causal":
-        check_version(require("onnxruntime", TARGETS[target].extra), least_onnxruntime(target, positions.visibility))
+    least = least_onnxruntime(config, target, positions.visibility)
+    if least != MIN_ONNXRUNTIME:
+        check_version(require("onnxruntime", TARGETS[target].extra), least)
 
 
 def _vision(

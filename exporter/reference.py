@@ -207,10 +207,14 @@ def _mask(count: int, last_seen: Array | None) -> Tensor:
 
 @contextlib.contextmanager
 def computed_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Bring each leaf module's parameters to a wider dtype only while it runs."""
+    """Bring each leaf module's parameters to a wider dtype only while it runs.
+
+    A module with parameters of its own may read those of modules inside it without calling them, so all of them are widened.
+    """
     handles = []
     for leaf in module.modules():
-        narrow = {k: p.data for k, p in leaf.named_parameters(recurse=False) if p.dtype != dtype}
+        own = any(True for _ in leaf.parameters(recurse=False))
+        narrow = {k: p.data for k, p in leaf.named_parameters() if p.dtype != dtype} if own else {}
         if narrow:
             handles.append(leaf.register_forward_pre_hook(_widen(dtype)))
             handles.append(leaf.register_forward_hook(_restore(narrow)))
@@ -223,7 +227,7 @@ def computed_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 def _widen(dtype: torch.dtype) -> Any:
     def hook(leaf: nn.Module, args: Any) -> None:
-        for parameter in leaf.parameters(recurse=False):
+        for parameter in leaf.parameters():
             parameter.data = parameter.data.to(dtype)
 
     return hook

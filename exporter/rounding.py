@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanvlm.exporter.decoders.recurrent import DENSE
+
 # Precision of a decoder to bits of a weight, where weights are quantised.
 BITS = {"int8": 8, "int4": 4}
 BLOCK = 32
@@ -47,10 +49,13 @@ def rounded(weight: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def weights_rounded(module: nn.Module, bits: int, dtype: torch.dtype) -> Iterator[None]:
-    """Quantise and dequantise the weights of all linear layers of a module, each only while it runs; see `rounded`."""
+    """Quantise and dequantise the weights of the linear layers of a module, each only while it runs; see `rounded`.
+
+    All but those that no decoder has quantised.
+    """
     handles = []
-    for leaf in module.modules():
-        if isinstance(leaf, nn.Linear):
+    for name, leaf in module.named_modules():
+        if isinstance(leaf, nn.Linear) and name.rpartition(".")[2] not in DENSE:
             handles.append(leaf.register_forward_pre_hook(_round(bits, dtype)))
             handles.append(leaf.register_forward_hook(_restore(leaf.weight.data)))
     try:

@@ -10,9 +10,8 @@ import torch
 
 from leanvlm.exporter import passes
 from leanvlm.exporter.passes import Pass
-from leanvlm.runtime.positions import Visibility
 
-__all__ = ["MIN_ONNXRUNTIME", "TARGETS", "Target", "least_onnxruntime"]
+__all__ = ["MIN_ONNXRUNTIME", "TARGETS", "Target"]
 
 # What a bundle asks for, if it needs nothing newer.
 MIN_ONNXRUNTIME = "1.23"
@@ -55,12 +54,6 @@ class Target:
     dialect: bool = False
     masked: str | None = None
     newer_opset: int | None = None
-
-
-def least_onnxruntime(target: str, visibility: Visibility) -> str:
-    """Return the least ONNX Runtime that runs a bundle for a target whose positions see each other so."""
-    masked = TARGETS[target].masked
-    return MIN_ONNXRUNTIME if visibility == "causal" or masked is None else masked
 
 
 TARGETS: dict[str, Target] = {

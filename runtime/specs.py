@@ -11,7 +11,7 @@ from leanvlm.runtime.records import Between, Count, Size, shorten
 
 Engine = Literal["tensorrt-rtx", "tensorrt"]
 FloatType = Literal["float16", "float32"]
-Role = Literal["embeddings", "mask", "positions", "last_seen", "past_length", "last_position", "key", "value"]
+Role = Literal["embeddings", "mask", "positions", "last_seen", "past_length", "last_position", "key", "value", "state"]
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,13 @@ class StageSpec(GraphSpec):
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """The decoder graph and its key-value cache, laid out (B, kv_heads, S, head_dim) for each layer.
+    """The decoder graph and its key-value cache, laid out (B, kv_heads, S, head_dim) for each layer that has one.
 
-    The `kv_heads` axis is not repeated for grouped queries.
+    The `kv_heads` axis is not repeated for grouped queries. Layers without a cache may have states, whose size does not depend
+    on how many positions were read: a run reads them and returns what replaces them.
 
     Attributes:
+        layers: Those with keys and values.
         planes: Further planes of an image token, each as wide as an embedding, that the decoder adds behind its first blocks.
             They stand behind the embedding in its row, and are 0 in the rows of text.
         roles: What each of the graph's inputs is for.
@@ -107,6 +109,16 @@ class DecoderSpec:
         return {name: name.replace("past_key_values", prefix) for name in names}
 
     @property
+    def states(self) -> dict[str, str]:
+        """The inputs that hold states, in the graph's order, to the outputs that replace them."""
+        return {name: name.replace("past", "present", 1) for name in self.named("state")}
+
+    def state_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a state of one sequence: (1, …)."""
+        tensor = next(tensor for tensor in self.graph.inputs if tensor.name == name)
+        return tuple(1 if isinstance(size, str) else size for size in tensor.shape)
+
+    @property
     def row_width(self) -> int:
         """Width of what the decoder reads for one position: the embedding and its planes."""
         return self.hidden_size * (1 + self.planes)
@@ -126,14 +138,17 @@ class DecoderSpec:
             raise ManifestError(f"{self.layers} layers do not fit {len(keys)} keys and {len(values)} values among the inputs")
         if list(self.extra_rows.values()) != list(range(self.vocab_size, self.table_rows)):
             raise ManifestError(f"extra_rows must be numbered from {self.vocab_size} on")
-        check_names(self.graph, (), ("logits", *self.caches.values()))
+        check_names(self.graph, (), ("logits", *self.caches.values(), *self.states.values()))
         sizes: dict[str, tuple[int | None, ...]] = {"logits": (None, None, self.vocab_size)}
         sizes |= dict.fromkeys((*keys, *values), (None, self.kv_heads, None, self.head_dim))
         sizes |= dict.fromkeys(self.named("embeddings"), (None, None, self.row_width))
         sizes |= dict.fromkeys(self.named("last_seen"), (None, None))
+        for name, output in self.states.items():
+            # Whatever it is, its successor is of the same shape.
+            sizes |= dict.fromkeys((name, output), (None, *self.state_shape(name)[1:]))
         sizes |= dict.fromkeys(self.named("positions"), (3, None, None) if self.axes == 3 else (None, None))
         for tensor in (*self.graph.inputs, *self.graph.outputs):
-            dtype = self.kv_dtype if tensor.name in self.caches else tensor.dtype
+            dtype = self.kv_dtype if tensor.name in (*self.caches, *self.states) else tensor.dtype
             if not fits(tensor.shape, sizes.get(tensor.name)) or tensor.dtype != dtype:
                 wanted = f"{shorten(dtype)} {[size or 'any' for size in sizes.get(tensor.name, ())]}"
                 raise ManifestError(f"{tensor.name} is {shorten(tensor.dtype)} {list(tensor.shape)}; it must be {wanted}")

@@ -20,7 +20,7 @@ from transformers.vision_utils import get_vision_window_index
 from leanvlm.exporter import tolerances
 from leanvlm.exporter.pruners.gates import exact_effective_rank
 
-PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+PROCESSORS = {"qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor", "qwen3_5": "Qwen3VLProcessor"}
 
 
 @dataclass(frozen=True)

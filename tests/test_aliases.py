@@ -80,6 +80,14 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] 
         },
         {"size": {"shortest_edge": 3136, "longest_edge": 12_845_056}}, 26 * 46,
     ),
+    "qwen3_5": (
+        {},
+        {
+            "model_type": "qwen3_5_vision", "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16,
+            "num_position_embeddings": 2304, "patch_size": 16,
+        },
+        {"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}, 22 * 40,
+    ),
     "qwen3_vl": (
         {},
         {
@@ -136,6 +144,16 @@ def qwen3_vl(layers: int, hidden: int, inner: int, heads: int) -> dict[str, Any]
     )  # fmt: skip
 
 
+def qwen3_5(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, value_heads: int) -> dict[str, Any]:
+    """Return the configuration of a Qwen3.5's decoder."""
+    rope = {"rope_type": "default", "rope_theta": 10_000_000.0, "mrope_section": [11, 11, 10], "mrope_interleaved": True}
+    return decoder(
+        "qwen3_5_text", layers, hidden, inner, heads, kv_heads, 248_320, 262_144, head_dim=256,
+        rope_parameters=rope | {"partial_rotary_factor": 0.25}, linear_num_value_heads=value_heads, layer_types=None,
+        full_attention_interval=4,
+    )  # fmt: skip
+
+
 def gemma3(layers: int, hidden: int, inner: int, heads: int, kv_heads: int) -> dict[str, Any]:
     """Return the configuration of a Gemma 3's decoder."""
     return decoder(
@@ -180,6 +198,9 @@ SIZES: dict[str, tuple[str, dict[str, Any], float]] = {
     "ministral3-8b": ("mistral3", ministral3(34, 4096, 14336), 7.95e9),
     "qwen2.5-vl-3b": ("qwen2_5_vl", qwen2_5_vl(36, 2048, 11008, 16, 2, 151_936), 3.09e9),
     "qwen2.5-vl-7b": ("qwen2_5_vl", qwen2_5_vl(28, 3584, 18944, 28, 4, 152_064), 7.07e9),
+    "qwen3.5-0.8b": ("qwen3_5", qwen3_5(24, 1024, 3584, 8, 2, 16), 0.752e9),
+    "qwen3.5-2b": ("qwen3_5", qwen3_5(24, 2048, 6144, 8, 2, 16), 1.88e9),
+    "qwen3.5-4b": ("qwen3_5", qwen3_5(32, 2560, 9216, 16, 4, 32), 4.205e9),
     "qwen3-vl-2b": ("qwen3_vl", qwen3_vl(28, 2048, 6144, 16), 1.72e9),
     "qwen3-vl-4b": ("qwen3_vl", qwen3_vl(36, 2560, 9728, 32), 4.02e9),
     "qwen3-vl-8b": ("qwen3_vl", qwen3_vl(36, 4096, 12288, 32), 7.57e9),

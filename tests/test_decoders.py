@@ -71,22 +71,39 @@ def test_the_portable_decoder_equals_the_model_or_is_refused(loaded: tuple[Check
 def test_the_built_decoder_equals_the_model_at_original_positions(loaded: tuple[Checkpoint, Any], tmp_path: Path) -> None:
     checkpoint, decoder = loaded
     expected = wanted(decoder, positions())
+    assert relative_difference(built(checkpoint, decoder, tmp_path), expected) < tolerances.TINY_LOGITS
+
+
+def built(checkpoint: Checkpoint, decoder: Any, folder: Path) -> Any:
+    """Build a decoder for the processor in fp32 and return its logits at original positions."""
     path = build_decoder(
         decoder,
         checkpoint,
         target="cpu",
         precision="fp32",
         positions=PositionRule("original"),
-        folder=tmp_path,
-        scratch=tmp_path / "scratch",
+        folder=folder,
+        scratch=folder / "scratch",
     )
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     text = checkpoint.config.text_config
     shape = (1, kv_heads(text), 0, text.head_dim)
     caches = {i.name: np.zeros(shape, np.float32) for i in session.get_inputs() if i.name.startswith("past_key")}
     given = {"inputs_embeds": embeddings(decoder).numpy(), "attention_mask": np.ones((1, LENGTH), np.int64)}
-    found = session.run(["logits"], {**given, "position_ids": positions().numpy(), **caches})[0][0, -1]
-    assert relative_difference(found, expected) < tolerances.TINY_LOGITS
+    return session.run(["logits"], {**given, "position_ids": positions().numpy(), **caches})[0][0, -1]
+
+
+@pytest.mark.parametrize("shape", ["llava/layers", "llava/gemma2", "llava/gemma3", "llava"])
+def test_weights_of_half_precision_are_those_of_a_wider_model(shape: str, tmp_path: Path) -> None:
+    """Norms of 1 + w too: in bfloat16 the sum would be rounded to 8 bits."""
+    checkpoint = open_checkpoint(ExportConfig(str(tiny.EVERY[shape](tmp_path / "checkpoint"))))
+    decoder: Any = checkpoint.family.parts(load_model(checkpoint)).decoder
+    for weight in decoder.parameters():
+        weight.data = weight.data.to(torch.bfloat16)
+    found = built(checkpoint, decoder, tmp_path)
+    for weight in decoder.parameters():
+        weight.data = weight.data.float()
+    assert relative_difference(found, wanted(decoder, positions())) < tolerances.TINY_LOGITS
 
 
 def test_token_rows_are_what_the_model_embeds(loaded: tuple[Checkpoint, Any]) -> None:

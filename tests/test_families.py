@@ -120,7 +120,7 @@ class Side:
 # Those whose towers, layers or strategies differ; the decoder does not matter here.
 SIDES = [
     "llava", "llava/siglip", "llava/full", "llava/layers", "llava_next", "llava_next/mistral", "llava_onevision", "internvl",
-    "internvl/qwen3", "smolvlm", "idefics3", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma",
+    "internvl/qwen3", "smolvlm", "idefics3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "paligemma",
     "mistral3/mistral",
 ]  # fmt: skip
 

@@ -16,6 +16,8 @@ from transformers import (
     PixtralImageProcessorPil,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -68,6 +70,29 @@ def qwen3_vl_checkpoint(folder: Path, seed: int = 3, tied: bool = False, **tower
     return save(folder, Qwen3VLForConditionalGeneration, config, tokenizer, _images(16), seed)
 
 
+def qwen3_5_checkpoint(folder: Path, seed: int = 4, tied: bool = False, **text: Any) -> Path:
+    """Save a random Qwen3.5: of each two layers one is recurrent, with two value heads to a key head."""
+    # transformers gives this family's tokenizers the last of them, whatever their files say.
+    tokenizer = byte_tokenizer(["<video>", "<|vision_start|>", "<|vision_end|>", "<|endoftext|>"], named=MARKS)
+    numbers = decoder(len(tokenizer)) | {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 50_000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True,
+            "partial_rotary_factor": 0.25,
+        },
+        "tie_word_embeddings": tied, "num_hidden_layers": 4, "head_dim": 64, "full_attention_interval": 2,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 32,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 96, "depth": 4, "num_heads": 6, "intermediate_size": 160, "out_hidden_size": 128, "patch_size": 16,
+        "num_position_embeddings": 36,
+    }  # fmt: skip
+    config = Qwen3_5Config(
+        vision_config=vision, text_config=numbers | text, image_token_id=3, video_token_id=4, vision_start_token_id=5,
+        vision_end_token_id=6, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return save(folder, Qwen3_5ForConditionalGeneration, config, tokenizer, _images(16), seed)
+
+
 def mistral3_checkpoint(
     folder: Path, seed: int = 3, tied: bool = False, patch: int = 14, text: dict[str, Any] | None = None, **options: Any
 ) -> Path:
@@ -97,6 +122,8 @@ TINY: dict[str, Callable[[Path], Path]] = {
     "qwen2_5_vl": qwen2_5_vl_checkpoint,
     "qwen2_5_vl/tied": partial(qwen2_5_vl_checkpoint, seed=4, tied=True, fullatt_block_indexes=[0, 2], window_size=84),
     "qwen3_vl": qwen3_vl_checkpoint,
+    "qwen3_5": qwen3_5_checkpoint,
+    "qwen3_5/tied": partial(qwen3_5_checkpoint, seed=5, tied=True, full_attention_interval=3, linear_conv_kernel_dim=3),
     "mistral3": mistral3_checkpoint,
     "mistral3/mistral": partial(
         mistral3_checkpoint,

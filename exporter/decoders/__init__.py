@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from leanvlm.exporter.targets import TARGETS
+from leanvlm.exporter.targets import MIN_ONNXRUNTIME, TARGETS
 from leanvlm.runtime.errors import UnsupportedModelError
 from leanvlm.runtime.positions import Visibility
 from leanvlm.runtime.records import shorten
@@ -47,6 +47,7 @@ class DecoderKind:
         activation: The configuration's name for the activation.
         is_capped: Whether logits may be held under a bound, of the attention or of the output.
         is_wide: Whether what its layers add up may be beyond half precision, so that the sum is kept in fp32.
+        onnxruntime: The least ONNX Runtime with its operators, where that is newer than what every bundle asks for.
     """
 
     architecture: str
@@ -60,6 +61,7 @@ class DecoderKind:
     activation: str = "hidden_act"
     is_capped: bool = False
     is_wide: bool = False
+    onnxruntime: str | None = None
 
 
 DECODERS: dict[str, DecoderKind] = {
@@ -89,6 +91,9 @@ DECODERS: dict[str, DecoderKind] = {
     "qwen2_5_vl_text": DecoderKind("Qwen2ForCausalLM", "QwenModel", axes=3, written_as="qwen2"),
     "qwen3": DecoderKind("Qwen3ForCausalLM", "Qwen3Model"),
     "qwen3_vl_text": DecoderKind("Qwen3ForCausalLM", "Qwen3Model", axes=3, written_as="qwen3"),
+    "qwen3_5_text": DecoderKind(
+        "Qwen3_5ForCausalLM", "Qwen35TextModel", is_portable=False, is_partial=True, axes=3, onnxruntime="1.30"
+    ),
     # The builder's own class for it turns the layers that have no positions.
     "smollm3": DecoderKind("SmolLM3ForCausalLM", "LlamaModel"),
 }
@@ -153,6 +158,19 @@ def check_decoder(config: Any, target: str, visibility: Visibility = "causal") -
         raise UnsupportedModelError(
             f"the decoder's heads are {head} wide; the attention of {target} wants a multiple of {record.head_multiple}"
         )
+
+
+def least_onnxruntime(config: Any, target: str, visibility: Visibility) -> str:
+    """Return the least ONNX Runtime that runs a bundle.
+
+    Args:
+        config: The text configuration.
+        target: The target.
+        visibility: Which positions see which.
+    """
+    masked = None if visibility == "causal" else TARGETS[target].masked
+    asked = [version for version in (masked, decoder_for(config).onnxruntime) if version is not None]
+    return max(asked, key=lambda version: tuple(map(int, version.split("."))), default=MIN_ONNXRUNTIME)
 
 
 def _check_kinds(config: Any) -> None:

@@ -26,6 +26,7 @@ import io
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,7 +91,9 @@ def build_decoder(
         extra["fuse_mlp_gate_up"] = precision in record.gate_up_in_one
         io_dtype = builder.set_io_dtype(precision, target, extra)
         onnx_dtype = builder.set_onnx_dtype(precision, extra)
-        model_class = in_memory(getattr(builder, decoder_for(text).builder), decoder, positions)
+        # The builder offers some of its classes only; the package that they come from has all.
+        classes = sys.modules[builder.QwenModel.__module__.partition(".")[0]]
+        model_class = in_memory(getattr(classes, decoder_for(text).builder), decoder, positions)
         model = model_class(details["hf_config"], io_dtype, onnx_dtype, target, cache, extra)
         model.make_model(str(source))
         model.save_model(str(folder))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from leanvlm.exporter.decoders import frequency_axes, planes_of, query_scale, rotary_embedding, rotary_kinds
 from leanvlm.exporter.decoders.portable import HIDDEN
+from leanvlm.exporter.decoders.recurrent import linear_layers, with_states
 from leanvlm.runtime.positions import PositionRule
 
 # Constants of the builder's.
@@ -35,6 +36,8 @@ def in_memory(base: type, decoder: Any, positions: PositionRule) -> type:
         positions: How prompts are numbered.
     """
     made = _with_weights(base, decoder)
+    if linear_layers(decoder.config):
+        made = with_states(made)
     if positions.kept == "original":
         made = _with_positions(made)
     if any(rotary_kinds(decoder)):
@@ -51,6 +54,11 @@ def in_memory(base: type, decoder: Any, positions: PositionRule) -> type:
 
 def _with_weights(base: Any, decoder: Any) -> type:
     class InMemory(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            # As a number it would be added in the dtype of a norm's weight: 1 + w of bfloat16 has 8 bits.
+            self.layernorm_attrs["add_offset"] = torch.full((1,), float(self.layernorm_attrs["add_offset"]))
+
         def load_weights(self, input_path: str) -> Any:
             return decoder
 
@@ -63,7 +71,7 @@ def _with_weights(base: Any, decoder: Any) -> type:
             return cos[0, :, : cos.shape[2] // 2], sin[0, :, : sin.shape[2] // 2]
 
         def make_attention_init(self, config: Any) -> None:
-            if hasattr(decoder.model.layers[0].self_attn, "q_norm"):
+            if any(hasattr(getattr(layer, "self_attn", None), "q_norm") for layer in decoder.model.layers):
                 self.attention_attrs |= {"q_norm": True, "k_norm": True}
             super().make_attention_init(config)
 

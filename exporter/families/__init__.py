@@ -20,6 +20,7 @@ FAMILIES: dict[str, str] = {
     "mistral3": "leanvlm.exporter.families.mistral3:Mistral3Family",
     "paligemma": "leanvlm.exporter.families.paligemma:PaliGemmaFamily",
     "qwen2_5_vl": "leanvlm.exporter.families.qwen2_5_vl:Qwen25VlFamily",
+    "qwen3_5": "leanvlm.exporter.families.qwen3_5:Qwen35Family",
     "qwen3_vl": "leanvlm.exporter.families.qwen3_vl:Qwen3VlFamily",
     "smolvlm": "leanvlm.exporter.families.smolvlm:SmolVlmFamily",
 }
@@ -35,6 +36,7 @@ ARCHITECTURES = {
     "PaliGemmaForConditionalGeneration": "paligemma",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
     "SmolVLMForConditionalGeneration": "smolvlm",
 }
 

@@ -86,7 +86,7 @@ class Qwen3VlFamily(Qwen25VlFamily):
         core: Any = model
         visual = core.model.visual
         planes = self.deep(visual.config)
-        deep = dict(zip(planes, visual.deepstack_merger_list, strict=True))
+        deep = dict(zip(planes, getattr(visual, "deepstack_merger_list", ()), strict=True))
 
         def tower(scored: ScoredBlock, image: ImageSpec | None, shape: CropShape) -> QwenVit:
             positions = interpolated(visual.pos_embed.weight, shape)
@@ -95,7 +95,7 @@ class Qwen3VlFamily(Qwen25VlFamily):
         decoder = decoders.causal_model(core.model.language_model, core.lm_head, planes=len(planes))
 
         def made(found: Any) -> list[Tensor]:
-            return [torch.cat(list(plane)) for plane in found.deepstack_features]
+            return [torch.cat(list(plane)) for plane in found.get("deepstack_features") or ()]
 
         return replace(super().parts(model), tower=tower, decoder=decoder, planes=made)
 

@@ -182,7 +182,11 @@ class CudaDecoder:
 
 
 class CudaCache:
-    """A cache with its tensors; prompts of one padded length share a captured graph, and so do all steps."""
+    """A cache with its tensors; prompts of one padded length share a captured graph, and so do all steps.
+
+    States are replaced at every run, so there are two buffers of each, which take turns at being read and written, and two
+    graphs of a step. What is read behind a prompt's end would change them: prompts of such decoders are not padded.
+    """
 
     def __init__(self, decoder: CudaDecoder, capacity: int, kept: bool) -> None:
         self.capacity = capacity
@@ -193,7 +197,13 @@ class CudaCache:
         self._dtype = np.dtype(spec.kv_dtype)
         self._positioned = bool(spec.named("positions"))
         self._caches: dict[str, OrtBuffer] = {}
-        self._slots: dict[int, Slot] = {}
+        self._slots: dict[tuple[int, int], Slot] = {}
+        self._states = [
+            {name: self._memory.empty(spec.state_shape(name), self._dtype) for name in spec.states} for _ in range(2)
+        ]
+        # Which of the two is read next.
+        self._turn = 0
+        self._last: Slot | None = None
         self._mask: npt.NDArray[np.int64] = np.zeros((1, capacity), np.int64)
         self._prompt: Prompt | None = None
         self.length = 0
@@ -206,7 +216,9 @@ class CudaCache:
     def load(self, prompt: Prompt) -> None:
         """Put a prompt together on the device, for a new sequence: the text's rows go up, the images' are there."""
         check_room(len(prompt), self.capacity)
-        self._prompt, self.length = prompt, 0
+        self._prompt, self.length, self._turn = prompt, 0, 0
+        for name, state in self._states[0].items():
+            state.fill(np.zeros(self._spec.state_shape(name), self._dtype))
         slot = self._slot(self._padded(len(prompt)))
         target, text = slot.buffers["inputs_embeds"], prompt.text.astype(self._dtype, copy=False)
         shared = _shared_features(prompt)
@@ -252,30 +264,35 @@ class CudaCache:
         return self._run(slot, np.full((self._spec.axes, 1), position, np.int64))
 
     def replay(self) -> None:
-        """Run the last step's graph again as it stands: for measuring."""
-        self._slot(1).run()
+        """Run the last run's graph again as it stands: for measuring."""
+        assert self._last is not None, "a step comes before"
+        self._last.run()
 
     def _run(self, slot: Slot, positions: npt.NDArray[np.int64]) -> DeviceScores:
         slot.buffers["attention_mask"].fill(self._mask)
         if self._positioned:
             slot.buffers["position_ids"].fill(as_input(positions))
         slot.run()
+        self._last = slot
+        if self._spec.states:
+            self._turn = 1 - self._turn
         return DeviceScores(slot.buffers)
 
     def _padded(self, length: int) -> int:
-        return min(bucket(length), self.capacity) if self._memory.captures else length
+        return min(bucket(length), self.capacity) if self._memory.captures and not self._spec.states else length
 
     def _slot(self, length: int) -> Slot:
-        """Return the tensors for inputs of one length: 1 is the decode step, every other a prompt's."""
-        if length in self._slots:
-            self._slots[length] = self._slots.pop(length)  # The last used comes last.
-            return self._slots[length]
+        """Return the tensors for inputs of one length in this turn: 1 is the decode step, every other a prompt's."""
+        key = length, self._turn
+        if key in self._slots:
+            self._slots[key] = self._slots.pop(key)  # The last used comes last.
+            return self._slots[key]
         # A prompt's tensors are as large as it is long, so those unused for longest go; the step's stay.
-        prompts = [key for key in self._slots if key != 1]
+        prompts = [held for held in self._slots if held[0] != 1]
         if len(prompts) >= PROMPT_SLOTS:
             del self._slots[prompts[0]]
-        self._slots[length] = self._new_slot(length)
-        return self._slots[length]
+        self._slots[key] = self._new_slot(length)
+        return self._slots[key]
 
     def _new_slot(self, length: int) -> Slot:
         sizes = {"sequence": length, "capacity": self.capacity}
@@ -288,9 +305,15 @@ class CudaCache:
         for name, cache in self._caches.items():
             binding.bind_ortvalue_input(name, cache.value)
             binding.bind_ortvalue_output(self._spec.caches[name], cache.value)
+        before, after = self._states[self._turn], self._states[1 - self._turn]
+        for name, replaced in self._spec.states.items():
+            binding.bind_ortvalue_input(name, before[name].value)
+            binding.bind_ortvalue_output(replaced, after[name].value)
         for name in ("logits", "next_token", "top_logit"):
             binding.bind_ortvalue_output(name, buffers[name].value)
-        graph_id = next(self._decoder.ids) if self._captured else UNCAPTURED
+        # Prompts of any length would be graphs without end.
+        is_captured = self._captured and (length == 1 or not self._spec.states)
+        graph_id = next(self._decoder.ids) if is_captured else UNCAPTURED
         return self._memory.slot(self._decoder.session, binding, buffers, graph_id, "the decoder")
 
 
@@ -335,6 +358,7 @@ def _decoder_probe(spec: DecoderSpec, length: int = 8) -> dict[str, Array]:
     caches = (1, spec.kv_heads, length, spec.head_dim)
     known = {name: np.zeros(shape, dtype) for name, shape, dtype in _decoder_tensors(spec, sequence=length, capacity=length)}
     known["attention_mask"] = np.ones((1, length), np.int64)
+    known |= {name: np.zeros(spec.state_shape(name), spec.kv_dtype) for name in spec.states}
     return {
         tensor.name: known[tensor.name] if tensor.name in known else np.zeros(caches, spec.kv_dtype)
         for tensor in spec.graph.inputs

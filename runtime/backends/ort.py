@@ -229,11 +229,19 @@ class OrtCache:
             cache = ort.OrtValue.ortvalue_from_shape_and_type(shape, self._dtype, "cpu")
             self._binding.bind_ortvalue_input(past, cache)
             self._binding.bind_ortvalue_output(present, cache)
+        # Of each state what a run reads, and what replaces it.
+        shapes, make = {name: [*spec.state_shape(name)] for name in spec.states}, ort.OrtValue.ortvalue_from_shape_and_type
+        self._states = [[make(size, self._dtype, "cpu") for size in shapes.values()] for _ in range(2)]
+        self._state_names = spec.states
+        self._bind_states()
+        # The last of the outputs.
         self._binding.bind_output("logits", "cpu")
 
     def load(self, prompt: Prompt) -> None:
         """Put a prompt together, for a new sequence."""
         self._prompt, self._embeddings, self.length = prompt, prompt.embeddings(), 0
+        for state in self._states[0]:
+            state.update_inplace(np.zeros(state.shape(), self._dtype))
 
     def prefill(self) -> OrtScores:
         """Read the loaded prompt."""
@@ -266,12 +274,19 @@ class OrtCache:
         if self._masked:
             self._binding.bind_cpu_input("last_seen", last_seen[None])
         self._binding.bind_cpu_input("attention_mask", np.ones((1, total), dtype=np.int64))
+        self._bind_states()
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # As above.
             raise BackendError(f"the decoder failed: {first_line(error)}") from error
         self.length = total
+        self._states.reverse()
         return OrtScores(self._binding.get_outputs()[-1].numpy()[0, -1].astype(np.float32, copy=False))
+
+    def _bind_states(self) -> None:
+        for (past, present), before, after in zip(self._state_names.items(), *self._states, strict=True):
+            self._binding.bind_ortvalue_input(past, before)
+            self._binding.bind_ortvalue_output(present, after)
 
 
 def check_graph(spec: GraphSpec, session: Any) -> None:
