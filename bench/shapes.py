@@ -1,9 +1,9 @@
 """Random checkpoints of published models' shapes, one of each family, in the real Hugging Face format.
 
 Times and memory do not depend on the weights' values. Queries and keys of the tower are drawn wide enough that attention is not
-the same everywhere, or rounding alone would decide which tokens are kept. Where one matrix makes them and the values, it is drawn
-narrower: with 2.0 as for the others, 32 blocks take features in half precision 0.16 of their range away from fp32, in transformers
-itself; with 1.4 it is 0.003. The numbers are those of the models' config.json.
+the same everywhere, or rounding alone would decide which tokens are kept. Where one matrix makes them and the values, it is
+drawn narrower: with 2.0 as for the others, 32 blocks take features in half precision 0.16 of their range away from fp32, in
+transformers itself; with 1.4 it is 0.003. The numbers are those of the models' config.json.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ SIZED: dict[str, Shape] = {
         "Qwen3_5", 0,
         (
             "Qwen3_5VisionConfig",
-            _qwen_tower(16, 12, 768, 3072, 1024, num_position_embeddings=2304, hidden_act="gelu_pytorch_tanh") | {"num_heads": 12},
+            _qwen_tower(16, 12, 768, 3072, 1024, num_position_embeddings=2304, hidden_act="gelu_pytorch_tanh")
+            | {"num_heads": 12},
         ),
         (
             "Qwen3_5TextConfig",
@@ -192,6 +193,9 @@ def make_shape(name: str, folder: Path, small: bool = False) -> Path:
         if shape.factor:
             vision["out_hidden_size"], text["head_dim"] = text["hidden_size"], 32
             text["rope_parameters"] = {**text["rope_parameters"], "mrope_section": [4, 6, 6]}
+        if "linear_num_key_heads" in text:
+            # Of two layers the second is no recurrent one; a quarter of its heads is turned.
+            text |= {"full_attention_interval": 2, "head_dim": 64}
     config = _class(shape, f"{shape.family}Config")(
         vision_config=classes[shape.vision[0]](**vision), text_config=classes[shape.text[0]](**text),
         tie_word_embeddings=False, dtype=torch.float16, **shape.options,
