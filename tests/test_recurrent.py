@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from leanvlm.exporter import ExportConfig, export, rounding
 from leanvlm.exporter.checkpoint import open_checkpoint
+from leanvlm.exporter.decoders import genai
 from leanvlm.runtime import load
 from leanvlm.runtime.backends.ort_memory import DeviceMemory
 from leanvlm.runtime.errors import BackendError, CheckpointError, ManifestError, UnsupportedModelError, VerificationError
@@ -196,3 +198,9 @@ def test_tensorrt_is_refused_before_the_work(checkpoint: Path, tmp_path: Path, t
     with pytest.raises(UnsupportedModelError, match=rf"a 'qwen3_5_text' decoder is not written for {target}; .*: cpu, cuda"):
         export(ExportConfig(str(checkpoint), (6,), tmp_path / "out", target=target))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_model_builder_is_named(checkpoint: Path) -> None:
+    text = open_checkpoint(ExportConfig(str(checkpoint))).config.text_config
+    with pytest.raises(UnsupportedModelError, match=r"writes no 'qwen3_5_text' decoder: pip install -U onnxruntime-genai"):
+        genai._builder_class(SimpleNamespace(Qwen3Model=object), text)

@@ -29,6 +29,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from torch import nn
@@ -37,7 +38,7 @@ from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.decoders import check_decoder, context_length, decoder_for, head_dim, kv_heads
 from leanvlm.exporter.decoders.in_memory import in_memory
 from leanvlm.exporter.targets import TARGETS
-from leanvlm.runtime.errors import CheckpointError
+from leanvlm.runtime.errors import CheckpointError, UnsupportedModelError
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.positions import PositionRule
 from leanvlm.runtime.records import load_json
@@ -92,8 +93,8 @@ def build_decoder(
         io_dtype = builder.set_io_dtype(precision, target, extra)
         onnx_dtype = builder.set_onnx_dtype(precision, extra)
         # The builder offers some of its classes only; the package that they come from has all.
-        classes = sys.modules[builder.QwenModel.__module__.partition(".")[0]]
-        model_class = in_memory(getattr(classes, decoder_for(text).builder), decoder, positions)
+        classes = sys.modules[builder.QwenModel.__module__.rpartition(".")[0]]
+        model_class = in_memory(_builder_class(classes, text), decoder, positions)
         model = model_class(details["hf_config"], io_dtype, onnx_dtype, target, cache, extra)
         model.make_model(str(source))
         model.save_model(str(folder))
@@ -107,6 +108,18 @@ def build_decoder(
             rewrite(graph)
         ir.save(graph, path)
     return path
+
+
+def _builder_class(classes: Any, text: Any) -> type:
+    """Return the builder's class for a text configuration; raises UnsupportedModelError if it is too old to have it."""
+    name = decoder_for(text).builder
+    if not hasattr(classes, name):
+        raise UnsupportedModelError(
+            f"the model builder that is installed writes no {text.model_type!r} decoder: pip install -U onnxruntime-genai "
+            f"(it has no {name})"
+        )
+    found: type = getattr(classes, name)
+    return found
 
 
 def write_text_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
