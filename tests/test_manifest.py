@@ -214,7 +214,7 @@ def test_a_wrong_value_anywhere_is_refused_or_harmless(bundle: Path, manifest: M
 
 def test_a_missing_key_is_refused(manifest: Manifest) -> None:
     data = manifest.to_dict()
-    optional = {"engines", "saliency", "splice", "stages", "verification"}
+    optional = {"engines", "resize", "saliency", "splice", "stages", "verification"}
     for key in set(data) - optional:
         with pytest.raises(ManifestError):
             Manifest.from_dict({name: value for name, value in data.items() if name != key})

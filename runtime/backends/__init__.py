@@ -48,10 +48,12 @@ class Backend(Protocol):
 
     Attributes:
         device: Its name.
+        resizer: Cuts pictures on the device, into what its vision graphs call `pixels`; None where the processor does.
         lock: Held by whoever uses the device: opens or runs a graph, loads a prompt, reads scores or features.
     """
 
     device: str
+    resizer: Any
     lock: AbstractContextManager[Any]
 
     @property
