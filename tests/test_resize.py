@@ -20,11 +20,12 @@ from leanvlm.runtime import Session, load, taps
 from leanvlm.runtime.backends import resizer as resizer_module
 from leanvlm.runtime.backends.ort import PROVIDERS
 from leanvlm.runtime.backends.ort_memory import DeviceMemory
+from leanvlm.runtime.backends.placement import misplaced_nodes
 from leanvlm.runtime.backends.resizer import DeviceResizer, working_bytes
 from leanvlm.runtime.crops import PIXELS, VALID, CropRule, CropShape, crop
 from leanvlm.runtime.cuts import Cut, Picture, Piece, Uncut, Window, cut_pieces, is_height_first, part, whole
 from leanvlm.runtime.encoder import in_parts
-from leanvlm.runtime.errors import LeanVLMWarning
+from leanvlm.runtime.errors import LeanVLMWarning, VerificationError
 from leanvlm.runtime.preprocess import ImageSpec
 
 Levels = npt.NDArray[np.uint8]
@@ -303,3 +304,27 @@ def test_a_bundle_without_the_graphs_works(sessions: tuple[Session, Session]) ->
     backend.manifest = dataclasses.replace(manifest, resize=())
     assert backend.new_resizer() is None
     backend.manifest = manifest
+
+
+def test_a_verification_compares_the_levels(sessions: tuple[Session, Session], monkeypatch: pytest.MonkeyPatch) -> None:
+    from leanvlm.exporter.verify import View, _check_resizing, probe_images
+
+    session, images = sessions[1], probe_images()
+    inputs = crop(images, session.manifest.image, session.manifest.crops).inputs[0]
+    view = View(images, inputs, [], {}, np.zeros(0))
+    _check_resizing(session, 0, view)
+    wrong = {PIXELS: np.array(inputs[PIXELS])}
+    wrong[PIXELS][0, 0, 5, 7] ^= 1
+    with pytest.raises(VerificationError, match="1 levels of a picture resized on"):
+        _check_resizing(session, 0, dataclasses.replace(view, inputs=wrong))
+    monkeypatch.setattr(DeviceResizer, "_fill", lambda *_: [][0])
+    with pytest.raises(VerificationError, match="pictures cannot be resized on"):
+        _check_resizing(session, 0, view)
+
+
+def test_every_node_of_a_resize_graph_is_placed(sessions: tuple[Session, Session]) -> None:
+    backend: Any = sessions[1].backend
+    for spec in backend.manifest.resize:
+        events = backend.node_events(spec, resizer_module.probe())
+        assert {event["args"]["op_name"] for event in events} >= {"ScatterElements", "Split", "Clip", "Floor"}
+        assert misplaced_nodes(events, PROVIDERS[DEVICE]) == []

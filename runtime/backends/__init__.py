@@ -74,7 +74,7 @@ class Backend(Protocol):
         ...
 
     def misplaced(self, spec: GraphSpec, inputs: Mapping[str, Array]) -> list[str]:
-        """Return the nodes, shape arithmetic aside, that do not run on the device: of a vision graph and of the decoder."""
+        """Return the nodes, shape arithmetic aside, that do not run on the device: of a vision graph and the others."""
         ...
 
     def versions(self) -> dict[str, str]:

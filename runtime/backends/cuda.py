@@ -31,7 +31,7 @@ from leanvlm.runtime.backends.device import DeviceBuffer, DeviceGraph, DeviceRow
 from leanvlm.runtime.backends.ort import GRAPH_STAGES, PROVIDERS, OrtBackend, check_room, first_line
 from leanvlm.runtime.backends.ort_memory import UNCAPTURED, DeviceMemory, OrtBuffer, preload_libraries
 from leanvlm.runtime.backends.placement import misplaced_nodes
-from leanvlm.runtime.backends.resizer import DeviceResizer
+from leanvlm.runtime.backends.resizer import DeviceResizer, probe
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.crops import PIXELS
 from leanvlm.runtime.errors import BackendError, GraphError
@@ -144,12 +144,14 @@ class CudaBackend(OrtBackend):
         return median(times)
 
     def misplaced(self, spec: GraphSpec, inputs: Mapping[str, Array]) -> list[str]:
-        """Return the nodes of a vision graph and the decoder that run on the processor, shape arithmetic aside."""
+        """Return the nodes of a vision graph, the decoder and resizing that run on the processor, shape arithmetic aside."""
         if self.device == "cpu":
             return []
         decoder = self.manifest.decoder
         events = self.node_events(spec, inputs)
         events += self.node_events(decoder.graph, _decoder_probe(decoder))
+        for resize in self.manifest.resize:
+            events += self.node_events(resize, probe())
         return misplaced_nodes(events, PROVIDERS[self.device])
 
     def _graph(self, spec: GraphSpec) -> DeviceGraph:

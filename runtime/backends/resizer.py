@@ -16,7 +16,7 @@ import numpy.typing as npt
 from leanvlm.runtime.backends.device import DeviceBuffer
 from leanvlm.runtime.backends.ort import first_line
 from leanvlm.runtime.backends.ort_memory import DeviceMemory
-from leanvlm.runtime.cuts import Cut, Picture, Piece, Uncut, cut_pieces, is_height_first, known_order
+from leanvlm.runtime.cuts import Cut, Picture, Piece, Uncut, cut_pieces, is_height_first, known_order, whole
 from leanvlm.runtime.errors import BackendError, LeanVLMWarning
 from leanvlm.runtime.taps import PARTS, taps
 
@@ -100,6 +100,11 @@ class DeviceResizer:
         (rows, columns), (height, width) = cut.tiles, cut.size
         binding.bind_output("crops", memory.device, 0, np.uint8, (rows, columns, 3, height, width), address)
         session.run_with_iobinding(binding, memory.once_options(shrink=working_bytes(cut) > KEPT_BYTES))
+
+
+def probe() -> dict[str, npt.NDArray[Any]]:
+    """Return inputs with which every node of a resize graph runs once."""
+    return {"levels": np.zeros((1, 20 * 30, 3), np.uint8), **_small_inputs((20, 30), whole((20, 30), (8, 10)), 3)}
 
 
 def _small_inputs(size: tuple[int, int], cut: Cut, resample: int) -> dict[str, npt.NDArray[Any]]:
