@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from leanvlm.runtime.cuts import Picture, Piece, Resizer, Uncut, cut_pieces, part
+from leanvlm.runtime.cuts import Picture, Piece, Raster, Resizer, Uncut, as_image, cut_pieces, part, size_of
 from leanvlm.runtime.errors import InputError, ManifestError
 from leanvlm.runtime.preprocess import (
     MAX_PIXELS,
@@ -26,6 +26,7 @@ from leanvlm.runtime.preprocess import (
     PixelValues,
     centre,
     load_image,
+    load_raster,
     normalised,
 )
 from leanvlm.runtime.records import Between, Count, Size
@@ -261,10 +262,10 @@ def crop(
     found: dict[int, list[Piece]] = {}
     cut: list[CroppedImage] = []
     for source in images:
-        image = load_image(source)
-        arrangement = arrange((image.height, image.width), rule, among or len(images))
+        image = load_image(source) if resizer is None else load_raster(source)
+        arrangement = arrange(size_of(image), rule, among or len(images))
         square = rule.several == "square" and (among or len(images)) > 1
-        pieces = _pieces(_squared(image, rule) if square else image, spec, rule, arrangement)
+        pieces = _pieces(_squared(as_image(image), rule) if square else image, spec, rule, arrangement)
         alike = found.setdefault(arrangement.shape, [])
         first, count = (sum(piece.cut.crops for piece in some) for some in (alike, pieces))
         cut.append(CroppedImage(arrangement, tuple((arrangement.shape, first + row) for row in range(count))))
@@ -298,9 +299,9 @@ def shown_tokens(arrangement: Arrangement, shape: CropShape) -> npt.NDArray[np.f
     return shown
 
 
-def _pieces(image: Image.Image, spec: ImageSpec, rule: CropRule, arrangement: Arrangement) -> list[Piece]:
+def _pieces(image: Raster, spec: ImageSpec, rule: CropRule, arrangement: Arrangement) -> list[Piece]:
     """Say how the crops of an image are cut, in order."""
-    size, before = (image.height, image.width), []
+    size, before = size_of(image), []
     if rule.kind == "nearest":
         stretched = replace(spec, resize=rule.shapes[arrangement.shape].pixels)
         return [Piece(Picture(image, spec.resample), centre(size, stretched))]

@@ -17,6 +17,8 @@ from PIL import Image
 from PIL import __version__ as PILLOW
 
 Levels = npt.NDArray[np.uint8]
+Raster = Image.Image | Levels
+"""A picture in RGB: Pillow's, or levels (H, W, 3)."""
 
 KNOWN_PILLOW = (13, 0)
 """The newest Pillow whose rule `height_first` is known to state; a later one always resizes the whole image."""
@@ -89,14 +91,14 @@ class Picture:
         before: Sizes (height, width) that it is resized to, one after the other.
     """
 
-    image: Image.Image
+    image: Raster
     resample: int
     before: tuple[tuple[int, int], ...] = ()
 
     @property
     def steps(self) -> list[Cut]:
         """The sizes of `before` as cuts."""
-        sizes = [(self.image.height, self.image.width), *self.before]
+        sizes = [size_of(self.image), *self.before]
         return [whole(size, resized) for size, resized in zip(sizes, self.before, strict=False)]
 
 
@@ -154,6 +156,16 @@ class Uncut:
         return [Uncut(tuple(part)) for part in found]
 
 
+def as_image(raster: Raster) -> Image.Image:
+    """Return a picture as Pillow's."""
+    return raster if isinstance(raster, Image.Image) else Image.fromarray(raster)
+
+
+def size_of(raster: Raster) -> tuple[int, int]:
+    """Return a picture's (height, width)."""
+    return (raster.height, raster.width) if isinstance(raster, Image.Image) else raster.shape[:2]
+
+
 def whole(size: tuple[int, int], resized: tuple[int, int]) -> Cut:
     """Return the cut that is all of a picture (height, width), resized."""
     return part(size, resized, (0, 0), resized)
@@ -195,7 +207,7 @@ def cut_pieces(pieces: Sequence[Piece]) -> list[Levels]:
     picture = None
     for piece in pieces:
         if piece.picture is not picture:
-            picture, image = piece.picture, piece.picture.image
+            picture, image = piece.picture, as_image(piece.picture.image)
             for height, width in picture.before:
                 image = image.resize((width, height), Image.Resampling(picture.resample))
         found += _cut(image, piece.cut, Image.Resampling(piece.picture.resample))

@@ -11,11 +11,11 @@ import numpy as np
 from leanvlm.runtime.answer import Pruning, Timings
 from leanvlm.runtime.backends import Backend, Graph
 from leanvlm.runtime.crops import PIXELS, Arrangement, CroppedImage, arrange, crop
-from leanvlm.runtime.cuts import Uncut
+from leanvlm.runtime.cuts import Uncut, size_of
 from leanvlm.runtime.errors import BackendError, SessionClosedError
 from leanvlm.runtime.layout import CropFeatures, ImageFeatures
 from leanvlm.runtime.manifest import Manifest
-from leanvlm.runtime.preprocess import ImageSource, load_image
+from leanvlm.runtime.preprocess import ImageSource, load_image, load_raster
 
 Inputs = Mapping[str, Any]
 
@@ -60,7 +60,7 @@ class Encoder:
             among: How many images the prompt has; None: these.
 
         Returns:
-            The images, those that were opened as Pillow images; and one arrangement each.
+            The images, those that were opened as Pillow images or levels; and one arrangement each.
 
         Raises:
             InputError: An image that cannot be used.
@@ -68,8 +68,9 @@ class Encoder:
         rule = self._manifest.crops
         if rule.kind == "whole":
             return images, [Arrangement()] * len(images)
-        opened = [load_image(image) for image in images]
-        return opened, [arrange((image.height, image.width), rule, among or len(images)) for image in opened]
+        load = load_image if self._backend.resizer is None else load_raster
+        opened = [load(image) for image in images]
+        return opened, [arrange(size_of(image), rule, among or len(images)) for image in opened]
 
     def encode(
         self, images: Sequence[ImageSource], budget: int, timings: Timings, among: int | None = None

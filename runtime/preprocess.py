@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from leanvlm.runtime.cuts import Cut, Picture, Piece, centred, cut_pieces
+from leanvlm.runtime.cuts import Cut, Picture, Piece, Raster, as_image, centred, cut_pieces
 from leanvlm.runtime.errors import InputError, UnsupportedModelError
+from leanvlm.runtime.jpeg import jpeg_levels
 from leanvlm.runtime.records import Between
 
 Edge = Annotated[int, Between(1, 4096)]
@@ -101,18 +102,36 @@ def load_image(source: ImageSource) -> Image.Image:
         InputError: The file does not exist or is no image in one of `FORMATS`, it cannot be decoded, it has no pixels or more
             than `MAX_PIXELS`, or levels of no finite number or over 65535.
     """
+    return as_image(_load(source, direct=False))
+
+
+def load_raster(source: ImageSource) -> Raster:
+    """As `load_image`, but an image that is no Pillow image, and need not become one to be decoded, stays an array.
+
+    Returns:
+        The image in mode RGB; or its levels (H, W, 3), for an array and for most JPEG files, which are decoded sooner so.
+    """
+    return _load(source, direct=True)
+
+
+def _load(source: ImageSource, direct: bool) -> Raster:
+    """Load an image; `direct`: a JPEG file to levels, where that is possible."""
     if isinstance(source, np.ndarray):
         if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
             raise InputError(f"an image array must be (H, W, 3) uint8, not {source.shape} {source.dtype}")
         _check_size(source.shape[1], source.shape[0], "the image array")
-        return Image.fromarray(source)
+        return source
     if isinstance(source, Image.Image):
         with _one_line_errors("the image"):
             _check_size(source.width, source.height, "the image")
             return _to_rgb(source, "the image")
     name = f"image {str(source)[:200]!r}" if isinstance(source, (str, Path)) else "the image"
-    with _one_line_errors(name), _open(_file(source, name)) as image:
+    file = _file(source, name)
+    with _one_line_errors(name), _open(file) as image:
         _check_size(image.width, image.height, name)
+        levels = jpeg_levels(image, file) if direct else None
+        if levels is not None:
+            return levels
         ImageOps.exif_transpose(image, in_place=True)  # Nobody else holds it, so it needs no copy.
         return _to_rgb(image, name)
 
