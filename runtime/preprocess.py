@@ -126,8 +126,7 @@ def _load(source: ImageSource, direct: bool) -> Raster:
             _check_size(source.width, source.height, "the image")
             return _to_rgb(source, "the image")
     name = f"image {str(source)[:200]!r}" if isinstance(source, (str, Path)) else "the image"
-    file = _file(source, name)
-    with _one_line_errors(name), _open(file) as image:
+    with _one_line_errors(name), _open(file := _file(source, name)) as image:
         _check_size(image.width, image.height, name)
         levels = jpeg_levels(image, file) if direct else None
         if levels is not None:

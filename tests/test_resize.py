@@ -19,7 +19,7 @@ from leanvlm.exporter.resize_graph import AXES, resize_file, write_resize_graph
 from leanvlm.runtime import Session, load, taps
 from leanvlm.runtime.backends import resizer as resizer_module
 from leanvlm.runtime.backends.ort import PROVIDERS
-from leanvlm.runtime.backends.ort_memory import DeviceMemory
+from leanvlm.runtime.backends.ort_memory import DeviceMemory, preload_libraries
 from leanvlm.runtime.backends.placement import misplaced_nodes
 from leanvlm.runtime.backends.resizer import DeviceResizer, working_bytes
 from leanvlm.runtime.crops import PIXELS, VALID, CropRule, CropShape, crop
@@ -41,6 +41,8 @@ GRIDS = tuple((rows, columns) for rows in range(1, 7) for columns in range(1, 7)
 
 @pytest.fixture(scope="module")
 def memory() -> DeviceMemory:
+    if HAS_GPU:
+        preload_libraries(onnxruntime)
     return DeviceMemory(onnxruntime, DEVICE)
 
 
@@ -122,6 +124,12 @@ def test_both_orders_of_the_axes_are_tested() -> None:
     """Which only a Pillow from 13.0 on has."""
     first = {is_height_first(whole(size, (30, 55))) for size in ((300, 60), (60, 300))}
     assert first == ({True, False} if PILLOW >= "13" else {False})
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_a_gpu_s_levels_equal_pillow_s(resizer: DeviceResizer, memory: DeviceMemory) -> None:
+    assert assert_pictures_equal(resizer, memory, random_sides(200, (3000, 4000), 1)) == 0
 
 
 RULES = {
