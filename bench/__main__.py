@@ -1,13 +1,15 @@
-"""`python -m bench study|counting|prune|latency|families|sizes` measure; `python -m bench report` writes RESULTS.md from it."""
+"""`python -m bench study|counting|prune|latency|host|families|sizes` measure; `… report` writes RESULTS.md from it."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from bench.checkpoint import SMALL, Sizes, make_checkpoint
 from bench.counting import CountingOptions, measure_counting
 from bench.families import FamiliesOptions, measure_families
+from bench.host import HostOptions, measure_host
 from bench.latency import LatencyOptions, measure_latency
 from bench.prune import PruneOptions, measure_prune
 from bench.report import write_report
@@ -67,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--target", choices=("cpu", "cuda"), default="cuda")
     sizes.add_argument("--small", action="store_true", help="two layers and narrow, to try the command")
     sizes.add_argument("--runs", type=int, default=SizesOptions.runs, help="counted runs")
+    host = commands.add_parser("host", help="resize a picture on the processor and on the device, turn by turn")
+    host.add_argument("bundle", type=Path, help="for cuda")
+    host.add_argument("--size", type=int, nargs=2, default=HostOptions.size, metavar=("WIDTH", "HEIGHT"))
+    host.add_argument("--runs", type=int, default=HostOptions.runs, help="counted runs")
+    host.add_argument("--device", choices=("cpu",), help="only for the processor's part, and to try the command")
+    host.add_argument("--output", type=Path, help="JSON file to write")
     latency = commands.add_parser("latency", help="time every stage on a GPU beside transformers and PyTorch")
     latency.add_argument("--checkpoint", type=Path, required=True, help="what the bundles were exported from")
     latency.add_argument("--fp16", type=Path, required=True, help="its bundle for cuda in fp16")
@@ -105,6 +113,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.command == "sizes":
         models = tuple(args.models)
         measure_sizes(SizesOptions(models, args.work, args.output, args.side, args.target, args.small, args.runs))
+    if args.command == "host":
+        size = (args.size[0], args.size[1])
+        print(json.dumps(measure_host(HostOptions(args.bundle, args.output, size, args.runs, device=args.device)), indent=1))
     if args.command == "latency":
         bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
         static, genai, device = not args.no_static, args.genai, args.device

@@ -86,7 +86,7 @@ class Folder:
         for file in self._files:
             try:
                 image = load_image(file)
-                resized_size(image, spec)
+                resized_size((image.height, image.width), spec)
             except InputError:
                 self.unreadable.append(file.name)
             else:

@@ -36,6 +36,7 @@ from leanvlm.exporter.passes.shared_weights import save_sharing
 from leanvlm.exporter.plan import DTYPES, EMBED_TOKENS, VISION_DATA, Plan, vision_dtype
 from leanvlm.exporter.pruners import PRUNERS
 from leanvlm.exporter.reference import Reference
+from leanvlm.exporter.resize_graph import AXES, resize_file, write_resize_graph
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.text_files import write_text_files
@@ -50,7 +51,17 @@ from leanvlm.runtime.manifest import MANIFEST, Manifest
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.session import Session, load
 from leanvlm.runtime.signals import raise_again
-from leanvlm.runtime.specs import DecoderSpec, FileSpec, GraphSpec, PrunerSpec, Role, StageSpec, TensorSpec, VisionSpec
+from leanvlm.runtime.specs import (
+    DecoderSpec,
+    FileSpec,
+    GraphSpec,
+    PrunerSpec,
+    ResizeSpec,
+    Role,
+    StageSpec,
+    TensorSpec,
+    VisionSpec,
+)
 
 COPIED = ("preprocessor_config.json", "processor_config.json")
 TOOLS = ("leanvlm", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
@@ -220,6 +231,7 @@ def _manifest(request: Plan, vision: list[VisionSpec], stages: list[StageSpec], 
         (folder / leftover).unlink(missing_ok=True)
     decoder = _decoder_spec(checkpoint, parts, folder)
     splice = _write_splice(decoder, folder) if TARGETS[config.target].splice else None
+    resize = _write_resize(folder) if TARGETS[config.target].resize else ()
     files = {f.name: FileSpec(f.stat().st_size, file_sha256(f)) for f in sorted(folder.iterdir()) if f.name != MANIFEST}
     return Manifest(
         source=checkpoint.source(),
@@ -235,6 +247,7 @@ def _manifest(request: Plan, vision: list[VisionSpec], stages: list[StageSpec], 
         stages=tuple(stages),
         decoder=decoder,
         splice=splice,
+        resize=resize,
         embed_tokens=EMBED_TOKENS,
         image=request.image,
         image_token_id=spec.image_token_id,
@@ -289,6 +302,15 @@ def _write_splice(decoder: DecoderSpec, folder: Path) -> GraphSpec:
     dtype = ir.DataType.from_numpy(np.dtype(decoder.kv_dtype))
     graph = write_splice_graph(folder, decoder.row_width, dtype)
     return GraphSpec(SPLICE, _tensors(graph.inputs), _tensors(graph.outputs))
+
+
+def _write_resize(folder: Path) -> tuple[ResizeSpec, ...]:
+    """Write the graphs that resize pictures."""
+    graphs = {first: write_resize_graph(folder, first) for first in AXES}
+    return tuple(
+        ResizeSpec(resize_file(first), _tensors(graph.inputs), _tensors(graph.outputs), first)
+        for first, graph in graphs.items()
+    )
 
 
 def _graph(file: str, model: ir.Model) -> tuple[str, tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

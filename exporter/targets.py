@@ -34,6 +34,7 @@ class Target:
         is_gpu: The checkpoint may run on this machine's GPU during the verification.
         cut_stages: Vision graphs that end with each stage are written too, where the host's clock cannot time a stage.
         splice: A graph that puts prompts together is written too.
+        resize: Graphs that resize pictures are written too.
         dialect: Graphs must keep to what TensorRT's parser takes.
         masked: The least ONNX Runtime whose attention takes another mask than the causal one; None where it takes none.
         newer_opset: The opset instead, where the TensorRT of this machine is new enough for attention in one operator.
@@ -51,6 +52,7 @@ class Target:
     is_gpu: bool = False
     cut_stages: bool = False
     splice: bool = False
+    resize: bool = False
     dialect: bool = False
     masked: str | None = None
     newer_opset: int | None = None
@@ -82,6 +84,7 @@ TARGETS: dict[str, Target] = {
         is_gpu=True,
         cut_stages=True,
         splice=True,
+        resize=True,
     ),
     "tensorrt-rtx": Target(
         opset=23,

@@ -29,6 +29,7 @@ from leanvlm.exporter.rounding import BITS
 from leanvlm.exporter.towers.base import Seen
 from leanvlm.runtime.answer import Pruning
 from leanvlm.runtime.crops import PIXELS, VALID, CropRule, crop
+from leanvlm.runtime.cuts import Uncut
 from leanvlm.runtime.encoder import in_parts
 from leanvlm.runtime.errors import LeanVLMWarning, VerificationError
 from leanvlm.runtime.generation import GenerateOptions
@@ -75,6 +76,7 @@ def verify(
     for shape in range(len(manifest.crops.shapes)):
         views[shape] = view = _look(session, reference, shape, {graph.pruner.scored_block for graph in planned})
         _check_layout(session, reference, view.images[0], view.whole, view.packed)
+        _check_resizing(session, shape, view)
     # Each graph once, whatever it serves.
     for graph in {graph.file: graph for graph in planned}.values():
         on_step(f"verify {Path(graph.file).stem.replace('_', ' ')}")
@@ -185,6 +187,29 @@ def _run(session: Session, spec: VisionSpec, inputs: Mapping[str, Array]) -> dic
     graph = session.encoder.graph(spec.budget, spec.shape)
     parts = [fetched(graph.run(part)) for part in in_parts(inputs, session.backend.crops_at_once)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _check_resizing(session: Session, shape: int, view: View) -> None:
+    """Compare the levels of images that the device resizes with the processor's; raises VerificationError."""
+    manifest, resizer = session.manifest, session.backend.resizer
+    if resizer is None:
+        return
+    graph: Any = session.encoder.graph(manifest.default_budget, shape)
+    inputs = crop(view.images, manifest.image, manifest.crops, 1, resizer).inputs[shape]
+    if not isinstance(inputs[PIXELS], Uncut):
+        return
+    found = []
+    with session.backend.lock, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", LeanVLMWarning)
+        for part in in_parts(inputs, session.backend.crops_at_once):
+            buffer = graph.pixels(len(part[PIXELS]))
+            resizer.fill(buffer, part[PIXELS])
+            found.append(buffer.numpy())
+    if told:
+        raise VerificationError(f"pictures cannot be resized on {session.backend.device}: {told[0].message}")
+    wrong = int((np.concatenate(found) != view.inputs[PIXELS]).sum())
+    if wrong:
+        raise VerificationError(f"{wrong} levels of a picture resized on {session.backend.device} are not the processor's")
 
 
 def _check_layout(session: Session, reference: Reference, image: Image.Image, whole: Array, packed: Array) -> None:

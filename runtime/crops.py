@@ -16,20 +16,22 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from leanvlm.runtime.cuts import Picture, Piece, Raster, Resizer, Uncut, as_image, cut_pieces, part, size_of
 from leanvlm.runtime.errors import InputError, ManifestError
 from leanvlm.runtime.preprocess import (
     MAX_PIXELS,
     Edge,
     ImageSource,
     ImageSpec,
-    image_levels,
+    PixelValues,
+    centre,
     load_image,
+    load_raster,
     normalised,
 )
 from leanvlm.runtime.records import Between, Count, Size
 
 Array = npt.NDArray[Any]
-Levels = npt.NDArray[np.uint8]
 Level = Annotated[int, Between(0, 255)]
 Thumbnail = Literal["none", "first", "last"]
 
@@ -242,7 +244,9 @@ def arrange(size: tuple[int, int], rule: CropRule, among: int = 1) -> Arrangemen
     return Arrangement((rows, columns), rule.thumbnail, inner)
 
 
-def crop(images: Sequence[ImageSource], spec: ImageSpec, rule: CropRule, among: int | None = None) -> Cropped:
+def crop(
+    images: Sequence[ImageSource], spec: ImageSpec, rule: CropRule, among: int | None = None, resizer: Resizer | None = None
+) -> Cropped:
     """Cut images, at least one, into crops.
 
     Args:
@@ -250,27 +254,34 @@ def crop(images: Sequence[ImageSource], spec: ImageSpec, rule: CropRule, among: 
         spec: How one crop becomes pixel values.
         rule: Which crops.
         among: How many images the prompt has; None: these.
+        resizer: Cuts later on a device what it can; None: all is cut here.
 
     Raises:
         InputError: An image cannot be used.
     """
-    found: dict[int, list[Levels]] = {}
+    found: dict[int, list[Piece]] = {}
     cut: list[CroppedImage] = []
     for source in images:
-        image = load_image(source)
-        arrangement = arrange((image.height, image.width), rule, among or len(images))
+        image = load_image(source) if resizer is None else load_raster(source)
+        arrangement = arrange(size_of(image), rule, among or len(images))
         square = rule.several == "square" and (among or len(images)) > 1
-        levels = [image_levels(_squared(image, rule), spec)] if square else _cut(image, spec, rule, arrangement)
+        pieces = _pieces(_squared(as_image(image), rule) if square else image, spec, rule, arrangement)
         alike = found.setdefault(arrangement.shape, [])
-        cut.append(CroppedImage(arrangement, tuple((arrangement.shape, len(alike) + row) for row in range(len(levels)))))
-        alike += levels
-    inputs: dict[int, dict[str, Array]] = {}
+        first, count = (sum(piece.cut.crops for piece in some) for some in (alike, pieces))
+        cut.append(CroppedImage(arrangement, tuple((arrangement.shape, first + row) for row in range(count))))
+        alike += pieces
+    inputs: dict[int, dict[str, Any]] = {}
     for shape, alike in found.items():
-        batch = np.ascontiguousarray(np.stack(alike).transpose(0, 3, 1, 2))
-        inputs[shape] = {PIXELS: normalised(batch, spec)}
+        later = Uncut.of(alike, resizer)
+        inputs[shape] = {PIXELS: _pixels(alike, spec) if later is None else later}
     if rule.is_padded:
         inputs[0][VALID] = np.concatenate([shown_tokens(image.arrangement, rule.shapes[0]) for image in cut])
     return Cropped(inputs, tuple(cut))
+
+
+def _pixels(pieces: list[Piece], spec: ImageSpec) -> PixelValues:
+    """Return what a vision graph takes of pieces of one shape."""
+    return normalised(np.ascontiguousarray(np.stack(cut_pieces(pieces)).transpose(0, 3, 1, 2)), spec)
 
 
 def shown_tokens(arrangement: Arrangement, shape: CropShape) -> npt.NDArray[np.float32]:
@@ -288,45 +299,41 @@ def shown_tokens(arrangement: Arrangement, shape: CropShape) -> npt.NDArray[np.f
     return shown
 
 
-def _cut(image: Image.Image, spec: ImageSpec, rule: CropRule, arrangement: Arrangement) -> list[Levels]:
-    """Return the crops of an image, levels (H, W, 3) each."""
-    resample = Image.Resampling(spec.resample)
+def _pieces(image: Raster, spec: ImageSpec, rule: CropRule, arrangement: Arrangement) -> list[Piece]:
+    """Say how the crops of an image are cut, in order."""
+    size, before = size_of(image), []
     if rule.kind == "nearest":
-        return [image_levels(image, replace(spec, resize=rule.shapes[arrangement.shape].pixels))]
-    if rule.longest_edge is not None:
-        height, width = _longest_edge((image.height, image.width), rule.longest_edge)
-        image = image.resize((width, height), resample)
+        stretched = replace(spec, resize=rule.shapes[arrangement.shape].pixels)
+        return [Piece(Picture(image, spec.resample), centre(size, stretched))]
     rows, columns = arrangement.tiles
     tile = rule.shapes[0].pixels
+    if rule.longest_edge is not None:
+        before.append(size := _longest_edge(size, rule.longest_edge))
     if rule.kind == "tiles" and rule.choose == "longest_edge":
         # Also of an image that fits one tile; and the thumbnail is made of what comes out.
-        height, width = _whole_tiles((image.height, image.width), tile)
-        image = image.resize((width, height), resample)
+        before.append(size := _whole_tiles(size, tile))
+    picture = Picture(image, spec.resample, tuple(before))
     if not rows:
-        return [image_levels(image, spec)]
-    whole = _fitted(image, (rows * tile[0], columns * tile[1]), rule, resample)
-    tiles = [
-        whole[row * tile[0] : (row + 1) * tile[0], column * tile[1] : (column + 1) * tile[1]]
-        for row in range(rows)
-        for column in range(columns)
-    ]
-    thumbnail = [] if arrangement.thumbnail == "none" else [image_levels(image, spec)]
-    return [*thumbnail, *tiles] if arrangement.thumbnail == "first" else [*tiles, *thumbnail]
+        return [Piece(picture, centre(size, spec))]
+    canvas = rows * tile[0], columns * tile[1]
+    resized = _fitted(size, canvas, rule)
+    # The odd pixel of padding comes last.
+    top, left = (-((side - given) // 2) for side, given in zip(canvas, resized, strict=True))
+    tiles = Piece(picture, part(size, resized, (top, left), canvas, (rows, columns)))
+    if arrangement.thumbnail == "none":
+        return [tiles]
+    thumbnail = Piece(picture, centre(size, spec))
+    return [thumbnail, tiles] if arrangement.thumbnail == "first" else [tiles, thumbnail]
 
 
-def _fitted(image: Image.Image, size: tuple[int, int], rule: CropRule, resample: Image.Resampling) -> Levels:
-    """Resize an image to (height, width), keeping its proportions with black around it or not."""
+def _fitted(size: tuple[int, int], canvas: tuple[int, int], rule: CropRule) -> tuple[int, int]:
+    """Return what an image (height, width) is resized to, with its proportions or not, for a canvas."""
     if rule.fit == "stretch":
-        return np.asarray(image.resize((size[1], size[0]), resample))
-    wide, high = size[1] / image.width, size[0] / image.height
+        return canvas
+    high, wide = canvas[0] / size[0], canvas[1] / size[1]
     if wide < high:
-        width, height = size[1], min(math.ceil(image.height * wide), size[0])
-    else:
-        width, height = min(math.ceil(image.width * high), size[1]), size[0]
-    canvas = np.zeros((*size, 3), np.uint8)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    canvas[top : top + height, left : left + width] = np.asarray(image.resize((width, height), resample))
-    return canvas
+        return min(math.ceil(size[0] * wide), canvas[0]), canvas[1]
+    return canvas[0], min(math.ceil(size[1] * high), canvas[1])
 
 
 def _squared(image: Image.Image, rule: CropRule) -> Image.Image:

@@ -10,18 +10,29 @@ import numpy as np
 
 from leanvlm.runtime.answer import Pruning, Timings
 from leanvlm.runtime.backends import Backend, Graph
-from leanvlm.runtime.crops import PIXELS, Arrangement, Array, CroppedImage, arrange, crop
+from leanvlm.runtime.crops import PIXELS, Arrangement, CroppedImage, arrange, crop
+from leanvlm.runtime.cuts import Uncut, size_of
 from leanvlm.runtime.errors import BackendError, SessionClosedError
 from leanvlm.runtime.layout import CropFeatures, ImageFeatures
 from leanvlm.runtime.manifest import Manifest
-from leanvlm.runtime.preprocess import ImageSource, load_image
+from leanvlm.runtime.preprocess import ImageSource, load_image, load_raster
 
-Inputs = Mapping[str, Array]
+Inputs = Mapping[str, Any]
 
 
-def in_parts(inputs: Inputs, at_once: int) -> list[dict[str, Array]]:
-    """Split a vision graph's inputs into those of so many crops at most."""
-    starts = range(0, len(inputs[PIXELS]), at_once)
+def in_parts(inputs: Inputs, at_once: int) -> list[dict[str, Any]]:
+    """Split a vision graph's inputs into those of so many crops at most; pieces that are not cut yet stay whole."""
+    pixels = inputs[PIXELS]
+    if isinstance(pixels, Uncut):
+        parts = pixels.parts(at_once)
+        ends = np.cumsum([len(part) for part in parts]).tolist()
+        spans = list(zip([0, *ends], ends, strict=False))
+        rest = {name: values for name, values in inputs.items() if name != PIXELS}
+        return [
+            {PIXELS: part, **{name: values[start:end] for name, values in rest.items()}}
+            for part, (start, end) in zip(parts, spans, strict=True)
+        ]
+    starts = range(0, len(pixels), at_once)
     return [{name: values[start : start + at_once] for name, values in inputs.items()} for start in starts]
 
 
@@ -49,7 +60,7 @@ class Encoder:
             among: How many images the prompt has; None: these.
 
         Returns:
-            The images, those that were opened as Pillow images; and one arrangement each.
+            The images, those that were opened as Pillow images or levels; and one arrangement each.
 
         Raises:
             InputError: An image that cannot be used.
@@ -57,8 +68,9 @@ class Encoder:
         rule = self._manifest.crops
         if rule.kind == "whole":
             return images, [Arrangement()] * len(images)
-        opened = [load_image(image) for image in images]
-        return opened, [arrange((image.height, image.width), rule, among or len(images)) for image in opened]
+        load = load_image if self._backend.resizer is None else load_raster
+        opened = [load(image) for image in images]
+        return opened, [arrange(size_of(image), rule, among or len(images)) for image in opened]
 
     def encode(
         self, images: Sequence[ImageSource], budget: int, timings: Timings, among: int | None = None
@@ -78,7 +90,7 @@ class Encoder:
         if not images:
             return []
         start = perf_counter()
-        cropped = crop(images, self._manifest.image, self._manifest.crops, among)
+        cropped = crop(images, self._manifest.image, self._manifest.crops, among, self._backend.resizer)
         timings.preprocess += 1e3 * (perf_counter() - start)
         encoded = {shape: self._encode(inputs, budget, shape, timings) for shape, inputs in cropped.inputs.items()}
 
@@ -114,14 +126,26 @@ class Encoder:
         spec = self._manifest.vision_graph(budget, shape)
         with self._backend.lock:
             self._check_open()
-            start = perf_counter()
-            outputs = self.graph(budget, shape).run(inputs)
-            timings.vision += 1e3 * (perf_counter() - start)
+            graph, start = self.graph(budget, shape), perf_counter()
+            crops = inputs[PIXELS]
+            if isinstance(crops, Uncut):
+                inputs = {**inputs, PIXELS: self._cut(graph, crops)}
+            cut = perf_counter()
+            outputs = graph.run(inputs)
+            timings.preprocess += 1e3 * (cut - start)
+            timings.vision += 1e3 * (perf_counter() - cut)
         kept = {outputs["keep_indices"].shape[1], outputs["image_features"][0].shape[0]}
         if kept != {spec.kept}:
             found = " and ".join(map(str, sorted(kept)))
             raise BackendError(f"{spec.file} returned {found} tokens where it keeps {spec.kept}: export the bundle again")
-        return [self._features(outputs, row, shape) for row in range(len(inputs[PIXELS]))]
+        return [self._features(outputs, row, shape) for row in range(len(crops))]
+
+    def _cut(self, graph: Any, crops: Uncut) -> Any:
+        """Cut crops where a graph of the backend's device reads them, and return the buffer."""
+        resizer: Any = self._backend.resizer
+        buffer = graph.pixels(len(crops))
+        resizer.fill(buffer, crops)
+        return buffer
 
     def _features(self, outputs: Mapping[str, Any], row: int, shape: int) -> CropFeatures:
         # One value that is not finite spoils the sum, so features that stay on the device need not be fetched to be checked.

@@ -16,11 +16,13 @@ from leanvlm.runtime.positions import PositionRule
 from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.records import Count, Size, plain, read, shorten
 from leanvlm.runtime.specs import (
+    RESIZE_INPUTS,
     DecoderSpec,
     EngineSpec,
     FileSpec,
     GraphSpec,
     PrunerSpec,
+    ResizeSpec,
     SourceSpec,
     StageSpec,
     VisionSpec,
@@ -60,6 +62,7 @@ class Manifest:
         stages: Vision graphs that end with a stage, where those of the whole are timed so.
         engines: What `leanvlm build` added. Their files are checked when one is opened, not with the bundle's own.
         splice: The graph that puts a prompt together on a GPU; None where the processor does.
+        resize: Graphs that resize and cut pictures on a GPU, one for each axis that may come first; none: the processor does.
         embed_tokens: File of the token table, one tensor named `embed_tokens.weight`, (vocab_size, D).
         image: How an image becomes pixel values.
         image_token_id: The token that stands for one image in the prompt.
@@ -86,6 +89,7 @@ class Manifest:
     files: Mapping[str, FileSpec]
     saliency: Literal["class", "received"] = "class"
     splice: GraphSpec | None = None
+    resize: tuple[ResizeSpec, ...] = ()
     stages: tuple[StageSpec, ...] = ()
     engines: tuple[EngineSpec, ...] = ()
     verification: Mapping[str, Any] = field(default_factory=dict)
@@ -181,11 +185,21 @@ class Manifest:
         if self.image_token_id >= self.decoder.vocab_size:
             raise ManifestError(f"{MANIFEST}: image_token_id {self.image_token_id} is beyond {self.decoder.vocab_size} tokens")
         self._check_kept()
-        used = [*self.vision, *self.stages, self.decoder.graph, *([self.splice] if self.splice else [])]
+        self._check_resize()
+        used = [*self.vision, *self.stages, self.decoder.graph, *([self.splice] if self.splice else []), *self.resize]
         graphs = [*(graph.file for graph in used), self.embed_tokens]
         unlisted = [file for file in graphs if file not in self.files]
         if unlisted:
             raise ManifestError(f"{MANIFEST}: {shorten(unlisted[0])} is used but not listed under files")
+
+    def _check_resize(self) -> None:
+        """Check that pictures can be resized in either order of the axes, into what the vision graphs take, or not at all."""
+        if self.resize and sorted(graph.first for graph in self.resize) != ["height", "width"]:
+            raise ManifestError(f"{MANIFEST}: resize must be two graphs, one with each axis first, or none")
+        if self.resize and self.image.layout != "uint8":
+            raise ManifestError(f"{MANIFEST}: resize makes levels, but the images' layout is {self.image.layout}")
+        for graph in self.resize:
+            check_names(graph, RESIZE_INPUTS, ("crops",))
 
     def _check_kept(self) -> None:
         """Check that every vision graph takes the images that are made and returns as many tokens as its budget says."""

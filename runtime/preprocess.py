@@ -4,7 +4,6 @@ The arithmetic follows the Pillow backend of transformers' image processors: whi
 centre crop with black beyond the border, scale, normalise.
 """
 
-import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,9 +16,10 @@ from typing import Annotated, Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL import __version__ as PILLOW
 
+from leanvlm.runtime.cuts import Cut, Picture, Piece, Raster, as_image, centred, cut_pieces
 from leanvlm.runtime.errors import InputError, UnsupportedModelError
+from leanvlm.runtime.jpeg import jpeg_levels
 from leanvlm.runtime.records import Between
 
 Edge = Annotated[int, Between(1, 4096)]
@@ -36,9 +36,6 @@ MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF", "HEIF")
 """What files are opened as, of Pillow's formats: pictures from cameras and programs. Others call a program (EPS runs
 Ghostscript), draw, or take nearly any bytes for theirs. HEIF is there where a plugin has registered it."""
-
-KNOWN_PILLOW = (13, 0)
-"""The newest Pillow whose rule `_height_first` is known to state; a later one always resizes the whole image."""
 
 
 @dataclass(frozen=True)
@@ -105,18 +102,35 @@ def load_image(source: ImageSource) -> Image.Image:
         InputError: The file does not exist or is no image in one of `FORMATS`, it cannot be decoded, it has no pixels or more
             than `MAX_PIXELS`, or levels of no finite number or over 65535.
     """
+    return as_image(_load(source, direct=False))
+
+
+def load_raster(source: ImageSource) -> Raster:
+    """As `load_image`, but an image that is no Pillow image, and need not become one to be decoded, stays an array.
+
+    Returns:
+        The image in mode RGB; or its levels (H, W, 3), for an array and for most JPEG files, which are decoded sooner so.
+    """
+    return _load(source, direct=True)
+
+
+def _load(source: ImageSource, direct: bool) -> Raster:
+    """Load an image; `direct`: a JPEG file to levels, where that is possible."""
     if isinstance(source, np.ndarray):
         if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8:
             raise InputError(f"an image array must be (H, W, 3) uint8, not {source.shape} {source.dtype}")
         _check_size(source.shape[1], source.shape[0], "the image array")
-        return Image.fromarray(source)
+        return source
     if isinstance(source, Image.Image):
         with _one_line_errors("the image"):
             _check_size(source.width, source.height, "the image")
             return _to_rgb(source, "the image")
     name = f"image {str(source)[:200]!r}" if isinstance(source, (str, Path)) else "the image"
-    with _one_line_errors(name), _open(_file(source, name)) as image:
+    with _one_line_errors(name), _open(file := _file(source, name)) as image:
         _check_size(image.width, image.height, name)
+        levels = jpeg_levels(image, file) if direct else None
+        if levels is not None:
+            return levels
         ImageOps.exif_transpose(image, in_place=True)  # Nobody else holds it, so it needs no copy.
         return _to_rgb(image, name)
 
@@ -163,71 +177,37 @@ def normalised(levels: npt.NDArray[np.uint8], spec: ImageSpec) -> PixelValues:
 
 def image_levels(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
     """Resize and crop an RGB image to levels (H, W, 3)."""
-    height, width = resized_size(image, spec)
-    rows, columns = spec.size
-    # Floor division of a negative difference puts the odd pixel of padding first, as the processor does.
-    left, top = (width - columns) // 2, (height - rows) // 2
-    right, bottom = left + columns, top + rows
-    if spec.resize is not None:
-        image = _resize(image, (width, height), (right, bottom), Image.Resampling(spec.resample))
-    return np.asarray(image.crop((left, top, right, bottom)))
+    (levels,) = cut_pieces([Piece(Picture(image, spec.resample), centre((image.height, image.width), spec))])
+    return levels
 
 
-def resized_size(image: Image.Image, spec: ImageSpec) -> tuple[int, int]:
+def centre(size: tuple[int, int], spec: ImageSpec) -> Cut:
+    """Return what a processor makes of an image (height, width) as one crop.
+
+    Raises:
+        InputError: As `resized_size`.
+    """
+    return centred(size, resized_size(size, spec), spec.size)
+
+
+def resized_size(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
     """Return the (height, width) of the whole image once resized, before it is cropped.
+
+    Args:
+        size: The image's (height, width).
+        spec: The image processor.
 
     Raises:
         InputError: More than `MAX_PIXELS`, since the image is so narrow.
     """
     if spec.resize is None:
-        return image.height, image.width
-    height, width = _resized(image.height, image.width, spec.resize)
+        return size
+    height, width = _resized(*size, spec.resize)
     if height * width > MAX_PIXELS:
         raise InputError(
-            f"an image of {image.width} x {image.height} is too narrow: resizing it for the model "
-            f"would make {width} x {height} pixels"
+            f"an image of {size[1]} x {size[0]} is too narrow: resizing it for the model would make {width} x {height} pixels"
         )
     return height, width
-
-
-def _resize(image: Image.Image, size: tuple[int, int], needed: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """Resize an image, leaving out what lies right of and below the needed part if that changes no level in it.
-
-    Pillow computes the weights of output pixel i from i, the source's length, the start of the box and the scale, which is
-    the box's length over the number of output pixels. A box from 0 to a whole pixel in the ratio of the whole image has the
-    same scale to the last bit, and the filter reaches across its end. The left and the top are never left out: the start
-    of the box is added to every position, and the sum is rounded.
-
-    Args:
-        image: The source.
-        size: (width, height) of the whole image resized.
-        needed: How many (columns, rows) are used, from the upper left; may be more than there are.
-        resample: The filter.
-
-    Returns:
-        The upper left part of the whole image resized, at least as much of it as is needed.
-    """
-    part = _whole_steps(image.width, size[0], needed[0]), _whole_steps(image.height, size[1], needed[1])
-    known = tuple(int(number) for number in PILLOW.split(".")[:2]) <= KNOWN_PILLOW
-    if not known or _height_first(image.size, part) != _height_first(image.size, size):
-        return image.resize(size, resample)
-    end = part[0] * image.width // size[0], part[1] * image.height // size[1]
-    return image.resize(part, resample, box=(0, 0, *end))
-
-
-def _whole_steps(length: int, resized: int, needed: int) -> int:
-    """Return the least number of output pixels, `needed` or more, that ends where a pixel of the source does."""
-    # Pillow skips an axis that keeps its length, but not with a box; and a box is float32, which is exact up to 2^24.
-    if needed >= resized or length == resized or length > 2**24:
-        return resized
-    step = resized // math.gcd(length, resized)
-    return -(-needed // step) * step
-
-
-def _height_first(source: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether Pillow 13.0 resizes the height before the width, as earlier releases never do; in between it rounds."""
-    lost = [before - after for before, after in zip(source, size, strict=True)]
-    return lost[1] > max(0, 2 * lost[0])
 
 
 def _resized(height: int, width: int, resize: int | tuple[int, int]) -> tuple[int, int]:

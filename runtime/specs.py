@@ -62,6 +62,25 @@ class StageSpec(GraphSpec):
 
 
 @dataclass(frozen=True)
+class ResizeSpec(GraphSpec):
+    """A graph that resizes and cuts a picture.
+
+    Attributes:
+        first: The axis that it resizes before the other.
+    """
+
+    first: Literal["width", "height"]
+
+
+RESIZE_INPUTS = (
+    "levels",
+    "size",
+    "grid",
+    *(f"{axis}_{kind}" for axis in ("rows", "columns") for kind in ("shape", "index", "weights")),
+)
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
     """The decoder graph and its key-value cache, laid out (B, kv_heads, S, head_dim) for each layer that has one.
 

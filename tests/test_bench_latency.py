@@ -22,6 +22,13 @@ def _bench(*arguments: object) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_a_picture_is_resized_on_both_sides(cuda_bundle: Path, tmp_path: Path) -> None:
+    _bench("host", cuda_bundle, "--device", "cpu", "--runs", 2, "--output", tmp_path / "host.json")
+    data = json.loads((tmp_path / "host.json").read_text(encoding="utf-8"))
+    assert len(data["samples_ms"]) == 8
+    assert all(len(values) == 2 and min(values) > 0 for values in data["samples_ms"].values())
+
+
 def test_every_required_figure_is_measured_and_reported(tmp_path: Path) -> None:
     from leanvlm.exporter import ExportConfig, export
 

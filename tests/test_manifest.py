@@ -19,7 +19,17 @@ from leanvlm.runtime.positions import PositionRule
 from leanvlm.runtime.preprocess import ImageSpec
 from leanvlm.runtime.prompt import Layout
 from leanvlm.runtime.records import LIMIT, plain, read
-from leanvlm.runtime.specs import DecoderSpec, FileSpec, GraphSpec, PrunerSpec, SourceSpec, TensorSpec, VisionSpec
+from leanvlm.runtime.specs import (
+    RESIZE_INPUTS,
+    DecoderSpec,
+    FileSpec,
+    GraphSpec,
+    PrunerSpec,
+    ResizeSpec,
+    SourceSpec,
+    TensorSpec,
+    VisionSpec,
+)
 
 CONTENTS = {"vision_4.onnx": b"four", "vision_6.onnx": b"six tokens", "decoder.onnx": b"", "embed.safetensors": b"table"}
 # sha256 of the four contents above, from coreutils' sha256sum.
@@ -212,9 +222,31 @@ def test_a_wrong_value_anywhere_is_refused_or_harmless(bundle: Path, manifest: M
     assert refused > 50
 
 
+def test_graphs_that_resize_are_two_for_levels(manifest: Manifest) -> None:
+    inputs = tuple(TensorSpec(name, "float32", ("A",)) for name in RESIZE_INPUTS)
+    outputs = (TensorSpec("crops", "uint8", ("A",)),)
+    width, height = (ResizeSpec("decoder.onnx", inputs, outputs, first) for first in ("width", "height"))
+    levels = dataclasses.replace(manifest, image=dataclasses.replace(manifest.image, layout="uint8"))
+    right = dataclasses.replace(levels, resize=(width, height))
+    assert Manifest.from_dict(right.to_dict()) == right
+    for wrong, message in (
+        (dataclasses.replace(levels, resize=(width,)), "resize must be two graphs, one with each axis first, or none"),
+        (dataclasses.replace(levels, resize=(width, width)), "resize must be two graphs"),
+        (dataclasses.replace(manifest, resize=(width, height)), "resize makes levels, but the images' layout is float32"),
+        (dataclasses.replace(levels, resize=(width, ResizeSpec("x", inputs, outputs, "height"))), "x is used but not listed"),
+        (
+            dataclasses.replace(levels, resize=(width, ResizeSpec("decoder.onnx", inputs[1:], outputs, "height"))),
+            "decoder.onnx has no input levels",
+        ),
+        (dataclasses.replace(levels, resize=(width, ResizeSpec("decoder.onnx", inputs, (), "height"))), "no output crops"),
+    ):
+        with pytest.raises(ManifestError, match=message):
+            Manifest.from_dict(wrong.to_dict())
+
+
 def test_a_missing_key_is_refused(manifest: Manifest) -> None:
     data = manifest.to_dict()
-    optional = {"engines", "saliency", "splice", "stages", "verification"}
+    optional = {"engines", "resize", "saliency", "splice", "stages", "verification"}
     for key in set(data) - optional:
         with pytest.raises(ManifestError):
             Manifest.from_dict({name: value for name, value in data.items() if name != key})

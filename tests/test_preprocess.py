@@ -21,8 +21,9 @@ from transformers.image_utils import load_image as transformers_load_image
 
 from leanvlm.demo import MODEL_DIR
 from leanvlm.exporter.image_processor import read_image_processor
+from leanvlm.runtime.cuts import resize
 from leanvlm.runtime.errors import InputError, ManifestError, UnsupportedModelError
-from leanvlm.runtime.preprocess import MAX_PIXELS, ImageSpec, _resize, load_image, preprocess
+from leanvlm.runtime.preprocess import MAX_PIXELS, ImageSpec, load_image, preprocess
 from leanvlm.runtime.records import plain, read
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
@@ -202,12 +203,12 @@ def test_photographs_give_the_same_bits(name: str) -> None:
 def test_what_need_not_be_resized(
     source: tuple[int, int], size: tuple[int, int], needed: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    assert _resize(Image.new("RGB", source), size, needed, Image.Resampling.BICUBIC).size == expected
+    assert resize(Image.new("RGB", source), size, needed, Image.Resampling.BICUBIC).size == expected
 
 
 def test_a_pillow_of_unknown_order_resizes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanvlm.runtime.preprocess.KNOWN_PILLOW", (1, 0))
-    image = _resize(Image.new("RGB", (1280, 960)), (448, 336), (392, 336), Image.Resampling.BICUBIC)
+    monkeypatch.setattr("leanvlm.runtime.cuts.KNOWN_PILLOW", (1, 0))
+    image = resize(Image.new("RGB", (1280, 960)), (448, 336), (392, 336), Image.Resampling.BICUBIC)
     assert image.size == (448, 336)
 
 

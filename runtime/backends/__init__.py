@@ -48,10 +48,12 @@ class Backend(Protocol):
 
     Attributes:
         device: Its name.
+        resizer: Cuts pictures on the device, into what its vision graphs call `pixels`; None where the processor does.
         lock: Held by whoever uses the device: opens or runs a graph, loads a prompt, reads scores or features.
     """
 
     device: str
+    resizer: Any
     lock: AbstractContextManager[Any]
 
     @property
@@ -72,7 +74,7 @@ class Backend(Protocol):
         ...
 
     def misplaced(self, spec: GraphSpec, inputs: Mapping[str, Array]) -> list[str]:
-        """Return the nodes, shape arithmetic aside, that do not run on the device: of a vision graph and of the decoder."""
+        """Return the nodes, shape arithmetic aside, that do not run on the device: of a vision graph and the others."""
         ...
 
     def versions(self) -> dict[str, str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -31,6 +31,7 @@ from leanvlm.runtime.backends.device import DeviceBuffer, DeviceGraph, DeviceRow
 from leanvlm.runtime.backends.ort import GRAPH_STAGES, PROVIDERS, OrtBackend, check_room, first_line
 from leanvlm.runtime.backends.ort_memory import UNCAPTURED, DeviceMemory, OrtBuffer, preload_libraries
 from leanvlm.runtime.backends.placement import misplaced_nodes
+from leanvlm.runtime.backends.resizer import DeviceResizer, probe
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.crops import PIXELS
 from leanvlm.runtime.errors import BackendError, GraphError
@@ -77,6 +78,8 @@ class CudaBackend(OrtBackend):
             self._check_kernels()
             self._check_memory()
             preload_libraries(self.ort)
+            # On the processor Pillow is faster.
+            self.resizer = self.new_resizer()
 
     @property
     def crops_at_once(self) -> int:
@@ -94,6 +97,15 @@ class CudaBackend(OrtBackend):
             raise GraphError("this bundle has no splice graph: export it again")
         opened = CudaDecoder(self._memory, self.session(spec.graph), self.session(splice, replayed=False), spec, count(1))
         return Decoder(lambda capacity, kept: CudaCache(opened, capacity, kept))
+
+    def new_resizer(self) -> DeviceResizer | None:
+        """Return what cuts pictures where the graphs run; None for a bundle that has no graphs for it."""
+        specs = {spec.first: spec for spec in self.manifest.resize}
+        if len(specs) < 2:
+            return None
+        # Opened when first used: most pictures need but one of the two.
+        sessions = {first: lru_cache(partial(self.session, spec, replayed=False)) for first, spec in specs.items()}
+        return DeviceResizer(self._memory, sessions, self.crops_at_once)
 
     def session(self, spec: GraphSpec, *, profile_prefix: str | None = None, replayed: bool = True) -> Any:
         """Open a graph file; raises BackendError where ONNX Runtime would quietly go on without the GPU."""
@@ -132,12 +144,14 @@ class CudaBackend(OrtBackend):
         return median(times)
 
     def misplaced(self, spec: GraphSpec, inputs: Mapping[str, Array]) -> list[str]:
-        """Return the nodes of a vision graph and the decoder that run on the processor, shape arithmetic aside."""
+        """Return the nodes of a vision graph, the decoder and resizing that run on the processor, shape arithmetic aside."""
         if self.device == "cpu":
             return []
         decoder = self.manifest.decoder
         events = self.node_events(spec, inputs)
         events += self.node_events(decoder.graph, _decoder_probe(decoder))
+        for resize in self.manifest.resize:
+            events += self.node_events(resize, probe())
         return misplaced_nodes(events, PROVIDERS[self.device])
 
     def _graph(self, spec: GraphSpec) -> DeviceGraph:

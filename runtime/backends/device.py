@@ -144,17 +144,21 @@ class DeviceGraph:
         self._slots: dict[int, Slot] = {}
         self._given: dict[int, weakref.ref[DeviceFeatures]] = {}
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
+    def pixels(self, batch: int) -> DeviceBuffer:
+        """Return where the graph reads the pixel values of a batch size; what is written there goes to `run` as its input."""
+        return self._slot(batch).buffers[PIXELS]
+
+    def run(self, inputs: Mapping[str, Array | DeviceBuffer]) -> dict[str, Any]:
         """Run the graph; the features stay on the device. A graph that ends before they are made returns its outputs."""
-        batch = len(inputs[PIXELS])
+        batch = inputs[PIXELS].shape[0]
         slot = self._slot(batch)
         before = self._given.get(batch)
         if before is not None and (held := before()) is not None:
             held.keep()
         for name, values in inputs.items():
             # A graph that ends early may not take all.
-            if name in slot.buffers:
-                slot.buffers[name].fill(values)
+            if name in slot.buffers and values is not slot.buffers[name]:
+                slot.buffers[name].fill(np.asarray(values))
         slot.run()
         fetched: dict[str, Any] = {name: slot.buffers[name].numpy() for name in self._outputs if name != FEATURES}
         if FEATURES in slot.buffers:

@@ -60,6 +60,7 @@ class OrtBackend:
         self.ort: Any = require("onnxruntime", EXTRAS[self.device])
         self.threads = threads
         self.prepack = prepack
+        self.resizer: Any = None
         check_version(self.ort, manifest.min_onnxruntime)
         self._check_device()
 

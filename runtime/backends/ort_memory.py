@@ -91,6 +91,13 @@ class DeviceMemory:
             options.add_run_config_entry("gpu_graph_id", str(graph_id))
         return options
 
+    def once_options(self, shrink: bool) -> Any:
+        """Return options of a run of a session without graphs; `shrink` gives back memory that only this run needed."""
+        options = self._ort.RunOptions()
+        if shrink and self.captures:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
+        return options
+
     def slot(self, session: Any, binding: Any, buffers: Mapping[str, OrtBuffer], graph_id: int, what: str) -> Slot:
         """Return a slot of a session: its buffers, bound, and the run that is captured under an id.
 

@@ -53,6 +53,7 @@ class TrtBackend:
         self.folder = folder
         self.manifest = manifest
         self.device = manifest.target
+        self.resizer = None
         self.lock = threading.RLock()
         self._engines = self._chosen()
         spec = next(iter(self._engines.values()))

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from leanvlm.runtime.answer import Pruning
-from leanvlm.runtime.crops import PIXELS, Arrangement, CropRule, Levels, crop
+from leanvlm.runtime.crops import PIXELS, Arrangement, CropRule, crop
+from leanvlm.runtime.cuts import Levels
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.outputs import png_bytes, write_outputs
 from leanvlm.runtime.preprocess import ImageSpec
