@@ -80,6 +80,10 @@ class Timings:
     `vision` is the whole vision graph (vision, project and prune); `sample` and `decode` have one entry a token, the first
     of `sample` belongs to the prefill. `time_to_first_token` runs from the image's bytes to the first token id; waiting while
     other answers have the device counts there only.
+
+    Attributes:
+        reused_images: Images of the prompt that were encoded before.
+        reused_positions: Positions of the prompt that the cache still held, and that were not read again.
     """
 
     preprocess: float = 0.0
@@ -89,6 +93,8 @@ class Timings:
     sample: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     time_to_first_token: float = 0.0
+    reused_images: int = 0
+    reused_positions: int = 0
 
     def to_dict(self) -> dict[str, float]:
         """One number a stage: `sample` and `decode` summed over the answer."""

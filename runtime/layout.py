@@ -48,10 +48,15 @@ class DeviceTensor(Protocol):
 
 @dataclass(frozen=True)
 class CropFeatures:
-    """One crop, encoded: embeddings (K, D) and what pruning did."""
+    """One crop, encoded: embeddings (K, D) and what pruning did.
+
+    Attributes:
+        key: Equal to that of no other crop, also of one that was made of this one.
+    """
 
     embeddings: Embeddings | DeviceTensor
     pruning: Pruning
+    key: object = field(default_factory=object, init=False, repr=False)
 
 
 @dataclass(frozen=True)

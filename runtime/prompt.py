@@ -7,7 +7,7 @@ each position. The decoder carries it out where the embeddings are, in NumPy or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ class Prompt:
         next_position: Where the answer's first token goes; it may be more than S, the cache's length.
         last_seen: (S,) int64, the last row of the prompt that each element sees.
         ids: The tokens as transformers' processor writes them, all placeholders of an image; for generation settings.
+        listed: (T,), which row of the token table each row of text is.
     """
 
     text: npt.NDArray[np.floating[Any]]
@@ -43,6 +44,7 @@ class Prompt:
     next_position: int
     last_seen: npt.NDArray[np.int64]
     ids: tuple[int, ...] = ()
+    listed: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """Return S, the rows that the prompt takes."""
@@ -52,6 +54,33 @@ class Prompt:
         """Return the prompt itself, (S, D), in the processor's memory."""
         rows = [np.asarray(part, dtype) for part in (self.text, *(crop.embeddings for crop in self.crops))]
         return np.concatenate(rows)[self.index]
+
+    def keys(self) -> list[Hashable]:
+        """Return what stands at each place (S,): a row of the token table, or which row of which crop's embeddings.
+
+        """
+        named: list[Hashable] = [*self.listed]
+        for crop in self.crops:
+            named += [(crop.key, row) for row in range(crop.embeddings.shape[0])]
+        return [named[row] for row in self.index]
+
+    def tail(self, start: int) -> Prompt:
+        """Return the prompt without its first places, and without text and crops that only those used."""
+        index, text = self.index[start:], len(self.text)
+        first = int(index[index < text].min(initial=text))
+        starts = text + np.cumsum([0, *(crop.embeddings.shape[0] for crop in self.crops)])
+        crop = int(np.searchsorted(starts, index[index >= text].min(initial=starts[-1]), side="right")) - 1
+        moved = np.where(index < text, index - first, index - starts[crop] + text - first)
+        return Prompt(
+            self.text[first:],
+            self.crops[crop:],
+            moved,
+            self.positions[:, start:],
+            self.next_position,
+            self.last_seen[start:],
+            self.ids,
+            self.listed[first:],
+        )
 
 
 def compose(ids: Sequence[int], image_token_id: int, images: Sequence[ImageFeatures], layout: Layout) -> list[Run]:
@@ -116,4 +145,4 @@ def assemble(runs: Sequence[Run], table: TokenRows, rule: PositionRule, image_to
         crops += run.crops
         ids += run.written(image_token_id, line_end)
     numbers = np.concatenate(positions, axis=1)
-    return Prompt(text, tuple(crops), np.concatenate(index), numbers, position, rule.last_seen(counts), tuple(ids))
+    return Prompt(text, tuple(crops), np.concatenate(index), numbers, position, rule.last_seen(counts), tuple(ids), tuple(listed))

@@ -6,8 +6,9 @@ embedding of a prompt goes is decided here, so the graphs know nothing of prompt
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -26,12 +27,31 @@ from leanvlm.runtime.manifest import MANIFEST, Manifest
 from leanvlm.runtime.preprocess import ImageSource, image_list
 from leanvlm.runtime.prompt import Prompt, assemble, compose
 from leanvlm.runtime.records import shorten
+from leanvlm.runtime.reuse import CACHE_MB, MEGABYTE, ImageCache, content_key
 from leanvlm.runtime.sandbox import sandbox
 from leanvlm.runtime.streaming import AnswerText
 from leanvlm.runtime.text import Message, Template, TextTokenizer, check_image_tokens
 
+MAX_CACHE_MB = 2.0**20
 # A cache a little larger than needed serves the next turns and prompts too.
 CACHE_STEP = 64
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The images of a prompt before it is known whether they fit.
+
+    Attributes:
+        keys: Of each what it is known by; the first part is None for one that cannot be.
+        known: Of each its features, if it was encoded before.
+        opened: The others.
+        arrangements: How each is cut.
+    """
+
+    keys: Sequence[tuple[Hashable, ...]]
+    known: Sequence[ImageFeatures | None]
+    opened: Sequence[ImageSource]
+    arrangements: Sequence[Arrangement]
 
 
 class Session:
@@ -40,6 +60,10 @@ class Session:
     Answers are independent: any number of threads may ask at once, and any number of streams may be read in turn; each answer
     has a cache of its own and is what it is alone. They take turns on the device, token by token, so asking together answers
     nobody sooner. The first has the cache that is kept, and on a GPU the captured graphs; those beside it pay for their own.
+
+    Nothing is done twice: a picture that `stream` encoded before is known by its content, at each budget; and of a prompt that
+    begins as the last conversation did, with the same pictures, only the rest is read. What is encoded anew is another picture, and
+    is read anew. `Answer.timings` says what was reused.
 
     Vision graphs open when a budget is first used, each with its own copy of the weights in memory.
 
@@ -52,7 +76,7 @@ class Session:
         line_end: Row of the token table that ends a line of image tokens; -1 where the layout has none.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, backend: Backend, cache_mb: float = CACHE_MB) -> None:
         self.folder = folder
         self.manifest = manifest
         self.backend = backend
@@ -69,6 +93,7 @@ class Session:
         self.settings.check(manifest.decoder.vocab_size)
         self.end_ids = self.settings.end_ids
         self.encoder = Encoder(manifest, backend)
+        self._images = ImageCache(int(cache_mb * MEGABYTE))
         self._decoder: Decoder | None = None
         self._closed = False
 
@@ -83,6 +108,7 @@ class Session:
         with self.backend.lock:
             self._closed = True
             self.encoder.close()
+            self._images.clear()
             self._decoder = None
 
     def generate(
@@ -136,15 +162,35 @@ class Session:
             raise InputError("a raw prompt is a text that is not empty")
         start, timings = perf_counter(), Timings()
         # What text an image becomes may depend on its size.
-        images, arrangements = self.arrange(images)
+        asked = self._look_up(images, chosen)
         opened = perf_counter()
         timings.preprocess += 1e3 * (opened - start)
-        ids = self.prompt_ids(messages, arrangements)
-        self.check_context(ids, arrangements, chosen, options.max_new_tokens)
+        ids = self.prompt_ids(messages, asked.arrangements)
+        self.check_context(ids, asked.arrangements, chosen, options.max_new_tokens)
         options.logits.check_ids(self.manifest.decoder.vocab_size)
         timings.splice += 1e3 * (perf_counter() - opened)
-        features = self.encode_images(images, chosen, timings)
+        features = self._encode(asked, chosen, timings)
         return self._answer(ids, features, options, timings, start)
+
+    def _look_up(self, images: Sequence[ImageSource], budget: int) -> Asked:
+        """Find the images that were encoded before, and say how the others will be cut."""
+        several = len(images) > 1
+        keys = [(content_key(image), budget, several) if self._images.limit else (None,) for image in images]
+        known = [None if key[0] is None else self._images.get(key) for key in keys]
+        new = [image for image, found in zip(images, known, strict=True) if found is None]
+        opened, cut = self.arrange(new, len(images))
+        arrangements = iter(cut)
+        return Asked(keys, known, opened, [next(arrangements) if one is None else one.arrangement for one in known])
+
+    def _encode(self, asked: Asked, budget: int, timings: Timings) -> list[ImageFeatures]:
+        """Encode those of a prompt's images that are new."""
+        made = iter(self.encode_images(asked.opened, budget, timings, len(asked.known)))
+        features = [next(made) if one is None else one for one in asked.known]
+        for key, one, found in zip(asked.keys, features, asked.known, strict=True):
+            if found is None and key[0] is not None:
+                self._images.put(key, one)
+        timings.reused_images = len(features) - len(asked.opened)
+        return features
 
     def arrange(
         self, images: Sequence[ImageSource], among: int | None = None
@@ -332,7 +378,9 @@ class Session:
             self._check_open()
             decoder = self.decoder()
             begin = perf_counter()
-            sequence = decoder.sequence(_round_up(len(prompt) + options.max_new_tokens, self.manifest.decoder.context_length))
+            room, context = len(prompt) + options.max_new_tokens, self.manifest.decoder.context_length
+            sequence = decoder.sequence(_round_up(room, context), prompt if self._images.limit else None, context)
+            timings.reused_positions = sequence.past
             timings.splice += 1e3 * (perf_counter() - begin)
         with closing(sequence):
             for count in range(options.max_new_tokens):
@@ -346,7 +394,7 @@ class Session:
                         scores = sequence.prefill()
                         timings.prefill = 1e3 * (perf_counter() - begin)
                     else:
-                        scores = sequence.step(self.table.rows([token])[0], prompt.next_position + count - 1)
+                        scores = sequence.step(self.table.rows([token])[0], prompt.next_position + count - 1, token)
                         timings.decode.append(1e3 * (perf_counter() - begin))
                     begin = perf_counter()
                     token = chooser.choose(scores)
@@ -365,6 +413,7 @@ def load(
     verify: bool = False,
     prepack: bool = True,
     provider: str | None = None,
+    cache_mb: float = CACHE_MB,
 ) -> Session:
     """Open a bundle.
 
@@ -376,18 +425,23 @@ def load(
             not used, with a warning.
         verify: Compare every file's sha256 with the manifest first.
         prepack: False keeps the weights mapped from the files, which is slower and takes half the memory.
+        cache_mb: Encoded pictures that are kept at most, MB. 0 keeps neither pictures nor the last conversation: every answer
+            takes as long as the first.
 
     Raises:
         BundleError: The folder is no bundle, or is incomplete or damaged.
         BackendError: This machine cannot run it.
+        InputError: A size that is not possible.
     """
     folder = Path(bundle)
+    if not 0 <= cache_mb <= MAX_CACHE_MB:
+        raise InputError(f"cache_mb {cache_mb:g} is not possible; give 0 to {MAX_CACHE_MB:g} MB")
     manifest = read_manifest(folder)
     sandbox().start()  # It is ready by the time that the backend is.
     if verify:
         verify_files(folder, manifest)
     backend = open_backend(folder, manifest, device=device, threads=threads, prepack=prepack, provider=provider)
-    return Session(folder, manifest, backend)
+    return Session(folder, manifest, backend, cache_mb)
 
 
 def user_message(text: str, images: int) -> Message:

@@ -96,7 +96,7 @@ class CudaBackend(OrtBackend):
         if splice is None:
             raise GraphError("this bundle has no splice graph: export it again")
         opened = CudaDecoder(self._memory, self.session(spec.graph), self.session(splice, replayed=False), spec, count(1))
-        return Decoder(lambda capacity, kept: CudaCache(opened, capacity, kept))
+        return Decoder(lambda capacity, kept: CudaCache(opened, capacity, kept), "end" if spec.states else "any")
 
     def new_resizer(self) -> DeviceResizer | None:
         """Return what cuts pictures where the graphs run; None for a bundle that has no graphs for it."""
@@ -220,19 +220,24 @@ class CudaCache:
         self._last: Slot | None = None
         self._mask: npt.NDArray[np.int64] = np.zeros((1, capacity), np.int64)
         self._prompt: Prompt | None = None
-        self.length = 0
+        self.length = self._past = 0
         shape = (1, spec.kv_heads, capacity, spec.head_dim)
         for name in spec.caches:
             # Whatever lies in fresh memory may be NaN, which even a weight of zero lets through.
             self._caches[name] = cache = self._memory.empty(shape, self._dtype)
             cache.fill(np.zeros(shape, self._dtype))
 
-    def load(self, prompt: Prompt) -> None:
-        """Put a prompt together on the device, for a new sequence: the text's rows go up, the images' are there."""
-        check_room(len(prompt), self.capacity)
-        self._prompt, self.length, self._turn = prompt, 0, 0
-        for name, state in self._states[0].items():
-            state.fill(np.zeros(self._spec.state_shape(name), self._dtype))
+    def load(self, prompt: Prompt, past: int = 0) -> None:
+        """Put a prompt together on the device, for a new sequence or behind the rows that stay.
+
+        The text's rows go up, the images' are there.
+        """
+        check_room(past + len(prompt), self.capacity)
+        self._prompt, self.length, self._past = prompt, past, past
+        if past == 0:
+            self._turn = 0
+            for name, state in self._states[0].items():
+                state.fill(np.zeros(self._spec.state_shape(name), self._dtype))
         slot = self._slot(self._padded(len(prompt)))
         target, text = slot.buffers["inputs_embeds"], prompt.text.astype(self._dtype, copy=False)
         shared = _shared_features(prompt)
@@ -260,12 +265,12 @@ class CudaCache:
         assert self._prompt is not None, "load comes before prefill"
         length, padded = len(self._prompt), self._padded(len(self._prompt))
         slot = self._slot(padded)
-        self._mask[0] = np.arange(self.capacity) < padded
+        self._mask[0] = np.arange(self.capacity) < self._past + padded
         slot.buffers["last_position"].fill(np.array([length - 1], np.int64))
         positions = np.zeros((self._spec.axes, padded), np.int64)
         positions[:, :length] = self._prompt.positions
         scores = self._run(slot, positions)
-        self.length = length
+        self.length = self._past + length
         return scores
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> DeviceScores:
@@ -293,7 +298,8 @@ class CudaCache:
         return DeviceScores(slot.buffers)
 
     def _padded(self, length: int) -> int:
-        return min(bucket(length), self.capacity) if self._memory.captures and not self._spec.states else length
+        room = self.capacity - self._past
+        return min(bucket(length), room) if self._memory.captures and not self._spec.states else length
 
     def _slot(self, length: int) -> Slot:
         """Return the tensors for inputs of one length in this turn: 1 is the decode step, every other a prompt's."""

@@ -24,6 +24,7 @@ from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.positions import as_input
 from leanvlm.runtime.prompt import Prompt
+from leanvlm.runtime.reuse import SavedRows
 from leanvlm.runtime.sampling import highest
 from leanvlm.runtime.specs import DecoderSpec, GraphSpec, VisionSpec
 
@@ -77,7 +78,7 @@ class OrtBackend:
         """Open the decoder."""
         spec = self.manifest.decoder
         session = self.session(spec.graph)
-        return Decoder(lambda capacity, kept: OrtCache(self.ort, session, spec, capacity))
+        return Decoder(lambda capacity, kept: OrtCache(self.ort, session, spec, capacity), "end" if spec.states else "any")
 
     def vision_shares(self, spec: VisionSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
         """Return the share of each stage in a vision graph's node times, from a profiled session of its own.
@@ -226,8 +227,10 @@ class OrtCache:
         self.length = 0
         shape = [1, spec.kv_heads, capacity, spec.head_dim]
         self._binding = session.io_binding()
+        self._caches: list[Any] = []
         for past, present in spec.caches.items():
             cache = ort.OrtValue.ortvalue_from_shape_and_type(shape, self._dtype, "cpu")
+            self._caches.append(cache)
             self._binding.bind_ortvalue_input(past, cache)
             self._binding.bind_ortvalue_output(present, cache)
         # Of each state what a run reads, and what replaces it.
@@ -238,11 +241,26 @@ class OrtCache:
         # The last of the outputs.
         self._binding.bind_output("logits", "cpu")
 
-    def load(self, prompt: Prompt) -> None:
-        """Put a prompt together, for a new sequence."""
-        self._prompt, self._embeddings, self.length = prompt, prompt.embeddings(), 0
-        for state in self._states[0]:
+    def load(self, prompt: Prompt, past: int = 0) -> None:
+        """Put a prompt together, for a new sequence or behind the rows that stay."""
+        self._prompt, self._embeddings, self.length = prompt, prompt.embeddings(), past
+        for state in self._states[0] if past == 0 else ():
             state.update_inplace(np.zeros(state.shape(), self._dtype))
+
+    def saved(self, count: int) -> SavedRows:
+        """Return copies of the first rows, and of the states."""
+        rows = [cache.numpy()[:, :, :count].copy() for cache in self._caches]
+        return SavedRows(rows, [state.numpy().copy() for state in self._states[0]])
+
+    def restore(self, saved: SavedRows) -> None:
+        """Fill the first rows."""
+        for cache, rows in zip(self._caches, saved.rows, strict=True):
+            whole = np.zeros(cache.shape(), self._dtype)
+            whole[:, :, : rows.shape[2]] = rows
+            cache.update_inplace(whole)
+        for state, values in zip(self._states[0], saved.states, strict=True):
+            state.update_inplace(values)
+        self.length = saved.rows[0].shape[2]
 
     def prefill(self) -> OrtScores:
         """Read the loaded prompt."""

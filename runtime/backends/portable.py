@@ -72,7 +72,8 @@ class PortableBackend(OrtBackend):
         """Open the decoder."""
         spec = self.manifest.decoder
         session = self.session(spec.graph)
-        return Decoder(lambda capacity, kept: PortableCache(session, spec, capacity))
+        # Engines that a provider built for prompts take empty caches only.
+        return Decoder(lambda capacity, kept: PortableCache(session, spec, capacity), "nothing" if self.provider else "any")
 
     def session(self, spec: GraphSpec, *, profile_prefix: str | None = None, replayed: bool = True) -> Any:
         """Open a graph file; raises BackendError where ONNX Runtime would quietly go on without the provider."""
@@ -168,15 +169,15 @@ class PortableCache:
         self._prompt: Prompt | None = None
         self.length = 0
 
-    def load(self, prompt: Prompt) -> None:
-        """Take a prompt, for a new sequence."""
-        self._prompt, self.length = prompt, 0
+    def load(self, prompt: Prompt, past: int = 0) -> None:
+        """Take a prompt, for a new sequence or behind the rows that stay."""
+        self._prompt, self.length = prompt, past
 
     def prefill(self) -> OrtScores:
-        """Read the loaded prompt, with an empty cache."""
+        """Read the loaded prompt behind the rows that are filled."""
         assert self._prompt is not None, "load comes before prefill"
-        nothing, prompt = self._caches[:, :, :, :0], self._prompt
-        return self._append(prompt.embeddings(self._dtype), prompt.positions, prompt.last_seen, nothing)
+        filled, prompt = self._caches[:, :, :, : self.length], self._prompt
+        return self._append(prompt.embeddings(self._dtype), prompt.positions, prompt.last_seen, filled)
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> OrtScores:
         """Append one embedding (D,) at a position; the whole cache goes in, filled or not, as a captured graph has it."""

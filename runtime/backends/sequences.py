@@ -1,21 +1,25 @@
 """Sequences of a decoder: every answer in the making has a cache of its own, whoever else is being answered.
 
-A backend says what a cache is; who has which one is decided here, for all of them.
+A backend says what a cache is; who has which one is decided here, for all of them, and what of it need not be read again.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from leanvlm.runtime.prompt import Prompt
+from leanvlm.runtime.reuse import Held, SavedRows
 
 if TYPE_CHECKING:
     from leanvlm.runtime.backends import Scores
+
+# A sequence may go on behind any of a cache's rows; or behind the last only, where states are of all that was read.
+Reuse = Literal["any", "end", "nothing"]
 
 
 class Cache(Protocol):
@@ -23,12 +27,19 @@ class Cache(Protocol):
 
     Attributes:
         capacity: Positions that it holds.
+        length: Rows that are filled.
     """
 
     capacity: int
+    length: int
 
-    def load(self, prompt: Prompt) -> None:
-        """Begin a sequence: put a prompt's embeddings where `prefill` reads them (the stage splice)."""
+    def load(self, prompt: Prompt, past: int = 0) -> None:
+        """Put a prompt's embeddings where `prefill` reads them (the stage splice).
+
+        Args:
+            prompt: What is read; without what the cache holds of it.
+            past: How many of the filled rows stay; 0 begins a sequence. More is asked only of caches that can (`Reuse`).
+        """
         ...
 
     def prefill(self) -> Scores:
@@ -40,15 +51,44 @@ class Cache(Protocol):
         ...
 
 
-class DecoderSequence:
-    """One sequence and its cache, until it is closed. Closing touches nothing on the device, so any thread may do it."""
+class Movable(Protocol):
+    """A cache whose rows may be put into a larger one."""
 
-    def __init__(self, cache: Cache) -> None:
+    def saved(self, count: int) -> SavedRows:
+        """Return copies of the first rows."""
+        ...
+
+    def restore(self, saved: SavedRows) -> None:
+        """Fill the first rows of a cache that is new."""
+        ...
+
+
+class DecoderSequence:
+    """One sequence and its cache, until it is closed. Closing touches nothing on the device, so any thread may do it.
+
+    Args:
+        cache: The cache.
+        held: What its rows were made of; kept up to date here.
+        past: How many of them the prompt begins with.
+
+    Attributes:
+        past: Rows of the prompt that are not read again.
+    """
+
+    def __init__(self, cache: Cache, held: Held | None = None, past: int = 0) -> None:
         self._cache: Cache | None = cache
+        self._held = Held() if held is None else held
+        self._prompt: Prompt | None = None
+        self.past = past
 
     @property
     def cache(self) -> Cache:
-        """The cache, which is not there any more once the sequence is closed."""
+        """The cache itself, from which nothing is reused then: whoever has it may fill it with anything."""
+        self._held.is_known = False
+        return self._open()
+
+    def _open(self) -> Cache:
+        """Return the cache, which is not there any more once the sequence is closed."""
         assert self._cache is not None, "the sequence is closed"
         return self._cache
 
@@ -59,15 +99,34 @@ class DecoderSequence:
 
     def load(self, prompt: Prompt) -> None:
         """Put a prompt's embeddings where `prefill` reads them (the stage splice)."""
-        self.cache.load(prompt)
+        # Whatever fails from here on, only what is sure to be there counts as held.
+        self._held.cut(self.past)
+        if self.past:
+            self._open().load(prompt.tail(self.past), self.past)
+        else:
+            self._open().load(prompt)
+        self._prompt = prompt
 
     def prefill(self) -> Scores:
         """Read the loaded prompt; the scores are those of its last position. They hold until the sequence's next call."""
-        return self.cache.prefill()
+        scores = self._open().prefill()
+        if self._prompt is not None:
+            past, prompt, self._prompt = self.past, self._prompt, None
+            self._held.add(prompt.keys()[past:], prompt.positions[:, past:], prompt.last_seen[past:].tolist())
+        return scores
 
-    def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> Scores:
-        """Append one token's embedding (D,) at a position and return the scores of the next, which hold as above."""
-        return self.cache.step(embedding, position)
+    def step(self, embedding: npt.NDArray[np.floating[Any]], position: int, token: int | None = None) -> Scores:
+        """Append one token's embedding (D,) at a position and return the scores of the next, which hold as above.
+
+        Args:
+            embedding: Of the token.
+            position: On every axis.
+            token: Which it is; of one that is not said nothing is reused.
+        """
+        scores, axes = self._open().step(embedding, position), len(self._held.positions[0]) if len(self._held) else 1
+        key = object() if token is None else token
+        self._held.add([key], np.full((axes, 1), position), [len(self._held)])
+        return scores
 
     def close(self) -> None:
         """Give the cache back; more than once does nothing."""
@@ -82,23 +141,57 @@ class Decoder:
 
     Args:
         make: Returns a cache of at least so many positions; the second argument says whether it will be kept.
+        reuse: How a sequence may go on from what the kept cache holds.
     """
 
-    def __init__(self, make: Callable[[int, bool], Cache]) -> None:
+    def __init__(self, make: Callable[[int, bool], Cache], reuse: Reuse = "nothing") -> None:
         self._make = make
+        self._reuse = reuse
         self._kept: Cache | None = None
+        self._held = Held()
         # Weak, so that a sequence that nobody closed gives its cache back too.
         self._holder: Callable[[], DecoderSequence | None] = lambda: None
 
-    def sequence(self, capacity: int) -> DecoderSequence:
-        """Open a sequence of at most `capacity` positions."""
+    def sequence(self, capacity: int, prompt: Prompt | None = None, limit: int | None = None) -> DecoderSequence:
+        """Open a sequence.
+
+        Args:
+            capacity: Positions that it has at most.
+            prompt: What it will load, to go on from what the kept cache holds of it; None begins anew.
+            limit: What a cache may grow to, ahead of need: a conversation that grows moves seldom then.
+        """
         holder = self._holder()
         if holder is not None and not holder.closed:
             return DecoderSequence(self._make(capacity, False))
+        past = 0 if prompt is None or self._kept is None else self._reusable(prompt, self._kept)
         if self._kept is None or self._kept.capacity < capacity:
-            # The old one goes first, so that both need not fit at once.
-            self._kept = None
-            self._kept = self._make(capacity, True)
-        sequence = DecoderSequence(self._kept)
+            past = self._grow(capacity, past, limit)
+        if not past:
+            self._held = Held()
+        assert self._kept is not None
+        sequence = DecoderSequence(self._kept, self._held, past)
         self._holder = weakref.ref(sequence)
         return sequence
+
+    def _reusable(self, prompt: Prompt, kept: Cache) -> int:
+        """Return how many rows of a prompt the kept cache holds, in a way that it can go on from."""
+        if self._reuse == "nothing" or kept.length < len(self._held):
+            return 0
+        past = self._held.shared(prompt)
+        return past if self._reuse == "any" or past == len(self._held) == kept.length else 0
+
+    def _grow(self, capacity: int, past: int, limit: int | None) -> int:
+        """Make the kept cache larger, and return how many of its rows came along: all that are wanted, or none."""
+        old = self._kept
+        if old is not None and limit is not None and self._reuse != "nothing":
+            capacity = max(capacity, min(2 * old.capacity, limit))
+        movable: Any = old if past and hasattr(old, "saved") else None
+        saved = None if movable is None else movable.saved(past)
+        # The old one goes first, so that both need not fit at once.
+        old = movable = self._kept = None
+        self._kept = made = self._make(capacity, True)
+        if saved is None:
+            return 0
+        new: Any = made
+        new.restore(saved)
+        return past

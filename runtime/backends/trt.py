@@ -171,8 +171,9 @@ class TrtCache:
         self._prompt: Prompt | None = None
         self.length = 0
 
-    def load(self, prompt: Prompt) -> None:
+    def load(self, prompt: Prompt, past: int = 0) -> None:
         """Put a prompt together, for a new sequence: the text's rows go up, the images' are copied from where they are."""
+        assert past == 0, "an engine reads prompts with an empty cache"
         check_room(len(prompt), self.capacity)
         self._prompt, self.length = prompt, 0
         target = self._buffers(len(prompt))["inputs_embeds"]

@@ -69,6 +69,7 @@ def answer_json(session: Session, answer: Answer) -> dict[str, Any]:
         "prompt_tokens": answer.prompt_tokens,
         "finish_reason": answer.finish_reason,
         "timings_ms": answer.timings.to_dict(),
+        "reused": {"images": answer.timings.reused_images, "positions": answer.timings.reused_positions},
         "pruning": _pruning_json(session.manifest.pruner.name, answer, session.manifest.tokens_per_crop),
     }
 
