@@ -45,10 +45,11 @@ from leanvlm.exporter.vision_graphs import Tokens, VisionTracer
 from leanvlm.runtime.backends.ort import PROVIDERS
 from leanvlm.runtime.bundle import file_sha256, write_manifest
 from leanvlm.runtime.embeddings import TENSOR
-from leanvlm.runtime.errors import LeanVLMWarning
+from leanvlm.runtime.errors import LeanVLMWarning, UnsupportedModelError
 from leanvlm.runtime.machine.gpu import free_memory
 from leanvlm.runtime.manifest import MANIFEST, Manifest
 from leanvlm.runtime.optional import require
+from leanvlm.runtime.records import shorten
 from leanvlm.runtime.session import Session, load
 from leanvlm.runtime.signals import raise_again
 from leanvlm.runtime.specs import (
@@ -293,8 +294,14 @@ ENDS: dict[str, Role] = {"key": "key", "value": "value", "conv": "state", "recur
 
 
 def _role(name: str) -> Role:
-    """Return what an input of a decoder's graph is for."""
-    return ROLES.get(name) or ENDS[name.rpartition(".")[2]]
+    """Return what an input of a decoder's graph is for; raises UnsupportedModelError if that is not known."""
+    found = ROLES.get(name) or ENDS.get(name.rpartition(".")[2])
+    if found is None:
+        raise UnsupportedModelError(
+            f"the model builder that is installed gives the decoder an input {shorten(name)}, which is not known here: install "
+            "the onnxruntime-genai of constraints.txt"
+        )
+    return found
 
 
 def _write_splice(decoder: DecoderSpec, folder: Path) -> GraphSpec:

@@ -1,6 +1,6 @@
 """The checkpoint itself, run unmodified by transformers in fp32: what an exported bundle is compared with.
 
-A half-precision decoder is widened one leaf module at a time while it runs, so the comparison needs no second copy of it.
+A half-precision decoder is widened part by part while it runs, so the comparison needs no second copy of it.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def _mask(count: int, last_seen: Array | None) -> Tensor:
 
 @contextlib.contextmanager
 def computed_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Bring each leaf module's parameters to a wider dtype only while it runs.
+    """Bring a module's parameters to a wider dtype, those of each part only while it runs.
 
     A module with parameters of its own may read those of modules inside it without calling them, so all of them are widened.
     """

@@ -135,7 +135,7 @@ class DecoderSpec:
     def state_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a state of one sequence: (1, …)."""
         tensor = next(tensor for tensor in self.graph.inputs if tensor.name == name)
-        return tuple(1 if isinstance(size, str) else size for size in tensor.shape)
+        return (1, *(size for size in tensor.shape[1:] if isinstance(size, int)))
 
     @property
     def row_width(self) -> int:
@@ -163,8 +163,11 @@ class DecoderSpec:
         sizes |= dict.fromkeys(self.named("embeddings"), (None, None, self.row_width))
         sizes |= dict.fromkeys(self.named("last_seen"), (None, None))
         for name, output in self.states.items():
-            # Whatever it is, its successor is of the same shape.
+            # Whatever it is, all but the batch is known, and its successor is of the same shape.
             sizes |= dict.fromkeys((name, output), (None, *self.state_shape(name)[1:]))
+            batch = next(tensor.shape[:1] for tensor in self.graph.inputs if tensor.name == name)
+            if batch and batch[0] != 1 and not isinstance(batch[0], str):
+                raise ManifestError(f"{name} has {batch[0]} sequences; a state has one")
         sizes |= dict.fromkeys(self.named("positions"), (3, None, None) if self.axes == 3 else (None, None))
         for tensor in (*self.graph.inputs, *self.graph.outputs):
             dtype = self.kv_dtype if tensor.name in (*self.caches, *self.states) else tensor.dtype

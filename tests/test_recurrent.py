@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import tiny_sizes
 import torch
+from conftest import Command
 from original import NEW_TOKENS
 from original_sizes import SizedOriginal, pictures
 from safetensors.torch import load_file, save_file
@@ -20,8 +24,15 @@ from leanvlm.exporter.checkpoint import open_checkpoint
 from leanvlm.exporter.decoders import genai
 from leanvlm.runtime import load
 from leanvlm.runtime.backends.ort_memory import DeviceMemory
-from leanvlm.runtime.errors import BackendError, CheckpointError, ManifestError, UnsupportedModelError, VerificationError
-from leanvlm.runtime.manifest import Manifest
+from leanvlm.runtime.errors import (
+    BackendError,
+    CheckpointError,
+    GraphError,
+    ManifestError,
+    UnsupportedModelError,
+    VerificationError,
+)
+from leanvlm.runtime.manifest import MANIFEST, Manifest
 from leanvlm.runtime.session import Session
 
 pytestmark = pytest.mark.filterwarnings("ignore:a bundle for .* runs on cpu")
@@ -110,6 +121,49 @@ def test_the_manifest_declares_the_states(bundle: Callable[[str], Path]) -> None
         Manifest.from_dict(data)
 
 
+def test_lengths_are_summed_in_fp32(bundle: Callable[[str], Path]) -> None:
+    """Half precision would be infinite from a length of 256 on; the processor computes it wider and would not show it."""
+    graph = ir.load(bundle("cuda") / "decoder.onnx").graph
+    kinds = {"ReduceSumSquare": 4, "Sqrt": 4}
+    for kind, count in kinds.items():
+        nodes = [node for node in graph if node.op_type == kind and "l2norm" in str(node.name)]
+        assert [node.outputs[0].dtype for node in nodes] == [ir.DataType.FLOAT] * count
+
+
+@pytest.mark.parametrize("target", [pytest.param("cpu", marks=pytest.mark.slow), "cuda"])
+def test_a_decoder_without_recurrent_layers(tmp_path: Path, target: str) -> None:
+    folder = tiny_sizes.qwen3_5_checkpoint(tmp_path / "checkpoint", layer_types=["full_attention"] * 2, num_hidden_layers=2)
+    sizes = tiny_sizes.sizes(folder)[:1]
+    made = export(ExportConfig(str(folder), (6,), tmp_path / "out", target=target, image_sizes=sizes))
+    assert made.decoder.states == {}
+
+
+def test_a_state_of_several_sequences_is_refused(bundle: Callable[[str], Path]) -> None:
+    with load(bundle("cpu")) as session:
+        data = session.manifest.to_dict()
+    for tensor in (*data["decoder"]["graph"]["inputs"], *data["decoder"]["graph"]["outputs"]):
+        if tensor["name"].endswith("0.conv"):
+            tensor["shape"][0] = 2**24
+    with pytest.raises(ManifestError, match=r"past\.0\.conv has 16777216 sequences; a state has one"):
+        Manifest.from_dict(data)
+
+
+def test_an_input_that_the_manifest_leaves_out_is_refused(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle("cpu"), tmp_path / "bundle"))
+    data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    decoder, name = data["decoder"], "past.0.conv"
+    decoder["graph"]["inputs"] = [tensor for tensor in decoder["graph"]["inputs"] if tensor["name"] != name]
+    del decoder["roles"][name]
+    (folder / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
+    with load(folder) as session, pytest.raises(GraphError, match=r"takes past\.0\.conv, which the manifest does not declare"):
+        session.decoder()
+
+
+def test_inspect_counts_the_states(leanvlm: Command, bundle: Callable[[str], Path]) -> None:
+    result = leanvlm("inspect", bundle("cpu"))
+    assert "2 layers, 4 KV heads of 64, 4 states of other layers, context" in result.stdout
+
+
 def test_a_state_that_is_not_finite_is_an_error(bundle: Callable[[str], Path]) -> None:
     with load(bundle("cpu")) as session:
         (encoded,) = session.encode_images([pictures()[0]], 6)
@@ -124,7 +178,7 @@ def test_a_state_that_is_not_finite_is_an_error(bundle: Callable[[str], Path]) -
             sequence.step(encoded.crops[0].embeddings[0], 2).greedy()
 
 
-@pytest.mark.parametrize("precision", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_gates_keep_their_weights_where_others_are_quantised(
     checkpoint: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,11 @@ def _with_axes(base: Any, decoder: Any) -> type:
     """
 
     class WithAxes(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            # The angles are made in the decoder's dtype, so nothing is cast around the operator.
+            self.rope_attrs["cast"] |= dict.fromkeys(("use_fp32", "root_input", "output_0"), False)
+
         def make_inputs_and_outputs(self) -> None:
             self.input_shapes["position_ids"] = [3, "batch_size", "sequence_length"]
             super().make_inputs_and_outputs()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -28,11 +29,6 @@ def with_states(base: Any) -> type:
     """Return a class over one of the builder's for gated delta nets, with the arithmetic of transformers."""
 
     class WithStates(base):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            # Angles come in the decoder's dtype, as for every other decoder.
-            self.rope_attrs["cast"] |= dict.fromkeys(("use_fp32", "root_input", "output_0"), False)
-
         def get_attn_module(self, layer_id: int, layer: Any) -> Any:
             module = super().get_attn_module(layer_id, layer)
             if self.layer_types[layer_id] != LINEAR:
@@ -44,22 +40,26 @@ def with_states(base: Any) -> type:
         def make_l2_normalize(self, basename: str, root_input: str) -> str:
             heads, width = self.linear_num_key_heads, self.linear_key_head_dim
             flat, split = (["batch_size", "sequence_length", *sizes] for sizes in ([heads * width], [heads, width]))
-            self.make_initializer(torch.tensor(EPSILON), "/model/l2norm/epsilon", to=self.io_dtype)
+            real, narrow = ir.DataType.FLOAT, self.io_dtype
+            self.make_initializer(torch.tensor(EPSILON), "/model/l2norm/epsilon", to=real)
 
-            def make(kind: str, inputs: list[str], shape: list[Any], **attributes: Any) -> str:
-                made = f"{basename}/{kind}"
+            def make(kind: str, inputs: list[str], shape: list[Any], dtype: Any = real, **attributes: Any) -> str:
+                made = f"{basename}/{kind}/{dtype}"
                 self.make_node(kind, inputs, [made], name=f"{made}/node", **attributes)
-                self.make_value(made, self.io_dtype, shape=shape)
+                self.make_value(made, dtype, shape=shape)
                 return made
 
             single = [*split[:3], 1]
             rows = f"{basename}/heads"
-            self.make_reshape(rows, [root_input, f"/model/constants/INT64/[0, 0, {heads}, {width}]"], self.io_dtype, split)
-            squared = make("ReduceSumSquare", [f"{rows}/output_0", "/model/constants/INT64/[-1]"], single, keepdims=1)
+            self.make_reshape(rows, [root_input, f"/model/constants/INT64/[0, 0, {heads}, {width}]"], narrow, split)
+            # In half precision the square of a length over 256 would be infinite.
+            wide = make("Cast", [f"{rows}/output_0"], split, to=real)
+            squared = make("ReduceSumSquare", [wide, "/model/constants/INT64/[-1]"], single, keepdims=1)
             length = make("Sqrt", [make("Add", [squared, "/model/l2norm/epsilon"], single)], single)
-            unit = make("Div", [f"{rows}/output_0", length], split)
+            unit = make("Div", [wide, length], split)
+            unit = unit if narrow == real else make("Cast", [unit], split, narrow, to=narrow)
             joined = f"{basename}/joined"
-            self.make_reshape(joined, [unit, f"/model/constants/INT64/[0, 0, {heads * width}]"], self.io_dtype, flat)
+            self.make_reshape(joined, [unit, f"/model/constants/INT64/[0, 0, {heads * width}]"], narrow, flat)
             return f"{joined}/output_0"
 
     return WithStates

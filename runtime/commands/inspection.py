@@ -30,7 +30,8 @@ def describe(folder: Path, manifest: Manifest) -> str:
         **_gate_file(manifest),
         **_cut(manifest),
         "decoder": f"{decoder.layers} layers, {decoder.kv_heads} KV heads of {decoder.head_dim}, "
-        f"context {decoder.context_length}",
+        + (f"{len(decoder.states)} states of other layers, " if decoder.states else "")
+        + f"context {decoder.context_length}",
         **_engines(manifest),
         "verified": _verified(manifest),
     }
