@@ -59,7 +59,8 @@ def split_before_prune(model: Model) -> tuple[Model, Model | None]:
     if not results[True]:
         return model, None
     carried: list[Node] = []
-    first, second = [], []
+    first: list[Node] = []
+    second: list[Node] = []
     for node in model.get_ordered_ops():
         kind, late = node.get_type_name(), stages[node.get_name()] == last
         if kind == "Parameter":
