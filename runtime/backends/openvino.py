@@ -1,8 +1,8 @@
 """OpenVINO under a bundle for the processor: its vision graphs in two parts, its decoder with the cache as state.
 
-`--provider openvino` computes tower, projector and decoder in what the device is best at, bfloat16 on a processor that has it,
-and the stage prune in fp32; `--provider openvino:f32` computes all in fp32. Nothing is written: compiled graphs are not kept.
-On other devices than the processor (`--device GPU`, `NPU`) this was not run.
+`--provider openvino` computes tower and decoder in what the device is best at, bfloat16 on a processor that has it, and the
+tower's last blocks, the projector and the stage prune in fp32; `--provider openvino:f32` computes all in fp32. Nothing is
+written: compiled graphs are not kept. On other devices than the processor (`--device GPU`, `NPU`) this was not run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from leanvlm.runtime.backends.openvino_graphs import BEAM, ONE, STAGES, keep_state, split_before_prune, stages_of
+from leanvlm.runtime.backends.openvino_graphs import BEAM, ONE, STAGES, keep_state, split, stages_of
 from leanvlm.runtime.backends.ort import CROPS_AT_ONCE, OrtScores, check_room
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.errors import BackendError, GraphError, InputError
@@ -67,6 +67,11 @@ class OpenVinoBackend:
         self.device = "cpu" if self._where == "CPU" else self._where
         self._fastest = self._properties(threads, OPENVINO[provider])
         self._exact = self._properties(threads, "f32")
+        if manifest.decoder.axes > 1:
+            raise BackendError(
+                "OpenVINO turns positions of three coordinates (M-RoPE) by wrong angles, so this bundle is not run with it; run "
+                "it without --provider"
+            )
         # Before any image is encoded: what OpenVINO does not take is said at once. Weights stay in the file until then.
         self._decoder = self._read(manifest.decoder.graph)
         keep_state(self._decoder, manifest.decoder)
@@ -78,7 +83,7 @@ class OpenVinoBackend:
 
     @property
     def arithmetic(self) -> str:
-        """What tower, projector and decoder compute in: `f32`, or what the device is best at, such as `bf16`."""
+        """What tower and decoder compute in: `f32`, or what the device is best at, such as `bf16`."""
         asked = self._fastest.get(PRECISION) or self._core.get_property(self._where, PRECISION).to_string()
         return str(asked)
 
@@ -96,7 +101,7 @@ class OpenVinoBackend:
         return Decoder(lambda capacity, kept: OpenVinoCache(compiled, spec, capacity))
 
     def vision_shares(self, spec: VisionSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
-        """Return the share of each stage in a vision graph's time: prune's by the clock, the others' by the nodes' times."""
+        """Return the share of each stage in a vision graph's time: each part's by the clock, in it by the nodes' times."""
         graph = OpenVinoGraph(self._parts(spec, {"PERF_COUNT": True}), spec)
         spent = dict.fromkeys(STAGES, 0.0)
         for _ in range(runs):
@@ -124,10 +129,10 @@ class OpenVinoBackend:
     def _parts(self, spec: GraphSpec, more: Properties | None = None) -> list[_Part]:
         model = self._read(spec)
         stages = {node.get_friendly_name(): STAGES[stage] for node, stage in _with_stages(model)}
-        first, second = split_before_prune(model)
-        parts = [_Part(self._compile(first, {**self._fastest, **(more or {})}, spec.file), stages)]
-        if second is not None:
-            parts.append(_Part(self._compile(second, {**self._exact, **(more or {})}, spec.file), stages))
+        coarse, exact = split(model)
+        parts = [_Part(self._compile(coarse, {**self._fastest, **(more or {})}, spec.file), stages)]
+        if exact is not None:
+            parts.append(_Part(self._compile(exact, {**self._exact, **(more or {})}, spec.file), stages))
         return parts
 
     def _read(self, spec: GraphSpec) -> Any:
@@ -190,8 +195,9 @@ class OpenVinoGraph:
         """Return what each stage took of the run before, of graphs that were compiled to count: nodes' shares of each part."""
         total = dict.fromkeys(STAGES, 0.0)
         for part, wall in zip(self._parts, self._walls, strict=True):
-            spent, stage = dict.fromkeys(STAGES, 0.0), STAGES[0] if part is self._parts[0] else STAGES[-1]
-            for node in part.request.get_profiling_info():
+            spent, nodes = dict.fromkeys(STAGES, 0.0), part.request.get_profiling_info()
+            stage = next((part.stages[node.node_name] for node in nodes if node.node_name in part.stages), STAGES[0])
+            for node in nodes:
                 # A node that optimisations made has a name of its own; it counts for the stage of the node before it.
                 stage = part.stages.get(node.node_name, stage)
                 spent[stage] += node.real_time.total_seconds()

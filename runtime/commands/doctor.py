@@ -17,6 +17,7 @@ from typing import Any
 
 from leanvlm.runtime.engines.library import LIBRARIES, known_sms, load_library, this_sm, unsupported
 from leanvlm.runtime.machine import gpu
+from leanvlm.runtime.machine.cpu import cpu_flags
 from leanvlm.runtime.machine.kernels import CUDA_PROVIDER, without_kernels
 from leanvlm.runtime.optional import require
 
@@ -38,6 +39,7 @@ def report() -> str:
     number = installed("leanvlm") or "(not installed)"
     lines = [f"leanvlm {number} on Python {platform.python_version()}, {platform.platform()}"]
     lines += _runtimes()
+    lines += _openvino()
     lines += _genais()
     lines += _gpus()
     lines += _export()
@@ -75,6 +77,27 @@ def _runtimes() -> list[str]:
     except Exception as error:  # A package whose files were half overwritten fails in ways of its own.
         lines.append(f"! onnxruntime does not load: {_one_line(error)}")
     return lines
+
+
+def _openvino() -> list[str]:
+    """Say whether OpenVINO is there, what it has, and which provider is the faster one for bundles for cpu."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    flags = sorted(cpu_flags() & {"avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "amx_int8"})
+    has = f"this processor has {', '.join(flags)}" if flags else "this processor has no bfloat16 and no VNNI"
+    number = installed("openvino")
+    if number is None:
+        gain = f"{has}: pip install 'leanvlm[openvino]' and --provider openvino bring the first token sooner"
+        return [gain if {"avx512_bf16", "amx_bf16"} & set(flags) else has]
+    try:
+        devices = require("openvino", "openvino").Core().available_devices
+    except Exception as error:  # As above.
+        return [f"! openvino does not load: {_one_line(error)}"]
+    faster = "openvino" if {"avx512_bf16", "amx_bf16"} & set(flags) else "onnxruntime"
+    return [
+        f"openvino {number}: devices {', '.join(devices)}; {has}",
+        f"of the providers for bundles for cpu, {faster} is the faster here as measured with and without bfloat16",
+    ]
 
 
 def _genais() -> list[str]:
