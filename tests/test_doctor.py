@@ -64,6 +64,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
         jetson: str | None = None,
         modules: tuple[str, ...] = (),
         part: str = "running",
+        flags: tuple[str, ...] = (),
     ) -> list[str]:
         reasons = failures or {}
 
@@ -77,6 +78,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
         monkeypatch.setitem(sys.modules, "onnxruntime", ort)
         monkeypatch.setattr(doctor, "installed", packages.get)
         monkeypatch.setattr(doctor, "dlopen", dlopen)
+        monkeypatch.setattr(doctor, "cpu_flags", lambda: set(flags))
         monkeypatch.setattr(doctor, "JETSON", release)
         # Their modules stay as they are: others use them meanwhile.
         monkeypatch.setattr(doctor, "shutil", SimpleNamespace(which=lambda name: f"/usr/bin/{name}" if smi else None))

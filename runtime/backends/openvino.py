@@ -69,8 +69,7 @@ class OpenVinoBackend:
         self._exact = self._properties(threads, "f32")
         if manifest.decoder.axes > 1:
             raise BackendError(
-                "OpenVINO turns positions of three coordinates (M-RoPE) by wrong angles, so this bundle is not run with it; run "
-                "it without --provider"
+                "OpenVINO turns positions of three coordinates (M-RoPE) by wrong angles: run this bundle without --provider"
             )
         # Before any image is encoded: what OpenVINO does not take is said at once. Weights stay in the file until then.
         self._decoder = self._read(manifest.decoder.graph)

@@ -87,8 +87,8 @@ def _openvino() -> list[str]:
     has = f"this processor has {', '.join(flags)}" if flags else "this processor has no bfloat16 and no VNNI"
     number = installed("openvino")
     if number is None:
-        gain = f"{has}: pip install 'leanvlm[openvino]' and --provider openvino bring the first token sooner"
-        return [gain if {"avx512_bf16", "amx_bf16"} & set(flags) else has]
+        gain = f"{has}: with pip install 'leanvlm[openvino]', --provider openvino brings the first token sooner"
+        return [gain] if {"avx512_bf16", "amx_bf16"} & set(flags) else []
     try:
         devices = require("openvino", "openvino").Core().available_devices
     except Exception as error:  # As above.
