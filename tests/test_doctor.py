@@ -107,6 +107,19 @@ def test_nothing_is_installed(machine: Machine) -> None:
     ]
 
 
+def test_openvino_and_what_the_processor_has(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("openvino")
+    module.Core = lambda: SimpleNamespace(available_devices=["CPU"])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "openvino", module)
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
+    packages, here = {"onnxruntime": "1.32.0", "openvino": "2026.4.1"}, ("avx512_bf16", "avx512_vnni", "sse2")
+    lines = machine(packages, ort=onnxruntime([CPU]), flags=here)
+    assert "openvino 2026.4.1: devices CPU; this processor has avx512_bf16, avx512_vnni" in lines
+    assert "bundles for cpu: --provider openvino brings the first token sooner here" in lines
+    assert any("neither provider was clearly the faster" in line for line in machine(packages, ort=onnxruntime([CPU])))
+    assert any("pip install 'leanvlm[openvino]'" in line for line in machine({"onnxruntime": "1.32.0"}, flags=here))
+
+
 def test_a_processor_alone(machine: Machine) -> None:
     assert machine({"onnxruntime": "1.32.0"}, ort=onnxruntime([CPU])) == [
         "onnxruntime 1.32.0",

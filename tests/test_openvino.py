@@ -216,13 +216,12 @@ def linked(bundle: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def test_files_may_be_links(tiny_bundle: Path, exact: Session, tmp_path: Path) -> None:
-    wanted = exact.generate("What?", [IMAGE], max_new_tokens=4, ignore_end=True).token_ids
+def test_files_that_are_links_out_of_the_bundle_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
     copy = linked(tiny_bundle, tmp_path)
     (copy / "leanvlm.json").unlink(missing_ok=True)
     shutil.copy(tiny_bundle / "leanvlm.json", copy)
-    with load(copy, provider=EXACT, threads=1) as session:
-        assert session.generate("What?", [IMAGE], max_new_tokens=4, ignore_end=True).token_ids == wanted
+    with pytest.raises(BackendError, match="is a link out of the bundle, which OpenVINO does not follow: copy it with cp -rL"):
+        load(copy, provider=EXACT)
 
 
 def test_a_provider_or_device_that_there_is_not(tiny_bundle: Path) -> None:
@@ -268,7 +267,7 @@ def test_an_operator_that_it_does_not_take_is_named(tiny_bundle: Path, tmp_path:
     (copy / "decoder.onnx").write_bytes(content)
     changed = {**manifest.files, "decoder.onnx": FileSpec(len(content), hashlib.sha256(content).hexdigest())}
     write_manifest(copy, replace(manifest, files=changed))
-    with pytest.raises(BackendError, match=r"OpenVINO does not take .*Nonesuch of decoder\.onnx; run it without") as error:
+    with pytest.raises(BackendError, match=r"OpenVINO does not take Nonesuch\S* of decoder\.onnx; run it without") as error:
         load(copy, provider="openvino")
     assert "\n" not in str(error.value)
 

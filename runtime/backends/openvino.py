@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from leanvlm.runtime.backends.openvino_graphs import BEAM, ONE, STAGES, keep_state, split, stages_of
-from leanvlm.runtime.backends.ort import CROPS_AT_ONCE, OrtScores, check_room
+from leanvlm.runtime.backends.ort import CROPS_AT_ONCE, DATA, OrtScores, check_room
 from leanvlm.runtime.backends.sequences import Decoder
+from leanvlm.runtime.bundle import leads_out
 from leanvlm.runtime.errors import BackendError, GraphError, InputError
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.optional import require
@@ -71,6 +72,9 @@ class OpenVinoBackend:
             raise BackendError(
                 "OpenVINO turns positions of three coordinates (M-RoPE) by wrong angles: run this bundle without --provider"
             )
+        for name in manifest.files:
+            if name.endswith(DATA) and leads_out(folder, folder / name):
+                raise BackendError(f"{name} is a link out of the bundle, which OpenVINO does not follow: copy it with cp -rL")
         # Before any image is encoded: what OpenVINO does not take is said at once. Weights stay in the file until then.
         self._decoder = self._read(manifest.decoder.graph)
         keep_state(self._decoder, manifest.decoder)

@@ -93,10 +93,13 @@ def _openvino() -> list[str]:
         devices = require("openvino", "openvino").Core().available_devices
     except Exception as error:  # As above.
         return [f"! openvino does not load: {_one_line(error)}"]
-    faster = "openvino" if {"avx512_bf16", "amx_bf16"} & set(flags) else "onnxruntime"
+    sooner = "--provider openvino brings the first token sooner here"
+    unclear = (
+        "without bfloat16 neither provider was clearly the faster; `leanvlm profile --provider onnxruntime,openvino` tells"
+    )
     return [
         f"openvino {number}: devices {', '.join(devices)}; {has}",
-        f"of the providers for bundles for cpu, {faster} is the faster here as measured with and without bfloat16",
+        f"bundles for cpu: {sooner if {'avx512_bf16', 'amx_bf16'} & set(flags) else unclear}",
     ]
 
 
