@@ -109,6 +109,7 @@ def eval_command(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the counts as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a chart of accuracy over budget (PNG).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads, for bundles.")] = None,
+    provider: Annotated[str | None, typer.Option(help="What runs bundles for cpu: onnxruntime or openvino.")] = None,
 ) -> None:
     """Ask held-out questions about built-in scenes; count right answers and hallucinated objects."""
     check_picture("--plot", plot)
@@ -126,7 +127,7 @@ def eval_command(
 
     exam = Exam(scenes, parse_kinds(kinds))
     if model is None:
-        results = _run_bundles(bundle or [], budgets, exam, threads)
+        results = _run_bundles(bundle or [], budgets, exam, threads, provider)
     else:
         results = _run_model(model, pruner or [], budgets, exam)
     print_results(results)
@@ -136,12 +137,14 @@ def eval_command(
     write_outputs({path: content for path, content in reports.items() if path is not None})
 
 
-def _run_bundles(bundles: list[Path], budgets: tuple[int, ...] | None, exam: Any, threads: int | None) -> list[Any]:
+def _run_bundles(
+    bundles: list[Path], budgets: tuple[int, ...] | None, exam: Any, threads: int | None, provider: str | None
+) -> list[Any]:
     from leanvlm.calibration.evaluate import budgets_of, evaluate
 
     rounds = 1 + sum(len(budgets_of(path, budgets)) for path in bundles)
     with _progress(rounds * exam.scenes * len(exam.kinds)) as advance:
-        return evaluate(bundles, exam, budgets, threads, advance)
+        return evaluate(bundles, exam, budgets, threads, advance, provider)
 
 
 def _run_model(model: str, pruners: list[str], budgets: tuple[int, ...] | None, exam: Any) -> list[Any]:

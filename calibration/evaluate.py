@@ -77,7 +77,12 @@ def parse_kinds(text: str) -> tuple[str, ...]:
 
 
 def evaluate(
-    bundles: Sequence[Path], exam: Exam, budgets: Sequence[int] | None, threads: int | None, on_step: Step
+    bundles: Sequence[Path],
+    exam: Exam,
+    budgets: Sequence[int] | None,
+    threads: int | None,
+    on_step: Step,
+    provider: str | None = None,
 ) -> list[Result]:
     """Ask bundles all questions of an exam.
 
@@ -85,8 +90,9 @@ def evaluate(
         bundles: Folders that `leanvlm export` wrote.
         exam: The scenes.
         budgets: Image tokens kept; None takes all that a bundle holds.
-        threads: Processor threads for ONNX Runtime; None leaves the choice to it.
+        threads: Processor threads; None leaves the choice to whatever runs the graphs.
         on_step: Told what is done, and how many scenes more, for a progress display.
+        provider: As `load` takes it.
 
     Raises:
         LeanVLMError: A bundle cannot be used, or does not hold a budget.
@@ -95,7 +101,7 @@ def evaluate(
     pictures = list(_drawn(exam, on_step))
     results: list[Result] = []
     for bundle, chosen in wanted.items():
-        with load(bundle, threads=threads) as session:
+        with load(bundle, threads=threads, provider=provider) as session:
             for budget in chosen:
                 results += _examine(session, bundle.resolve().name, exam, pictures, budget, on_step)
     return results

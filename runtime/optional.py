@@ -9,6 +9,7 @@ from leanvlm.runtime.errors import MissingExtraError
 ACTIVITIES = {
     "cpu": "running a bundle",
     "gpu": "running a bundle on a GPU",
+    "openvino": "running a bundle with OpenVINO",
     "rtx": "running or building TensorRT-RTX engines",
     "trt": "running or building TensorRT engines",
     "export": "exporting",

@@ -419,12 +419,14 @@ def load(
 
     Args:
         bundle: The folder that `leanvlm export` wrote.
-        device: `cpu` or `cuda`; None is the bundle's own.
-        provider: `tensorrt` or `nv-tensorrt-rtx`: what ONNX Runtime runs a bundle for TensorRT with; None runs its engines.
-        threads: Processor threads for the CPU; None leaves the choice to ONNX Runtime. More than there are processors are
-            not used, with a warning.
+        device: `cpu` or `cuda`; None is the bundle's own. With OpenVINO one of its devices, such as `GPU`.
+        provider: Of a bundle for cpu `onnxruntime` (as None), `openvino`, or `openvino:f32` for all in fp32. Of one for
+            TensorRT `tensorrt` or `nv-tensorrt-rtx`: what ONNX Runtime runs it with; None runs its engines.
+        threads: Processor threads for the CPU; None leaves the choice to whatever runs the graphs. More than there are
+            processors are not used, with a warning.
         verify: Compare every file's sha256 with the manifest first.
-        prepack: False keeps the weights mapped from the files, which is slower and takes half the memory.
+        prepack: False keeps the weights mapped from the files, which is slower and takes half the memory; not with OpenVINO,
+            which arranges them as it likes.
         cache_mb: Encoded pictures that are kept at most, MB. 0 keeps neither pictures nor the last conversation: every answer
             takes as long as the first.
 

@@ -64,6 +64,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
         jetson: str | None = None,
         modules: tuple[str, ...] = (),
         part: str = "running",
+        flags: tuple[str, ...] = (),
     ) -> list[str]:
         reasons = failures or {}
 
@@ -77,6 +78,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
         monkeypatch.setitem(sys.modules, "onnxruntime", ort)
         monkeypatch.setattr(doctor, "installed", packages.get)
         monkeypatch.setattr(doctor, "dlopen", dlopen)
+        monkeypatch.setattr(doctor, "cpu_flags", lambda: set(flags))
         monkeypatch.setattr(doctor, "JETSON", release)
         # Their modules stay as they are: others use them meanwhile.
         monkeypatch.setattr(doctor, "shutil", SimpleNamespace(which=lambda name: f"/usr/bin/{name}" if smi else None))
@@ -103,6 +105,19 @@ def test_nothing_is_installed(machine: Machine) -> None:
         "! running needs ONNX Runtime: pip install 'leanvlm[cpu]', or 'leanvlm[gpu]' for an NVIDIA GPU",
         NO_GPU,
     ]
+
+
+def test_openvino_and_what_the_processor_has(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("openvino")
+    module.Core = lambda: SimpleNamespace(available_devices=["CPU"])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "openvino", module)
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
+    packages, here = {"onnxruntime": "1.32.0", "openvino": "2026.4.1"}, ("avx512_bf16", "avx512_vnni", "sse2")
+    lines = machine(packages, ort=onnxruntime([CPU]), flags=here)
+    assert "openvino 2026.4.1: devices CPU; this processor has avx512_bf16, avx512_vnni" in lines
+    assert "bundles for cpu: --provider openvino brings the first token sooner here" in lines
+    assert any("neither provider was clearly the faster" in line for line in machine(packages, ort=onnxruntime([CPU])))
+    assert any("pip install 'leanvlm[openvino]'" in line for line in machine({"onnxruntime": "1.32.0"}, flags=here))
 
 
 def test_a_processor_alone(machine: Machine) -> None:

@@ -28,8 +28,11 @@ BACKENDS: dict[str, str] = {
     "tensorrt": "leanvlm.runtime.backends.trt:TrtBackend",
 }
 PORTABLE = "leanvlm.runtime.backends.portable:PortableBackend"
+OPENVINO = "leanvlm.runtime.backends.openvino:OpenVinoBackend"
 
 Array = npt.NDArray[Any]
+DEFAULT = "onnxruntime"
+"""The provider that runs a bundle for cpu or cuda where none is named."""
 
 
 class Graph(Protocol):
@@ -96,9 +99,10 @@ def open_backend(
     Args:
         folder: The bundle.
         manifest: Its manifest.
-        device: `cpu`, `cuda`, or None for the bundle's own.
+        device: `cpu`, `cuda`, or None for the bundle's own; with OpenVINO one of its devices, None for its CPU.
         threads: Processor threads, no more than there are processors; None leaves the choice to the backend.
-        provider: `tensorrt` or `nv-tensorrt-rtx`: let ONNX Runtime run a bundle for TensorRT; None runs its engines.
+        provider: For a bundle for cpu, `onnxruntime` (as None), `openvino` or `openvino:f32`. For one for TensorRT, `tensorrt`
+            or `nv-tensorrt-rtx`: let ONNX Runtime run it; None runs its engines.
         prepack: Let the backend copy weights into the layout that its kernels like best; without, they stay mapped from the
             files, which is slower and takes half the memory.
 
@@ -108,16 +112,29 @@ def open_backend(
     """
     path = BACKENDS[manifest.target]
     options: dict[str, Any] = {"device": device, "threads": _capped(threads), "prepack": prepack}
-    if provider is not None and manifest.target not in LIBRARIES:
-        targets = " or ".join(LIBRARIES)
-        raise InputError(f"--provider is for bundles exported with --target {targets}; this one is for {manifest.target}")
-    if manifest.target in LIBRARIES and (device == "cpu" or provider is not None):
+    if provider == DEFAULT and manifest.target not in LIBRARIES:
+        provider = None
+    if provider is not None:
+        _check_provider(provider, manifest.target)
+    if provider is not None and manifest.target == "cpu":
+        path, options = OPENVINO, {**options, "provider": provider}
+    elif manifest.target in LIBRARIES and (device == "cpu" or provider is not None):
         if device is not None and provider is not None:
             raise InputError(f"--device {device} and --provider {provider} exclude each other; give one")
         path, options = PORTABLE, {**options, "provider": provider}
     module, name = path.split(":")
     backend: Backend = getattr(import_module(module), name)(folder, manifest, **options)
     return backend
+
+
+def _check_provider(provider: str, target: str) -> None:
+    """Raise InputError if a provider is not for bundles of a target."""
+    if target == "cpu" and provider.partition(":")[0] == "openvino":
+        return
+    if target in LIBRARIES and provider.partition(":")[0] != "openvino":
+        return
+    named = " and ".join((" or ".join(LIBRARIES), "cpu (openvino)"))
+    raise InputError(f"--provider {provider} is not for this bundle, whose target is {target}; providers are for {named}")
 
 
 def processors() -> int:

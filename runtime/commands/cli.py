@@ -11,10 +11,13 @@ from leanvlm.runtime.console import parse_ids, stderr_console
 from leanvlm.runtime.errors import InputError
 
 Bundle = Annotated[Path, typer.Argument(help="Folder that `leanvlm export` wrote.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's own by default.")]
-Provider = Annotated[
-    str | None, typer.Option(help="tensorrt or nv-tensorrt-rtx: run a TensorRT bundle with ONNX Runtime's provider.")
-]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; the bundle's own by default. With OpenVINO one of its devices.")]
+PROVIDERS = (
+    "A cpu bundle: onnxruntime, openvino (best arithmetic) or openvino:f32. A TensorRT bundle, with ONNX Runtime: "
+    "tensorrt or nv-tensorrt-rtx."
+)
+Provider = Annotated[str | None, typer.Option(help=PROVIDERS)]
+Providers = Annotated[str | None, typer.Option(help=f"{PROVIDERS} Several, such as onnxruntime,openvino, take turns.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Processor threads.")]
 Budget = Annotated[int | None, typer.Option(help="Image tokens kept per crop; one of the bundle's.")]
 
@@ -83,7 +86,7 @@ def profile(
     max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated in each run.")] = 32,
     budget: Budget = None,
     device: Device = None,
-    provider: Provider = None,
+    provider: Providers = None,
     threads: Threads = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with a chart.")] = None,
@@ -109,6 +112,7 @@ def inspect(
     overlay: Annotated[Path | None, typer.Option(help="Write the picture here (PNG).")] = None,
     budget: Budget = None,
     device: Device = None,
+    provider: Provider = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its sha256.")] = False,
 ) -> None:
     """Show what a bundle holds, and what pruning does to an image."""
@@ -125,7 +129,7 @@ def inspect(
     manifest = read_manifest(bundle)
     absent = verify_files(bundle, manifest) if verify else ()
     # First what can be refused.
-    pruning = None if image is None else inspect_image(bundle, image, budget, overlay, device)
+    pruning = None if image is None else inspect_image(bundle, image, budget, overlay, device, provider)
     print(describe(bundle, manifest))
     if verify:
         count = len(manifest.files) + len(manifest.engines) - len(absent)

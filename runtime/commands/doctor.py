@@ -17,6 +17,7 @@ from typing import Any
 
 from leanvlm.runtime.engines.library import LIBRARIES, known_sms, load_library, this_sm, unsupported
 from leanvlm.runtime.machine import gpu
+from leanvlm.runtime.machine.cpu import cpu_flags
 from leanvlm.runtime.machine.kernels import CUDA_PROVIDER, without_kernels
 from leanvlm.runtime.optional import require
 
@@ -38,6 +39,7 @@ def report() -> str:
     number = installed("leanvlm") or "(not installed)"
     lines = [f"leanvlm {number} on Python {platform.python_version()}, {platform.platform()}"]
     lines += _runtimes()
+    lines += _openvino()
     lines += _genais()
     lines += _gpus()
     lines += _export()
@@ -75,6 +77,30 @@ def _runtimes() -> list[str]:
     except Exception as error:  # A package whose files were half overwritten fails in ways of its own.
         lines.append(f"! onnxruntime does not load: {_one_line(error)}")
     return lines
+
+
+def _openvino() -> list[str]:
+    """Say whether OpenVINO is there, what it has, and which provider is the faster one for bundles for cpu."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    flags = sorted(cpu_flags() & {"avx512_bf16", "amx_bf16", "avx512_vnni", "avx_vnni", "amx_int8"})
+    has = f"this processor has {', '.join(flags)}" if flags else "this processor has no bfloat16 and no VNNI"
+    number = installed("openvino")
+    if number is None:
+        gain = f"{has}: with pip install 'leanvlm[openvino]', --provider openvino brings the first token sooner"
+        return [gain] if {"avx512_bf16", "amx_bf16"} & set(flags) else []
+    try:
+        devices = require("openvino", "openvino").Core().available_devices
+    except Exception as error:  # As above.
+        return [f"! openvino does not load: {_one_line(error)}"]
+    sooner = "--provider openvino brings the first token sooner here"
+    unclear = (
+        "without bfloat16 neither provider was clearly the faster; `leanvlm profile --provider onnxruntime,openvino` tells"
+    )
+    return [
+        f"openvino {number}: devices {', '.join(devices)}; {has}",
+        f"bundles for cpu: {sooner if {'avx512_bf16', 'amx_bf16'} & set(flags) else unclear}",
+    ]
 
 
 def _genais() -> list[str]:

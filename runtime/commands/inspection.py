@@ -74,10 +74,17 @@ def _engines(manifest: Manifest) -> dict[str, str]:
     return {"engines": "; ".join(f"{title} {', '.join(sms)}" for title, sms in held.items())}
 
 
-def inspect_image(folder: Path, image: Path, budget: int | None, overlay: Path | None, device: str | None = None) -> str:
+def inspect_image(
+    folder: Path,
+    image: Path,
+    budget: int | None,
+    overlay: Path | None,
+    device: str | None = None,
+    provider: str | None = None,
+) -> str:
     """Encode an image and return what pruning did to it; write the picture if asked for."""
     picture = load_image(image)
-    with load(folder, device=device) as session:
+    with load(folder, device=device, provider=provider) as session:
         chosen = session.manifest.budget(budget)
         features = session.encode_images([image], chosen)[0]
         pruning = [crop.pruning for crop in features.crops]

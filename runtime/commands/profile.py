@@ -1,10 +1,10 @@
 """`leanvlm profile`: every stage timed, for a budget and for the unpruned model, turn by turn in one run.
 
-Wall times: preprocess, the vision graph, splice, prefill, sample and decode. The vision graph is one call, so its time is
-divided among vision, project and prune by their shares in a separate pass: with ONNX Runtime's node profiler on the processor,
-with graphs that end before a stage on a GPU; those three are marked. Peak memory is that of a fresh process that opens one
-budget only. On a Jetson the board's own figures come from a further pass over each budget, so that reading them slows down
-nothing that is timed.
+So it is for several providers. Wall times: preprocess, the vision graph, splice, prefill, sample and decode. The vision
+graph is one call, so its time is divided among vision, project and prune by their shares in a separate pass: with the node
+profiler of ONNX Runtime or OpenVINO on the processor, with graphs that end before a stage on a GPU; those three are marked.
+Peak memory is that of a fresh process that opens one budget only. On a Jetson the board's own figures come from a further
+pass over each budget, so that reading them slows down nothing that is timed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from io import BytesIO
@@ -29,7 +30,7 @@ from leanvlm.runtime.answer import STAGES, Answer, Timings
 from leanvlm.runtime.backends import processors
 from leanvlm.runtime.crops import crop
 from leanvlm.runtime.encoder import in_parts
-from leanvlm.runtime.errors import BackendError
+from leanvlm.runtime.errors import BackendError, InputError
 from leanvlm.runtime.machine import tegrastats
 from leanvlm.runtime.machine.gpu import gpus
 from leanvlm.runtime.preprocess import load_image
@@ -53,7 +54,7 @@ class ProfileConfig:
         max_new_tokens: Tokens of each run; end tokens are passed over so that all runs are alike.
         budget: The pruned budget; None is the bundle's default.
         device: None is the bundle's own.
-        provider: What ONNX Runtime runs a bundle for TensorRT with; None runs its engines.
+        provider: As `load` takes it; or several with commas between, which are timed turn by turn.
         threads: Processor threads.
     """
 
@@ -76,32 +77,63 @@ def measure(config: ProfileConfig, on_step: Callable[[str], None] = lambda step:
         LeanVLMError: The bundle, image or prompt cannot be used.
     """
     image = read_image(config.image)
-    with load(config.bundle, device=config.device, provider=config.provider, threads=config.threads) as session:
-        asked, whole = session.manifest.budget(config.budget), session.manifest.tokens_per_crop
+    alone = [replace(config, provider=name) for name in _providers(config.provider)]
+    with ExitStack() as opened:
+        sessions = [opened.enter_context(_load(one)) for one in alone]
+        manifest = sessions[0].manifest
+        asked, whole = manifest.budget(config.budget), manifest.tokens_per_crop
         budgets = [asked] if asked == whole else [asked, whole]
-        answers: dict[int, list[Answer]] = {budget: [] for budget in budgets}
+        answers: list[dict[int, list[Answer]]] = [{budget: [] for budget in budgets} for _ in sessions]
         for run in range(-config.warmup, config.runs):
             on_step(f"run {run + 1} of {config.runs}" if run >= 0 else "warming up")
             for budget in budgets:
-                answer = answer_once(session, config.prompt, image, budget, config.max_new_tokens)
-                if run >= 0:
-                    answers[budget].append(answer)
-        boards = {budget: _board(session, config, image, budget, on_step) for budget in budgets}
-        # All crops of one image have one shape.
-        ((shape, inputs),) = crop([image], session.manifest.image, session.manifest.crops).inputs.items()
-        inputs = in_parts(inputs, session.backend.crops_at_once)[0]
-        shares = {}
+                for session, found in zip(sessions, answers, strict=True):
+                    answer = answer_once(session, config.prompt, image, budget, config.max_new_tokens)
+                    if run >= 0:
+                        found[budget].append(answer)
+        passes = [_passes(session, one, image, budgets, on_step) for session, one in zip(sessions, alone, strict=True)]
+        conditions = [_conditions(one, session) for session, one in zip(sessions, alone, strict=True)]
+    # The sessions are closed: their weights may leave no room for those of the process whose memory is measured.
+    profiles: dict[str, dict[str, Any]] = {}
+    for one, found, (shares, boards), about in zip(alone, answers, passes, conditions, strict=True):
+        figures: dict[str, Any] = {}
         for budget in budgets:
-            on_step(f"profiling the nodes of budget {budget}")
-            shares[budget] = session.backend.vision_shares(session.manifest.vision_graph(budget, shape), inputs, NODE_RUNS)
-        conditions = _conditions(config, session)
-    # The session is closed: its weights may leave no room for those of the process whose memory is measured.
-    figures: dict[str, Any] = {}
+            on_step(f"measuring the memory of budget {budget}")
+            peak = peak_memory(one, budget)
+            figures[str(budget)] = {**_figures(found[budget], shares[budget], peak), **boards[budget]}
+        profiles[str(one.provider)] = {**about, "budgets": figures, "speedup": _speedup(figures, asked, whole)}
+    first = next(iter(profiles.values()))
+    # One provider's figures stand where they always stood; beside others, each has its own too.
+    return first if len(profiles) == 1 else {**first, "providers": profiles}
+
+
+def _providers(text: str | None) -> list[str | None]:
+    """Return the providers to time, in order; raises InputError where one is named twice."""
+    if text is None:
+        return [None]
+    names: list[str | None] = [name.strip() for name in text.split(",")]
+    if "" in names or len(set(names)) < len(names):
+        raise InputError(f"--provider {text!r} has a name twice, or none; give such as onnxruntime,openvino")
+    return names
+
+
+def _load(config: ProfileConfig) -> Session:
+    return load(config.bundle, device=config.device, provider=config.provider, threads=config.threads)
+
+
+def _passes(
+    session: Session, config: ProfileConfig, image: bytes, budgets: Sequence[int], on_step: Callable[[str], None]
+) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, Any]]]:
+    """Return what passes of their own find out, by budget: the shares of the vision graph's stages, and a board's figures."""
+    boards = {budget: _board(session, config, image, budget, on_step) for budget in budgets}
+    # All crops of one image have one shape.
+    ((shape, inputs),) = crop([image], session.manifest.image, session.manifest.crops).inputs.items()
+    inputs = in_parts(inputs, session.backend.crops_at_once)[0]
+    shares = {}
     for budget in budgets:
-        on_step(f"measuring the memory of budget {budget}")
-        peak = peak_memory(config, budget)
-        figures[str(budget)] = {**_figures(answers[budget], shares[budget], peak), **boards[budget]}
-    return {**conditions, "budgets": figures, "speedup": _speedup(figures, asked, whole)}
+        on_step(f"profiling the nodes of budget {budget}")
+        shares[budget] = session.backend.vision_shares(session.manifest.vision_graph(budget, shape), inputs, NODE_RUNS)
+    return shares, boards
 
 
 def peak_memory(config: ProfileConfig, budget: int) -> dict[str, int | None]:

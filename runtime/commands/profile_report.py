@@ -41,24 +41,23 @@ BOARD_NOTE = "figures of the whole board, from a separate pass with tegrastats; 
 def print_table(figures: dict[str, Any]) -> None:
     """Print the stages of all budgets side by side on standard output."""
     console = Console(highlight=False, markup=False)
-    budgets = figures["budgets"]
+    columns = _columns(figures)
     title = f"{figures['bundle']}: ms, p50 (p90) of {_runs(figures)}"
     table = Table(title=title, title_justify="left")
     table.add_column("stage")
-    for values in budgets.values():
-        kept, total = values["image_tokens"]["kept"], values["image_tokens"]["total"]
-        table.add_column(f"{kept} of {total} tokens", justify="right")
+    for provider, values in columns:
+        table.add_column(f"{_kept(values)}\n{provider}" if provider else f"{_kept(values)} tokens", justify="right")
     stages, note = _stages(figures)
     for stage in stages:
         mark = " *" if stage in SHARED else ""
-        table.add_row(stage + mark, *(_both(v["stages_ms"][stage]) for v in budgets.values()))
+        table.add_row(stage + mark, *(_both(v["stages_ms"][stage]) for _, v in columns))
     table.add_section()
     for title, key in (("time to first token", "time_to_first_token_ms"), ("between tokens", "inter_token_latency_ms")):
-        table.add_row(title, *(f"{v[key]:.2f}" for v in budgets.values()))
-    table.add_row("tokens per second", *(f"{v['output_tokens_per_s']:.1f}" for v in budgets.values()))
-    table.add_row("peak memory, MB", *(f"{v['peak_memory_bytes'] / 1e6:.0f}" for v in budgets.values()))
-    if any(v["peak_device_bytes"] for v in budgets.values()):
-        table.add_row("peak GPU memory, MB", *(_megabytes(v["peak_device_bytes"]) for v in budgets.values()))
+        table.add_row(title, *(f"{v[key]:.2f}" for _, v in columns))
+    table.add_row("tokens per second", *(f"{v['output_tokens_per_s']:.1f}" for _, v in columns))
+    table.add_row("peak memory, MB", *(f"{v['peak_memory_bytes'] / 1e6:.0f}" for _, v in columns))
+    if any(v["peak_device_bytes"] for _, v in columns):
+        table.add_row("peak GPU memory, MB", *(_megabytes(v["peak_device_bytes"]) for _, v in columns))
     board = _board_rows(figures)
     table.add_section()
     for title, cells in board:
@@ -67,8 +66,23 @@ def print_table(figures: dict[str, Any]) -> None:
     print(f"* {note}")
     if board:
         print(f"board: {BOARD_NOTE}")
-    print(_conditions(figures))
-    print(f"time to first token: {_compared(figures)}")
+    for name, one in _each(figures):
+        print(_conditions(one))
+        print(f"time to first token{f' with {name}' if name else ''}: {_compared(one)}")
+
+
+def _each(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the figures of each provider with its name; of one alone without."""
+    return list(figures["providers"].items()) if "providers" in figures else [("", figures)]
+
+
+def _columns(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the figures of each budget and provider, those of a budget side by side."""
+    return [(name, one["budgets"][budget]) for budget in figures["budgets"] for name, one in _each(figures)]
+
+
+def _kept(values: dict[str, Any]) -> str:
+    return f"{values['image_tokens']['kept']} of {values['image_tokens']['total']}"
 
 
 def _compared(figures: dict[str, Any]) -> str:
@@ -87,13 +101,17 @@ def _stages(figures: dict[str, Any]) -> tuple[list[str], str]:
 
 def page(figures: dict[str, Any]) -> str:
     """Return one self-contained page: the stages of the median run up to its first token, stacked, and the table below."""
-    budgets = figures["budgets"]
-    longest = max(v["time_to_first_token_ms"] for v in budgets.values())
-    bars = "\n".join(_bar(values, longest) for values in budgets.values())
+    columns = _columns(figures)
+    longest = max(v["time_to_first_token_ms"] for _, v in columns)
+    bars = "\n".join(_bar(provider, values, longest) for provider, values in columns)
     stages, note = _stages(figures)
     legend = " ".join(f'<span><i style="background:{c}"></i>{s}</span>' for s, c in COLOURS.items())
-    rows = "\n".join(_row(stage, [v["stages_ms"][stage] for v in budgets.values()]) for stage in stages)
-    heads = "".join(f"<th>{v['image_tokens']['kept']} of {v['image_tokens']['total']}</th>" for v in budgets.values())
+    rows = "\n".join(_row(stage, [v["stages_ms"][stage] for _, v in columns]) for stage in stages)
+    heads = "".join(f"<th>{_kept(v)}{f'<br>{escape(provider)}' if provider else ''}</th>" for provider, v in columns)
+    conditions = "<br>".join(
+        f"{escape(_conditions(one))}. Time to first token{f' with {escape(name)}' if name else ''}: <b>{_compared(one)}</b>."
+        for name, one in _each(figures)
+    )
     board = "\n".join(f"<tr><td>{title}</td>{_cells(cells)}</tr>" for title, cells in _board_rows(figures))
     if board:
         board = f"<h2>Board</h2><table><tr><th></th>{heads}</tr>{board}</table><p>{BOARD_NOTE}.</p>\n"
@@ -103,8 +121,7 @@ body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;paddin
 i{{display:inline-block;width:.8rem;height:.8rem;margin:0 .3rem 0 .8rem}}
 td,th{{padding:.15rem 1rem;text-align:right}} td:first-child,th:first-child{{text-align:left}}
 </style><h1>{escape(figures["bundle"])}</h1>
-<p>{escape(_conditions(figures))}; {_runs(figures)}.
-Time to first token: <b>{_compared(figures)}</b>.</p>
+<p>{_runs(figures)}. {conditions}</p>
 <h2>Time to first token of the median run, ms</h2>{bars}<p>{legend}</p>
 <h2>Stages, ms: p50 (p90)</h2><table><tr><th>stage</th>{heads}</tr>{rows}</table>
 <p>{", ".join(stage for stage in stages if stage in SHARED)}: {note}.</p>
@@ -112,14 +129,13 @@ Time to first token: <b>{_compared(figures)}</b>.</p>
 """
 
 
-def _bar(values: dict[str, Any], longest: float) -> str:
+def _bar(provider: str, values: dict[str, Any], longest: float) -> str:
     parts = "".join(
         f'<div style="width:{100 * time / longest:.3f}%;background:{COLOURS[stage]}" title="{stage} {time:.2f} ms"></div>'
         for stage, time in values["first_token_stages_ms"].items()
     )
-    kept, total = values["image_tokens"]["kept"], values["image_tokens"]["total"]
-    first = values["time_to_first_token_ms"]
-    return f'<p>{kept} of {total} image tokens: {first:.1f} ms</p><div class="bar">{parts}</div>'
+    first, named = values["time_to_first_token_ms"], f", {escape(provider)}" if provider else ""
+    return f'<p>{_kept(values)} image tokens{named}: {first:.1f} ms</p><div class="bar">{parts}</div>'
 
 
 def _row(stage: str, values: list[dict[str, float]]) -> str:
@@ -132,7 +148,7 @@ def _cells(values: list[str]) -> str:
 
 def _board_rows(figures: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """Return a Jetson's own figures as titles and their values at each budget; empty on other machines."""
-    boards = [values.get("board", {}) for values in figures["budgets"].values()]
+    boards = [values.get("board", {}) for _, values in _columns(figures)]
     return [
         (title, [form.format_map(board) if board.get(key) is not None else "not known" for board in boards])
         for title, key, form in BOARD_ROWS
