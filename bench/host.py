@@ -57,7 +57,7 @@ def measure_host(options: HostOptions) -> dict[str, Any]:
         if run >= 0:
             samples.setdefault(name, []).append(value)
 
-    with load(options.bundle, device=options.device) as session:
+    with load(options.bundle, device=options.device, cache_mb=0) as session:
         backend: Any = session.backend
         resizers = {"processor": None, "device": backend.new_resizer()}
         prompt = prompt_of(session, 40)

@@ -34,7 +34,7 @@ def measure_kernels(bundle: Path, budget: int, output: Path | None) -> str:
 def stage_kernels(bundle: Path, budget: int) -> dict[str, Kernels]:
     """Return the kernels of vision graph, prefill and decode step of a bundle, those that take longest first."""
     image = np.random.default_rng(0).integers(0, 256, (960, 1280, 3)).astype(np.uint8)
-    with load(bundle) as session:
+    with load(bundle, cache_mb=0) as session:
         features = session.encode_images([image], budget)
         plan = session.prompt(session.prompt_ids([user_message(prompt_of(session, TEXT_TOKENS), 1)], 1), features)
         graph: Any = session.vision(budget)

@@ -72,7 +72,7 @@ def measure_latency(options: LatencyOptions) -> Path:
     bandwidth, rate = copy_bandwidth(), matmul_rate()
     image = _image()
     pixels = np.asarray(image)
-    sessions = {precision: load(bundle, device=options.device) for precision, bundle in options.bundles.items()}
+    sessions = {precision: load(bundle, device=options.device, cache_mb=0) for precision, bundle in options.bundles.items()}
     first = next(iter(sessions.values()))
     prompt = prompt_of(first, TEXT_TOKENS)
     small = image.resize(first.manifest.image.size[::-1], Image.Resampling.BICUBIC)

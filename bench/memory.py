@@ -79,7 +79,7 @@ def main() -> None:
     from leanvlm.runtime.session import load
 
     image = np.random.default_rng(0).integers(0, 256, (960, 1280, 3)).astype(np.uint8)
-    with load(bundle) as session:
+    with load(bundle, cache_mb=0) as session:
         peak = Peak()
         peak.start()
         for _ in range(2):

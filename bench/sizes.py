@@ -90,7 +90,7 @@ def _measure(name: str, folder: Path, options: SizesOptions) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     picture = _picture(side)
-    with load(folder / "bundle") as session:
+    with load(folder / "bundle", cache_mb=0) as session:
         peer = Peer(checkpoint, session, picture)
         samples = _samples(session, peer, picture, options)
         (inputs,) = crop([picture], session.manifest.image, session.manifest.crops).inputs.values()

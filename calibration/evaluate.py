@@ -101,7 +101,7 @@ def evaluate(
     pictures = list(_drawn(exam, on_step))
     results: list[Result] = []
     for bundle, chosen in wanted.items():
-        with load(bundle, threads=threads, provider=provider) as session:
+        with load(bundle, threads=threads, provider=provider, cache_mb=0) as session:
             for budget in chosen:
                 results += _examine(session, bundle.resolve().name, exam, pictures, budget, on_step)
     return results

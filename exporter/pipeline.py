@@ -142,7 +142,7 @@ def _open(folder: Path, target: str) -> Session:
     with warnings.catch_warnings():
         # Verifying on the processor is slow; the manifest says where it was done.
         warnings.simplefilter("ignore", LeanVLMWarning)
-        return load(folder, device=target if here else "cpu", prepack=False)
+        return load(folder, device=target if here else "cpu", prepack=False, cache_mb=0)
 
 
 def _reference_device(checkpoint: Checkpoint, target: str) -> str:

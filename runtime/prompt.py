@@ -56,9 +56,7 @@ class Prompt:
         return np.concatenate(rows)[self.index]
 
     def keys(self) -> list[Hashable]:
-        """Return what stands at each place (S,): a row of the token table, or which row of which crop's embeddings.
-
-        """
+        """Return what stands at each place (S,): a row of the token table, or which row of which crop's embeddings."""
         named: list[Hashable] = [*self.listed]
         for crop in self.crops:
             named += [(crop.key, row) for row in range(crop.embeddings.shape[0])]
@@ -145,4 +143,6 @@ def assemble(runs: Sequence[Run], table: TokenRows, rule: PositionRule, image_to
         crops += run.crops
         ids += run.written(image_token_id, line_end)
     numbers = np.concatenate(positions, axis=1)
-    return Prompt(text, tuple(crops), np.concatenate(index), numbers, position, rule.last_seen(counts), tuple(ids), tuple(listed))
+    return Prompt(
+        text, tuple(crops), np.concatenate(index), numbers, position, rule.last_seen(counts), tuple(ids), tuple(listed)
+    )

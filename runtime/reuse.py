@@ -46,7 +46,7 @@ def content_key(image: ImageSource) -> Hashable | None:
         levels = np.ascontiguousarray(load_image(image))
     except InputError:
         return None
-    return "levels", levels.shape, hashlib.sha256(levels).digest()
+    return "levels", levels.shape, hashlib.sha256(levels.data).digest()
 
 
 class ImageCache:

@@ -62,8 +62,7 @@ class Session:
     nobody sooner. The first has the cache that is kept, and on a GPU the captured graphs; those beside it pay for their own.
 
     Nothing is done twice: a picture that `stream` encoded before is known by its content, at each budget; and of a prompt that
-    begins as the last conversation did, with the same pictures, only the rest is read. What is encoded anew is another picture, and
-    is read anew. `Answer.timings` says what was reused.
+    begins as the last conversation did, with the same pictures, only the rest is read. `Answer.timings` says what was reused.
 
     Vision graphs open when a budget is first used, each with its own copy of the weights in memory.
 
@@ -174,7 +173,8 @@ class Session:
 
     def _look_up(self, images: Sequence[ImageSource], budget: int) -> Asked:
         """Find the images that were encoded before, and say how the others will be cut."""
-        several = len(images) > 1
+        # Some models cut one image otherwise when there are several.
+        several = len(images) > 1 and self.manifest.crops.several != "alike"
         keys = [(content_key(image), budget, several) if self._images.limit else (None,) for image in images]
         known = [None if key[0] is None else self._images.get(key) for key in keys]
         new = [image for image, found in zip(images, known, strict=True) if found is None]

@@ -25,6 +25,7 @@ from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.positions import as_input
 from leanvlm.runtime.prompt import Prompt
+from leanvlm.runtime.reuse import SavedRows
 from leanvlm.runtime.specs import DecoderSpec, GraphSpec, VisionSpec
 
 Array = npt.NDArray[Any]
@@ -61,6 +62,7 @@ class OpenVinoBackend:
         self.folder = folder
         self.manifest = manifest
         self.lock = threading.RLock()
+        self.resizer: Any = None
         self.ov: Any = require("openvino", "openvino")
         check_version(str(self.ov.__version__))
         self._core = self.ov.Core()
@@ -101,7 +103,7 @@ class OpenVinoBackend:
         kind = "f32" if self.arithmetic == "f32" else self.arithmetic
         properties = {**self._fastest, "KV_CACHE_PRECISION": kind} if self._where == "CPU" else self._fastest
         compiled = self._compile(self._decoder.clone(), properties, spec.graph.file)
-        return Decoder(lambda capacity, kept: OpenVinoCache(compiled, spec, capacity))
+        return Decoder(lambda capacity, kept: OpenVinoCache(self.ov, compiled, spec, capacity), "any")
 
     def vision_shares(self, spec: VisionSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
         """Return the share of each stage in a vision graph's time: each part's by the clock, in it by the nodes' times."""
@@ -212,8 +214,9 @@ class OpenVinoGraph:
 class OpenVinoCache:
     """A sequence's keys and values: the state of an infer request of its own."""
 
-    def __init__(self, compiled: Any, spec: DecoderSpec, capacity: int) -> None:
+    def __init__(self, ov: Any, compiled: Any, spec: DecoderSpec, capacity: int) -> None:
         self.capacity = capacity
+        self._ov = ov
         self._request = compiled.create_infer_request()
         self._inputs = {_name(port) for port in compiled.inputs}
         self._spec, self._dtype = spec, np.dtype(spec.kv_dtype)
@@ -222,14 +225,27 @@ class OpenVinoCache:
         self._embeddings: Array = np.empty((0, spec.row_width), self._dtype)
         self.length = 0
 
-    def load(self, prompt: Prompt) -> None:
-        """Put a prompt together, for a new sequence."""
-        self._prompt, self._embeddings, self.length = prompt, prompt.embeddings(self._dtype), 0
+    def load(self, prompt: Prompt, past: int = 0) -> None:
+        """Put a prompt together, for a new sequence or behind the rows that stay."""
+        if past == 0:
+            self._request.reset_state()
+        elif past < self.length:
+            self.restore(self.saved(past))
+        self._prompt, self._embeddings, self.length = prompt, prompt.embeddings(self._dtype), past
+
+    def saved(self, count: int) -> SavedRows:
+        """Return copies of the first rows."""
+        return SavedRows([state.state.data[:, :, :count].copy() for state in self._request.query_state()])
+
+    def restore(self, saved: SavedRows) -> None:
+        """Make these rows all that there are."""
+        for state, rows in zip(self._request.query_state(), saved.rows, strict=True):
+            state.state = self._ov.Tensor(rows)
+        self.length = saved.rows[0].shape[2]
 
     def prefill(self) -> OrtScores:
-        """Read the loaded prompt, with an empty cache."""
+        """Read the loaded prompt behind the rows that are filled."""
         assert self._prompt is not None, "load comes before prefill"
-        self._request.reset_state()
         return self._append(self._embeddings, self._prompt.positions, self._prompt.last_seen)
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> OrtScores:

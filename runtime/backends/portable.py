@@ -31,6 +31,7 @@ from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.positions import as_input
 from leanvlm.runtime.prompt import Prompt
+from leanvlm.runtime.reuse import SavedRows
 from leanvlm.runtime.specs import DecoderSpec, GraphSpec
 
 Array = npt.NDArray[Any]
@@ -172,6 +173,15 @@ class PortableCache:
     def load(self, prompt: Prompt, past: int = 0) -> None:
         """Take a prompt, for a new sequence or behind the rows that stay."""
         self._prompt, self.length = prompt, past
+
+    def saved(self, count: int) -> SavedRows:
+        """Return copies of the first rows."""
+        return SavedRows([self._caches[:, :, :, :count].copy()])
+
+    def restore(self, saved: SavedRows) -> None:
+        """Fill the first rows."""
+        (rows,) = saved.rows
+        self._caches[:, :, :, : rows.shape[3]], self.length = rows, rows.shape[3]
 
     def prefill(self) -> OrtScores:
         """Read the loaded prompt behind the rows that are filled."""

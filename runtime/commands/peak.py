@@ -17,7 +17,7 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     image = read_image(Path(asked["image"]) if asked["image"] else None)
     options = {key: asked[key] for key in ("device", "provider", "threads")}
-    with load(asked["bundle"], **options) as session:
+    with load(asked["bundle"], cache_mb=0, **options) as session:
         answer_once(session, asked["prompt"], image, asked["budget"], asked["max_new_tokens"])
         # ONNX Runtime's arena gives nothing back, so what is taken now is the most that was.
         device = process_memory() if session.backend.device != "cpu" else None

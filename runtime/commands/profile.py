@@ -118,7 +118,7 @@ def _providers(text: str | None) -> list[str | None]:
 
 
 def _load(config: ProfileConfig) -> Session:
-    return load(config.bundle, device=config.device, provider=config.provider, threads=config.threads)
+    return load(config.bundle, device=config.device, provider=config.provider, threads=config.threads, cache_mb=0)
 
 
 def _passes(
