@@ -7,21 +7,32 @@ a graph. So both cut the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from PIL import __version__ as PILLOW
 
 Levels = npt.NDArray[np.uint8]
 Raster = Image.Image | Levels
 """A picture in RGB: Pillow's, or levels (H, W, 3)."""
 
-KNOWN_PILLOW = (13, 0)
-"""The newest Pillow whose rule `height_first` is known to state; a later one always resizes the whole image."""
+Size = tuple[int, int]
+# When Pillow resizes the height first, of (width, height) before and after: never, in releases up to 12.0; where a picture is
+# very tall, in 12.2 and 12.3; and from 13.0 on where so much more of the height is lost.
+ORDERS: dict[str, Callable[[Size, Size], bool]] = {
+    "never": lambda source, size: False,
+    "tall": lambda source, size: source[1] > 100 * source[0] and size[1] < source[1],
+    "lossier": lambda source, size: source[1] - size[1] > max(0, 2 * (source[0] - size[0])),
+}
+# Sizes that the rules do not agree on, at and beside their borders.
+PROBES: tuple[tuple[Size, Size], ...] = (
+    ((9, 40), (8, 8)), ((40, 9), (8, 8)), ((20, 40), (10, 20)), ((20, 41), (10, 20)), ((3, 48), (30, 20)), ((9, 9), (20, 31)),
+    ((2, 200), (9, 20)), ((2, 201), (9, 20)), ((2, 201), (9, 207)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -216,19 +227,40 @@ def cut_pieces(pieces: Sequence[Piece]) -> list[Levels]:
 
 def known_order() -> bool:
     """Whether it is known which axis this Pillow resizes first."""
-    return _version() <= KNOWN_PILLOW
+    return order() is not None
 
 
 def height_first(source: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether Pillow 13.0 resizes the height before the width, as earlier releases never do; in between it rounds."""
-    lost = [before - after for before, after in zip(source, size, strict=True)]
-    return lost[1] > max(0, 2 * lost[0])
+    """Whether this Pillow resizes the height before the width, (width, height) to (width, height); in between it rounds."""
+    rule = order()
+    return rule is not None and ORDERS[rule](source, size)
 
 
 def is_height_first(cut: Cut) -> bool:
     """Whether this Pillow resizes the height before the width; of those of which `known_order` is true."""
-    sizes = (cut.columns.length, cut.rows.length), (cut.columns.resized, cut.rows.resized)
-    return _version() >= (13, 0) and height_first(*sizes)
+    return height_first((cut.columns.length, cut.rows.length), (cut.columns.resized, cut.rows.resized))
+
+
+@lru_cache(maxsize=1)
+def order() -> str | None:
+    """Ask Pillow by which of `ORDERS` it goes: what pictures of noise become tells, since ringing is cut off between the axes.
+
+    Returns:
+        Its name; None where it goes by another.
+    """
+    # Not of numpy.random, whose import takes longer than all this.
+    noise = (np.arange(210 * 48 * 3).reshape(210, 48, 3) ** 2 * 7919 % 65537 % 2 * 255).astype(np.uint8)
+    left = list(ORDERS)
+    for source, size in PROBES:
+        image = Image.fromarray(np.ascontiguousarray(noise[: source[1], : source[0]]))
+        made = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+        steps = {False: (size[0], source[1]), True: (source[0], size[1])}
+        found = {
+            first: (made == image.resize(step, Image.Resampling.BICUBIC).resize(size, Image.Resampling.BICUBIC)).all()
+            for first, step in steps.items()
+        }
+        left = [name for name in left if found[ORDERS[name](source, size)]]
+    return left[0] if left else None
 
 
 def resize(image: Image.Image, size: tuple[int, int], needed: tuple[int, int], resample: Image.Resampling) -> Image.Image:
@@ -278,7 +310,3 @@ def _whole_steps(length: int, resized: int, needed: int) -> int:
         return resized
     step = resized // math.gcd(length, resized)
     return -(-needed // step) * step
-
-
-def _version() -> tuple[int, ...]:
-    return tuple(int(number) for number in PILLOW.split(".")[:2])

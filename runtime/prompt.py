@@ -57,7 +57,8 @@ class Prompt:
 
     def keys(self) -> list[Hashable]:
         """Return what stands at each place (S,): a row of the token table, or which row of which crop's embeddings."""
-        named: list[Hashable] = [*self.listed]
+        # Rows of no known tokens are equal to nothing.
+        named: list[Hashable] = [*self.listed] if len(self.listed) == len(self.text) else [object() for _ in self.text]
         for crop in self.crops:
             named += [(crop.key, row) for row in range(crop.embeddings.shape[0])]
         return [named[row] for row in self.index]
