@@ -126,7 +126,10 @@ def test_vision_graphs_for_a_batch(tiny_bundle: Path, exact: Session, budget: in
 
 
 @pytest.mark.filterwarnings("ignore:the bundle's context is")
-@pytest.mark.parametrize("shape", SHAPES)
+# Each is exported first: one of tiles and one with a mask of its own, the others on demand.
+@pytest.mark.parametrize(
+    "shape", [pytest.param(shape, marks=[pytest.mark.slow] * (shape not in ("llava_next", "gemma3"))) for shape in SHAPES]
+)
 def test_tiny_shapes_answer_alike(shape: str, tmp_path: Path) -> None:
     """Windows, partly turned heads, masks of the graph's own, padding that the graph is told, several crops."""
     export(ExportConfig(str(tiny.EVERY[shape](tmp_path / "checkpoint")), (4,), tmp_path / "bundle"))
