@@ -14,6 +14,7 @@ from typing import Any
 from bench.cells import Cells, budgets_of, cells_of, kinds_of, methods_of, table, unpruned
 from bench.counting_report import counting_section
 from bench.families_report import families_section
+from bench.host_report import host_section
 from bench.latency_report import latency_pictures, latency_section
 from bench.seeds_report import SEEDS_PICTURE, seeds_picture, seeds_section
 from bench.sizes_report import sizes_section
@@ -118,6 +119,7 @@ SECTIONS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
     "counting": counting_section,
     "families": families_section,
     "sizes": sizes_section,
+    "host": host_section,
 }
 PICTURES: dict[str, Callable[[Path, dict[str, Any]], None]] = {"study": study_picture, "latency": latency_pictures}
 
