@@ -7,9 +7,6 @@ PIP_ARGS ?=
 
 OLDEST_TRANSFORMERS := 5.2.*
 
-# A file's tests share what they export, so that they stay in one process; each takes up to 3 GB.
-PARALLEL ?= --numprocesses auto --maxprocesses 8 --dist loadfile
-
 BIN := .venv/bin
 READY := .venv/.ready
 LIBRARY := calibration demo exporter runtime
@@ -47,8 +44,8 @@ train: $(READY) ## train the built-in model anew, from its seed, into out/traine
 evaluate: $(READY) ## measure again what the built-in model's card says (minutes)
 	$(BIN)/python -m leanvlm.calibration.model_card
 
-test: $(READY) ## run the tests, a file at a time on each processor core
-	$(BIN)/pytest $(PARALLEL)
+test: $(READY) ## run the tests
+	$(BIN)/pytest
 
 test-fast: $(READY) ## run the tests without exports and processes (two minutes)
 	$(BIN)/pytest -m fast

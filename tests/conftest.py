@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported here, and for every process that a test starts. Side by side, each has one core.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Before torch is imported here, and for every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 BUDGET = 64

@@ -59,7 +59,7 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return exported
 
 
-@pytest.fixture(params=["cpu", "cuda", "captured"])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.slow), "captured"])
 def session(request: pytest.FixtureRequest, bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Any:
     """A bundle on each backend; `captured` does on the processor all that capturing on a GPU would."""
     if request.param == "captured":
@@ -178,7 +178,8 @@ def test_a_state_that_is_not_finite_is_an_error(bundle: Callable[[str], Path]) -
             sequence.step(encoded.crops[0].embeddings[0], 2).greedy()
 
 
-@pytest.mark.parametrize("precision", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_gates_keep_their_weights_where_others_are_quantised(
     checkpoint: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -315,10 +315,6 @@ def check_graph(spec: GraphSpec, session: Any) -> None:
         GraphError: They differ.
     """
     found = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
-    given = {tensor.name for tensor in spec.inputs}
-    stranger = next((value.name for value in session.get_inputs() if value.name not in given), None)
-    if stranger is not None:
-        raise GraphError(f"{spec.file} takes {stranger}, which the manifest does not declare: export the bundle again")
     for tensor in (*spec.inputs, *spec.outputs):
         value = found.get(tensor.name)
         if value is None:
@@ -334,6 +330,10 @@ def check_graph(spec: GraphSpec, session: Any) -> None:
                 f"{tensor.name} of {spec.file} is {value.type} {value.shape}, where the manifest declares {tensor.dtype} "
                 f"{list(tensor.shape)}: export the bundle again"
             )
+    given = {tensor.name for tensor in spec.inputs}
+    stranger = next((value.name for value in session.get_inputs() if value.name not in given), None)
+    if stranger is not None:
+        raise GraphError(f"{spec.file} takes {stranger}, which the manifest does not declare: export the bundle again")
 
 
 def check_version(ort: Any, least: str) -> None:
