@@ -5,7 +5,11 @@ EXTRA ?= export
 # Further arguments for pip, such as an index with smaller PyTorch wheels.
 PIP_ARGS ?=
 
+# Each process takes up to 3 GB. A file's tests share what they export, so a file stays in one process.
+PARALLEL ?= --numprocesses auto --maxprocesses 8 --dist loadfile
+
 OLDEST_TRANSFORMERS := 5.2.*
+QUICK := not slow and not gpu
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -44,8 +48,9 @@ train: $(READY) ## train the built-in model anew, from its seed, into out/traine
 evaluate: $(READY) ## measure again what the built-in model's card says (minutes)
 	$(BIN)/python -m leanvlm.calibration.model_card
 
-test: $(READY) ## run the tests
-	$(BIN)/pytest
+test: $(READY) ## run the tests, on up to 8 processor cores
+	$(BIN)/pytest $(PARALLEL) -m '$(QUICK) and not alone'
+	$(BIN)/pytest -m '$(QUICK) and alone'
 
 test-fast: $(READY) ## run the tests without exports and processes (two minutes)
 	$(BIN)/pytest -m fast

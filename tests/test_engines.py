@@ -336,6 +336,7 @@ def read_manifest_unchecked(bundle: Path) -> Manifest:
 
 
 @rtx
+@pytest.mark.alone
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
 def test_a_signal_ends_a_build_and_leaves_nothing(bundle: Path, number: int, error: type[BaseException]) -> None:
     config = config_of(bundle, budgets=(64,))

@@ -29,6 +29,8 @@ from leanvlm.runtime.engines.profiles import Limits
 from leanvlm.runtime.errors import BundleError, InputError, LeanVLMWarning
 from leanvlm.runtime.signals import Terminated, raised_when_terminated
 
+pytestmark = pytest.mark.alone
+
 LIMITS = Limits(2, 700, 1000)
 VERSION = "10.3.0"
 

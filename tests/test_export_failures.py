@@ -27,6 +27,8 @@ from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.errors import VerificationError
 from leanvlm.runtime.signals import ENDING, Terminated, raised_when_terminated
 
+pytestmark = pytest.mark.alone
+
 # All of the tiny model's image tokens: one graph to trace, not two.
 BUDGET = tiny.TOKENS
 # Everything in the export that writes, by the name that the pipeline calls it by.

@@ -188,6 +188,7 @@ def test_a_full_disk_leaves_the_older_files(here: Path) -> None:
     assert (error.value.errno, contents(here)) == (errno.EFBIG, before)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("step", "all_there"), [("write_bytes", False), ("replace", True)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_all_or_none(

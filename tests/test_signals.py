@@ -53,6 +53,8 @@ def wrap(module, name):
     setattr(module, name, call)
 
 from leanvlm.__main__ import main
+
+pytestmark = pytest.mark.alone
 if ":" in moment:
     module, name = moment.split(":")
     wrap(importlib.import_module(module), name)
