@@ -45,8 +45,9 @@ def stage_kernels(bundle: Path, budget: int) -> dict[str, Kernels]:
         cache.step(session.table.rows([token])[0], plan.next_position)
         phases: dict[str, Callable[[], Any]] = {
             f"vision_{budget}": lambda: graph.replay(1),
-            f"prefill_{len(plan)}": cache.prefill,
+            # `replay` runs the last run's graph again, so the step comes before the prompt.
             "decode": cache.replay,
+            f"prefill_{len(plan)}": cache.prefill,
         }
         graph.run({"pixel_values": preprocess([image], session.manifest.image)})
         return {name: _kernels(run) for name, run in phases.items()}

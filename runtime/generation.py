@@ -41,6 +41,10 @@ class Scores(Protocol):
         """Return the scores of all tokens (V,)."""
         ...
 
+    def wait(self) -> None:
+        """Return when they are there; raise BackendError if the run that makes them failed."""
+        ...
+
 
 @dataclass(frozen=True)
 class GenerateOptions:
@@ -180,10 +184,20 @@ class Chooser:
         self._end_ids = frozenset() if options.ignore_end else end_ids
         self._rng = options.sampling.generator()
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether each token is the one with the highest logit, as it is."""
+        return self._options.sampling.temperature == 0 and not self._options.logits.active
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens behind which nothing is generated."""
+        return self._end_ids
+
     def choose(self, scores: Scores) -> int:
         """Return the next token."""
         sampling, settings = self._options.sampling, self._options.logits
-        if sampling.temperature == 0 and not settings.active:
+        if self.takes_best:
             return scores.greedy()
         logits = scores.logits()
         if settings.active:

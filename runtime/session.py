@@ -6,9 +6,8 @@ embedding of a prompt goes is decided here, so the graphs know nothing of prompt
 
 from __future__ import annotations
 
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -24,10 +23,11 @@ from leanvlm.runtime.errors import BundleError, ContextOverflowError, InputError
 from leanvlm.runtime.generation import MAX_NEW_TOKENS, Chooser, GenerateOptions, GenerationSettings
 from leanvlm.runtime.layout import ImageFeatures, image_tokens, least_positions
 from leanvlm.runtime.manifest import MANIFEST, Manifest
+from leanvlm.runtime.pictures import Pictures
 from leanvlm.runtime.preprocess import ImageSource, image_list
 from leanvlm.runtime.prompt import Prompt, assemble, compose
 from leanvlm.runtime.records import shorten
-from leanvlm.runtime.reuse import CACHE_MB, MEGABYTE, ImageCache, content_key
+from leanvlm.runtime.reuse import CACHE_MB, MEGABYTE, ImageCache
 from leanvlm.runtime.sandbox import sandbox
 from leanvlm.runtime.streaming import AnswerText
 from leanvlm.runtime.text import Message, Template, TextTokenizer, check_image_tokens
@@ -35,23 +35,6 @@ from leanvlm.runtime.text import Message, Template, TextTokenizer, check_image_t
 MAX_CACHE_MB = 2.0**20
 # A cache a little larger than needed serves the next turns and prompts too.
 CACHE_STEP = 64
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The images of a prompt before it is known whether they fit.
-
-    Attributes:
-        keys: Of each what it is known by; the first part is None for one that cannot be.
-        known: Of each its features, if it was encoded before.
-        opened: The others.
-        arrangements: How each is cut.
-    """
-
-    keys: Sequence[tuple[Hashable, ...]]
-    known: Sequence[ImageFeatures | None]
-    opened: Sequence[ImageSource]
-    arrangements: Sequence[Arrangement]
 
 
 class Session:
@@ -92,7 +75,8 @@ class Session:
         self.settings.check(manifest.decoder.vocab_size)
         self.end_ids = self.settings.end_ids
         self.encoder = Encoder(manifest, backend)
-        self._images = ImageCache(int(cache_mb * MEGABYTE))
+        by_number = manifest.crops.several != "alike"
+        self._pictures = Pictures(self.encoder, ImageCache(int(cache_mb * MEGABYTE)), by_number)
         self._decoder: Decoder | None = None
         self._closed = False
 
@@ -107,7 +91,7 @@ class Session:
         with self.backend.lock:
             self._closed = True
             self.encoder.close()
-            self._images.clear()
+            self._pictures.cache.clear()
             self._decoder = None
 
     def generate(
@@ -161,36 +145,15 @@ class Session:
             raise InputError("a raw prompt is a text that is not empty")
         start, timings = perf_counter(), Timings()
         # What text an image becomes may depend on its size.
-        asked = self._look_up(images, chosen)
+        asked = self._pictures.look_up(images, chosen)
         opened = perf_counter()
         timings.preprocess += 1e3 * (opened - start)
         ids = self.prompt_ids(messages, asked.arrangements)
         self.check_context(ids, asked.arrangements, chosen, options.max_new_tokens)
         options.logits.check_ids(self.manifest.decoder.vocab_size)
         timings.splice += 1e3 * (perf_counter() - opened)
-        features = self._encode(asked, chosen, timings)
+        features = self._pictures.encode(asked, chosen, timings)
         return self._answer(ids, features, options, timings, start)
-
-    def _look_up(self, images: Sequence[ImageSource], budget: int) -> Asked:
-        """Find the images that were encoded before, and say how the others will be cut."""
-        # Some models cut one image otherwise when there are several.
-        several = len(images) > 1 and self.manifest.crops.several != "alike"
-        keys = [(content_key(image), budget, several) if self._images.limit else (None,) for image in images]
-        known = [None if key[0] is None else self._images.get(key) for key in keys]
-        new = [image for image, found in zip(images, known, strict=True) if found is None]
-        opened, cut = self.arrange(new, len(images))
-        arrangements = iter(cut)
-        return Asked(keys, known, opened, [next(arrangements) if one is None else one.arrangement for one in known])
-
-    def _encode(self, asked: Asked, budget: int, timings: Timings) -> list[ImageFeatures]:
-        """Encode those of a prompt's images that are new."""
-        made = iter(self.encode_images(asked.opened, budget, timings, len(asked.known)))
-        features = [next(made) if one is None else one for one in asked.known]
-        for key, one, found in zip(asked.keys, features, asked.known, strict=True):
-            if found is None and key[0] is not None:
-                self._images.put(key, one)
-        timings.reused_images = len(features) - len(asked.opened)
-        return features
 
     def arrange(
         self, images: Sequence[ImageSource], among: int | None = None
@@ -379,7 +342,7 @@ class Session:
             decoder = self.decoder()
             begin = perf_counter()
             room, context = len(prompt) + options.max_new_tokens, self.manifest.decoder.context_length
-            sequence = decoder.sequence(_round_up(room, context), prompt if self._images.limit else None, context)
+            sequence = decoder.sequence(_round_up(room, context), prompt if self._pictures.cache.limit else None, context)
             timings.reused_positions = sequence.past
             timings.splice += 1e3 * (perf_counter() - begin)
         with closing(sequence):
@@ -395,8 +358,12 @@ class Session:
                         timings.prefill = 1e3 * (perf_counter() - begin)
                     else:
                         scores = sequence.step(self.table.rows([token])[0], prompt.next_position + count - 1, token)
+                    if chooser.takes_best and count + 1 < options.max_new_tokens:
+                        sequence.ahead(self.table.rows, prompt.next_position + count, chooser.ends)
+                    if count > 0:
+                        scores.wait()
                         timings.decode.append(1e3 * (perf_counter() - begin))
-                    begin = perf_counter()
+                        begin = perf_counter()
                     token = chooser.choose(scores)
                     end = perf_counter()
                 timings.sample.append(1e3 * (end - begin))

@@ -260,7 +260,8 @@ def test_one_wrong_weight_is_noticed(resizer: DeviceResizer, memory: DeviceMemor
 @pytest.fixture(scope="module")
 def sessions(cuda_bundle: Path) -> Iterator[tuple[Session, Session]]:
     """The same bundle, with pictures resized on the processor and by the graph."""
-    with load(cuda_bundle, device=DEVICE) as host, load(cuda_bundle, device=DEVICE) as device:
+    options: dict[str, Any] = {"device": DEVICE, "cache_mb": 0}  # Every picture is resized anew.
+    with load(cuda_bundle, **options) as host, load(cuda_bundle, **options) as device:
         host.backend.resizer, backend = None, device.backend
         backend.resizer = backend.new_resizer()  # type: ignore[attr-defined]
         yield host, device

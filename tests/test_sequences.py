@@ -22,6 +22,7 @@ from PIL import Image
 
 from leanvlm.demo import SAMPLES_DIR
 from leanvlm.runtime import Generation, Session, load
+from leanvlm.runtime.backends import cuda
 from leanvlm.runtime.backends.ort_memory import UNCAPTURED, DeviceMemory
 from leanvlm.runtime.backends.sequences import Decoder, DecoderSequence
 from leanvlm.runtime.backends.thread import OneThread
@@ -164,7 +165,7 @@ def test_captured_runs_are_one_thread_s_and_do_not_pile_up(cuda_bundle: Path, mo
 
     monkeypatch.setattr(DeviceMemory, "captures", True)
     monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", recorded)
-    with load(cuda_bundle, device="cpu", threads=1) as session:
+    with load(cuda_bundle, device="cpu", threads=1, cache_mb=0) as session:
         for number in (2, 1, 0):  # The largest first, so that one cache serves all.
             ask(session, number)
         assert {thread for thread, _ in runs} == {"leanvlm-device"}
@@ -173,6 +174,27 @@ def test_captured_runs_are_one_thread_s_and_do_not_pile_up(cuda_bundle: Path, mo
         ask_at_once(session, 3)
         assert {graph for _, graph in runs} == {*alone, str(UNCAPTURED)}
         assert {thread for thread, _ in runs} == {"leanvlm-device"}
+
+
+def test_captures_of_prompts_come_to_an_end(cuda_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is reused of a prompt leaves rests of any length; the step, the first that is captured, stays so."""
+    graphs: list[str] = []
+    run = onnxruntime.InferenceSession.run_with_iobinding
+
+    def recorded(self: Any, binding: Any, options: Any = None) -> None:
+        if options is not None:
+            graphs.append(options.get_run_config_entry("gpu_graph_id"))
+        run(self, binding, options)
+
+    monkeypatch.setattr(cuda, "MAX_CAPTURES", 3)
+    monkeypatch.setattr(cuda, "PROMPT_SLOTS", 1)
+    monkeypatch.setattr(DeviceMemory, "captures", True)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", recorded)
+    with load(cuda_bundle, device="cpu", threads=1) as session:
+        for extra in range(9):
+            session.generate("What?" + " Now." * 9 * (2 - extra % 3), max_new_tokens=3, ignore_end=True)
+    assert {int(graph) for graph in graphs} == {UNCAPTURED, 1, 2, 3}
+    assert graphs[-1] == "2"
 
 
 def test_graphs_open_once_whoever_comes_first(tiny: Session, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ The same code runs a bundle for cuda on the processor when that is asked for, wi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import count
@@ -27,12 +27,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from leanvlm.runtime.backends.ahead import Flight
 from leanvlm.runtime.backends.device import DeviceBuffer, DeviceGraph, DeviceRows, DeviceScores, Slot, batch_shape
 from leanvlm.runtime.backends.ort import GRAPH_STAGES, PROVIDERS, OrtBackend, check_room, first_line
 from leanvlm.runtime.backends.ort_memory import UNCAPTURED, DeviceMemory, OrtBuffer, preload_libraries
+from leanvlm.runtime.backends.packed import PackedTensors
 from leanvlm.runtime.backends.placement import misplaced_nodes
 from leanvlm.runtime.backends.resizer import DeviceResizer, probe
 from leanvlm.runtime.backends.sequences import Decoder
+from leanvlm.runtime.backends.thread import Job
 from leanvlm.runtime.crops import PIXELS
 from leanvlm.runtime.errors import BackendError, GraphError
 from leanvlm.runtime.machine.gpu import free_memory, gpus, misfit
@@ -45,8 +48,12 @@ from leanvlm.runtime.specs import DecoderSpec, GraphSpec, VisionSpec
 Array = npt.NDArray[Any]
 # Prompts up to FINE positions are padded to a multiple of 8, which tensor cores like; longer ones to a multiple of COARSE.
 FINE, COARSE = 256, 64
+# What a token is chosen by, of a decoder's outputs.
+BEST = ("next_token", "top_logit")
 # Lengths of prompts whose tensors are kept.
 PROMPT_SLOTS = 8
+# ONNX Runtime keeps every graph that it captures, also of a length whose tensors went, so prompts behind these go without.
+MAX_CAPTURES = 64
 # Each number of crops keeps tensors and a captured graph; 4 x 4 tiles and a thumbnail are 17 crops, 4 x 5 are 21.
 CROPS_AT_ONCE = 24
 # A cache for a short question and answer, to judge whether a model fits before it is loaded.
@@ -195,6 +202,25 @@ class CudaDecoder:
     ids: Iterator[int]
 
 
+@dataclass(frozen=True)
+class DecoderSlot(Slot):
+    """The decoder's tensors for inputs of one length; what crosses the bus in every run is packed.
+
+    Attributes:
+        inputs: Mask, positions, and of a step the embedding.
+        results: The best token and its logit.
+    """
+
+    inputs: PackedTensors
+    results: PackedTensors
+
+    def best(self) -> tuple[int, float]:
+        """Fetch the token that the last run found best, and its logit."""
+        self.results.fetch()
+        token, logit = (self.results.values[name].item() for name in BEST)
+        return int(token), float(logit)
+
+
 class CudaCache:
     """A cache with its tensors; prompts of one padded length share a captured graph, and so do all steps.
 
@@ -211,14 +237,14 @@ class CudaCache:
         self._dtype = np.dtype(spec.kv_dtype)
         self._positioned = bool(spec.named("positions"))
         self._caches: dict[str, OrtBuffer] = {}
-        self._slots: dict[tuple[int, int], Slot] = {}
+        self._slots: dict[tuple[int, int], DecoderSlot] = {}
         self._states = [
             {name: self._memory.empty(spec.state_shape(name), self._dtype) for name in spec.states} for _ in range(2)
         ]
         # Which of the two is read next.
         self._turn = 0
-        self._last: Slot | None = None
-        self._mask: npt.NDArray[np.int64] = np.zeros((1, capacity), np.int64)
+        self._last: DecoderSlot | None = None
+        self._flight: Flight | None = None
         self._prompt: Prompt | None = None
         self.length = self._past = 0
         shape = (1, spec.kv_heads, capacity, spec.head_dim)
@@ -233,12 +259,17 @@ class CudaCache:
         The text's rows go up, the images' are there.
         """
         check_room(past + len(prompt), self.capacity)
+        self.settle()
         self._prompt, self.length, self._past = prompt, past, past
         if past == 0:
             self._turn = 0
             for name, state in self._states[0].items():
                 state.fill(np.zeros(self._spec.state_shape(name), self._dtype))
         slot = self._slot(self._padded(len(prompt)))
+        if "inputs_embeds" in slot.inputs.values:
+            # All but one row is there already, and is sent as a step's.
+            slot.inputs.values["inputs_embeds"][0] = prompt.embeddings(self._dtype)
+            return
         target, text = slot.buffers["inputs_embeds"], prompt.text.astype(self._dtype, copy=False)
         shared = _shared_features(prompt)
         if shared is None:
@@ -265,43 +296,87 @@ class CudaCache:
         assert self._prompt is not None, "load comes before prefill"
         length, padded = len(self._prompt), self._padded(len(self._prompt))
         slot = self._slot(padded)
-        self._mask[0] = np.arange(self.capacity) < self._past + padded
-        slot.buffers["last_position"].fill(np.array([length - 1], np.int64))
         positions = np.zeros((self._spec.axes, padded), np.int64)
         positions[:, :length] = self._prompt.positions
-        scores = self._run(slot, positions)
+        slot.buffers["last_position"].fill(np.array([length - 1], np.int64))
+        self._send(slot, self._past + padded, positions)
+        slot.run()
         self.length = self._past + length
-        return scores
+        return self._scores(slot)
 
     def step(self, embedding: npt.NDArray[np.floating[Any]], position: int) -> DeviceScores:
         """Append one embedding (D,) at a position."""
         check_room(self.length + 1, self.capacity)
+        self.settle()
         slot = self._slot(1)
+        self._step(slot, embedding, position, self.length)
         self.length += 1
-        self._mask[0] = np.arange(self.capacity) < self.length
-        slot.buffers["inputs_embeds"].fill(embedding.astype(self._dtype, copy=False)[None, None])
-        return self._run(slot, np.full((self._spec.axes, 1), position, np.int64))
+        return self._scores(slot)
+
+    def begin(
+        self, scores: DeviceScores, rows: Callable[[list[int]], Array], position: int, ends: Collection[int]
+    ) -> Flight | None:
+        """Begin the step of the best token of the last run, and return when that is known.
+
+        Args:
+            scores: Of the last run.
+            rows: Looks embeddings up.
+            position: Of the step.
+            ends: Tokens behind which no step is made.
+
+        Returns:
+            None where no step was made yet, which may be captured only while all wait for it, or where there is no room.
+        """
+        slot, length = self._slots.get((1, self._turn)), self.length
+        if slot is None or length >= self.capacity:
+            return None
+        self._flight = Flight(
+            scores, ends, self._memory.start, lambda token: self._step(slot, rows([token])[0], position, length)
+        )
+        return self._flight
+
+    def take(self, flight: Flight) -> DeviceScores:
+        """Count a step that was begun as made, and return its scores."""
+        slot = self._slots[1, self._turn]
+        self.length += 1
+        return self._scores(slot, flight.job)
+
+    def settle(self) -> None:
+        """Return when no step is going on any more; what became of it is of no interest then."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            flight.job.join()
 
     def replay(self) -> None:
         """Run the last run's graph again as it stands: for measuring."""
         assert self._last is not None, "a step comes before"
+        self.settle()
         self._last.run()
 
-    def _run(self, slot: Slot, positions: npt.NDArray[np.int64]) -> DeviceScores:
-        slot.buffers["attention_mask"].fill(self._mask)
-        if self._positioned:
-            slot.buffers["position_ids"].fill(as_input(positions))
+    def _step(self, slot: DecoderSlot, embedding: Array, position: int, length: int) -> None:
+        """Run the step behind `length` rows."""
+        slot.inputs.values["inputs_embeds"][0, 0] = embedding
+        self._send(slot, length + 1, np.full((self._spec.axes, 1), position, np.int64))
         slot.run()
+
+    def _send(self, slot: DecoderSlot, seen: int, positions: npt.NDArray[np.int64]) -> None:
+        values = slot.inputs.values
+        values["attention_mask"][0] = np.arange(self.capacity) < seen
+        if self._positioned:
+            values["position_ids"][:] = as_input(positions)
+        slot.inputs.send()
+
+    def _scores(self, slot: DecoderSlot, job: Job | None = None) -> DeviceScores:
         self._last = slot
         if self._spec.states:
             self._turn = 1 - self._turn
-        return DeviceScores(slot.buffers)
+        return DeviceScores(slot.buffers, slot.best, job)
 
     def _padded(self, length: int) -> int:
         room = self.capacity - self._past
         return min(bucket(length), room) if self._memory.captures and not self._spec.states else length
 
-    def _slot(self, length: int) -> Slot:
+    def _slot(self, length: int) -> DecoderSlot:
         """Return the tensors for inputs of one length in this turn: 1 is the decode step, every other a prompt's."""
         key = length, self._turn
         if key in self._slots:
@@ -314,14 +389,25 @@ class CudaCache:
         self._slots[key] = self._new_slot(length)
         return self._slots[key]
 
-    def _new_slot(self, length: int) -> Slot:
+    def _new_slot(self, length: int) -> DecoderSlot:
         sizes = {"sequence": length, "capacity": self.capacity}
-        buffers = {name: self._memory.empty(shape, dtype) for name, shape, dtype in _decoder_tensors(self._spec, **sizes)}
+        session, memory = self._decoder.session, self._memory
+        tensors = {name: (name, shape, dtype) for name, shape, dtype in _decoder_tensors(self._spec, **sizes)}
+        wanted = [tensor.name for tensor in self._spec.graph.inputs if tensor.name in tensors]
+        # A prompt's embeddings are put together on the device.
+        small = [
+            name for name in wanted if name in ("attention_mask", "position_ids") or (name, length) == ("inputs_embeds", 1)
+        ]
+        inputs = PackedTensors([tensors[name] for name in small], memory.empty)
+        results = PackedTensors([tensors[name] for name in BEST], memory.empty)
+        buffers = {name: memory.empty(*tensor[1:]) for name, tensor in tensors.items() if name not in {*small, *BEST}}
         buffers["last_position"].fill(np.array([length - 1], np.int64))
-        binding = self._decoder.session.io_binding()
-        for tensor in self._spec.graph.inputs:
-            if tensor.name in buffers:
-                binding.bind_ortvalue_input(tensor.name, buffers[tensor.name].value)
+        binding = session.io_binding()
+        for name in wanted:
+            if name in small:
+                binding.bind_input(name, memory.device, 0, *inputs.place(name))
+            else:
+                binding.bind_ortvalue_input(name, buffers[name].value)
         for name, cache in self._caches.items():
             binding.bind_ortvalue_input(name, cache.value)
             binding.bind_ortvalue_output(self._spec.caches[name], cache.value)
@@ -329,12 +415,15 @@ class CudaCache:
         for name, replaced in self._spec.states.items():
             binding.bind_ortvalue_input(name, before[name].value)
             binding.bind_ortvalue_output(replaced, after[name].value)
-        for name in ("logits", "next_token", "top_logit"):
-            binding.bind_ortvalue_output(name, buffers[name].value)
+        binding.bind_ortvalue_output("logits", buffers["logits"].value)
+        for name in BEST:
+            binding.bind_output(name, memory.device, 0, *results.place(name))
         # Prompts of any length would be graphs without end.
-        is_captured = self._captured and (length == 1 or not self._spec.states)
-        graph_id = next(self._decoder.ids) if is_captured else UNCAPTURED
-        return self._memory.slot(self._decoder.session, binding, buffers, graph_id, "the decoder")
+        graph_id = next(self._decoder.ids) if self._captured and (length == 1 or not self._spec.states) else UNCAPTURED
+        if length > 1 and graph_id > MAX_CAPTURES:
+            graph_id = UNCAPTURED
+        run = memory.slot(session, binding, buffers, graph_id, "the decoder").run
+        return DecoderSlot(buffers, run, inputs, results)
 
 
 def _vision_slot(memory: DeviceMemory, session: Any, spec: GraphSpec, batch: int) -> Slot:

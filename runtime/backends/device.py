@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from leanvlm.runtime.backends.thread import Job
 from leanvlm.runtime.crops import PIXELS
 from leanvlm.runtime.sampling import check_peak
 from leanvlm.runtime.specs import GraphSpec, TensorSpec
@@ -112,20 +113,53 @@ class DeviceRows:
 
 
 class DeviceScores:
-    """The scores of one run of the decoder, on the device until they are asked for."""
+    """The scores of one run of the decoder, on the device until they are asked for.
 
-    def __init__(self, buffers: Mapping[str, DeviceBuffer]) -> None:
+    Args:
+        buffers: `logits`, and unless `best` is given `next_token` and `top_logit`.
+        best: Fetches the token that the graph found best, and its logit.
+        job: The run, if it may not have ended.
+    """
+
+    def __init__(
+        self,
+        buffers: Mapping[str, DeviceBuffer],
+        best: Callable[[], tuple[int, float]] | None = None,
+        job: Job | None = None,
+    ) -> None:
         self._buffers = buffers
+        self._best = best or self._fetch_best
+        self._job = job
+        self._token: int | None = None
 
     def greedy(self) -> int:
         """Return the token that the graph itself found best; the logits stay where they are."""
-        check_peak(float(self._buffers["top_logit"].numpy().reshape(())))
-        return int(self._buffers["next_token"].numpy().reshape(()))
+        if self._token is None:
+            self.wait()
+            token, logit = self._best()
+            check_peak(logit)
+            self._token = token
+        return self._token
 
     def logits(self) -> npt.NDArray[np.float32]:
         """Fetch the logits (V,)."""
+        self.wait()
         fetched: npt.NDArray[np.float32] = self._buffers["logits"].numpy().reshape(-1).astype(np.float32)
         return fetched
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run has ended with an error."""
+        return self._job is not None and self._job.failed
+
+    def wait(self) -> None:
+        """Return when the run has ended; raises BackendError if it failed."""
+        if self._job is not None:
+            self._job.wait()
+
+    def _fetch_best(self) -> tuple[int, float]:
+        token, logit = self._buffers["next_token"].numpy(), self._buffers["top_logit"].numpy()
+        return int(token.reshape(())), float(logit.reshape(()))
 
 
 class DeviceGraph:

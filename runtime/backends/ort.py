@@ -212,6 +212,9 @@ class OrtScores:
         """Return them."""
         return self.values
 
+    def wait(self) -> None:
+        """Return: they are there."""
+
 
 class OrtCache:
     """A cache bound to the decoder's session in ONNX Runtime."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from leanvlm.runtime.backends.device import Slot
 from leanvlm.runtime.backends.ort import first_line
-from leanvlm.runtime.backends.thread import OneThread
+from leanvlm.runtime.backends.thread import Job, OneThread
 from leanvlm.runtime.errors import BackendError
 
 Array = npt.NDArray[Any]
@@ -29,6 +29,8 @@ def preload_libraries(ort: Any) -> None:
 
 # ONNX Runtime's "neither capture nor replay this run".
 UNCAPTURED = -1
+# All sessions' runs: while one is captured, no other thread may copy to the device or from it.
+DEVICE_THREAD = OneThread()
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,12 @@ class DeviceMemory:
     """Allocates tensors on one device, and runs what is bound to them.
 
     Captured runs are all done by one thread: ONNX Runtime keeps what it captures a thread, so another one would capture
-    everything again, into memory that is never given back; and it promises nothing for captures of several threads.
+    everything again, into memory that is never given back; and it promises nothing for captures of several threads. So is
+    work that goes on while nobody waits for it.
     """
 
     def __init__(self, ort: Any, device: str) -> None:
         self._ort = ort
-        self._thread = OneThread()
         self.device = device
 
     @property
@@ -111,10 +113,14 @@ class DeviceMemory:
         work = partial(session.run_with_iobinding, binding, self.run_options(graph_id))
         return Slot(buffers, partial(self._run, work, what))
 
+    def start(self, work: Callable[[], object]) -> Job:
+        """Begin work on the thread that does the captured runs, behind what it was given before."""
+        return DEVICE_THREAD.start(work)
+
     def _run(self, work: Callable[[], None], what: str) -> None:
         try:
             if self.captures:
-                self._thread.run(work)
+                DEVICE_THREAD.run(work)
             else:
                 work()
         except Exception as error:  # ONNX Runtime's errors share no base of their own.

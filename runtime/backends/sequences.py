@@ -6,7 +6,7 @@ A backend says what a cache is; who has which one is decided here, for all of th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from leanvlm.runtime.reuse import Held, SavedRows
 
 if TYPE_CHECKING:
     from leanvlm.runtime.backends import Scores
+    from leanvlm.runtime.backends.ahead import Flight
 
 # A sequence may go on behind any of a cache's rows; or behind the last only, where states are of all that was read.
 Reuse = Literal["any", "end", "nothing"]
@@ -64,7 +65,9 @@ class Movable(Protocol):
 
 
 class DecoderSequence:
-    """One sequence and its cache, until it is closed. Closing touches nothing on the device, so any thread may do it.
+    """One sequence and its cache, until it is closed.
+
+    Closing touches nothing on the device, so any thread may do it; it waits for a step that was begun and not asked for.
 
     Args:
         cache: The cache.
@@ -79,6 +82,8 @@ class DecoderSequence:
         self._cache: Cache | None = cache
         self._held = Held() if held is None else held
         self._prompt: Prompt | None = None
+        self._scores: Scores | None = None
+        self._flight: Flight | None = None
         self.past = past
 
     @property
@@ -109,7 +114,7 @@ class DecoderSequence:
 
     def prefill(self) -> Scores:
         """Read the loaded prompt; the scores are those of its last position. They hold until the sequence's next call."""
-        scores = self._open().prefill()
+        self._scores = scores = self._open().prefill()
         if self._prompt is not None:
             past, prompt, self._prompt = self.past, self._prompt, None
             self._held.add(prompt.keys()[past:], prompt.positions[:, past:], prompt.last_seen[past:].tolist())
@@ -123,14 +128,37 @@ class DecoderSequence:
             position: On every axis.
             token: Which it is; of one that is not said nothing is reused.
         """
-        scores, axes = self._open().step(embedding, position), len(self._held.positions[0]) if len(self._held) else 1
+        flight, self._flight = self._flight, None
+        cache: Any = self._open()
+        if flight is not None and flight.token is not None and flight.token == token:
+            self._scores = cache.take(flight)
+        else:
+            self._scores = cache.step(embedding, position)
+        axes = len(self._held.positions[0]) if len(self._held) else 1
         key = object() if token is None else token
         self._held.add([key], np.full((axes, 1), position), [len(self._held)])
-        return scores
+        return self._scores
+
+    def ahead(self, rows: Callable[[list[int]], Any], position: int, ends: Collection[int]) -> None:
+        """Say that the next step will be that of the best token; a cache that can begins it, and returns when it is known.
+
+        The last scores' `greedy` holds then; their logits do not.
+
+        Args:
+            rows: Looks the embeddings of tokens up, (len(ids), D).
+            position: Of the next step; the step must be asked for with this one.
+            ends: Tokens behind which there is none.
+        """
+        cache: Any = self._open()
+        if hasattr(cache, "begin"):
+            self._flight = cache.begin(self._scores, rows, position, ends)
 
     def close(self) -> None:
-        """Give the cache back; more than once does nothing."""
-        self._cache = None
+        """Give the cache back, with nothing going on in it; more than once does nothing."""
+        cache: Any = self._cache
+        self._cache = self._flight = None
+        if hasattr(cache, "settle"):
+            cache.settle()
 
 
 class Decoder:

@@ -8,54 +8,86 @@ import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 
+from leanvlm.runtime.errors import BackendError
 
-class _Job:
-    """Work, and how it ended. A queue wakes whoever waits sooner than a lock or an event does, by 10 us or more."""
+
+class Job:
+    """Work that a thread was given, and how it ended. A queue wakes whoever waits sooner than a lock or an event, by 10 us."""
 
     def __init__(self, work: Callable[[], object]) -> None:
-        self.work = work
+        self.work: Callable[[], object] | None = work
         self.error: BaseException | None = None
-        self.ended = False
-        self.signal: SimpleQueue[None] = SimpleQueue()
+        self.failed = self.ended = False
+        self._signal: SimpleQueue[None] = SimpleQueue()
 
-
-class OneThread:
-    """Does work on one thread of its own, whoever asks, and waits for it; the thread ends with this object."""
-
-    def __init__(self) -> None:
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._started = False
-
-    def run(self, work: Callable[[], object]) -> None:
-        """Do the work and return when it is done; raises what it raises. One caller at a time."""
-        if not self._started:
-            self._started = True
-            threading.Thread(target=_serve, args=(self._jobs,), name="leanvlm-device", daemon=True).start()
-            weakref.finalize(self, self._jobs.put, None)
-        job = _Job(work)
-        self._jobs.put(job)
+    def do(self) -> None:
+        """Do the work: on the thread that was given it."""
+        assert self.work is not None
         try:
-            job.signal.get()
-        except BaseException:  # Ctrl-C: what the work writes to is not free before it ends.
-            while not job.ended:
-                time.sleep(0.001)
-            raise
-        error = job.error
+            self.work()
+        except BaseException as error:
+            self.error, self.failed = error, True
+        # Nobody may hold on to its tensors because it is remembered.
+        self.work = None
+        self.ended = True
+        self._signal.put(None)
+
+    def wait(self) -> None:
+        """Return when the work is done.
+
+        Raises:
+            BackendError: It failed, and an earlier call said how.
+            BaseException: What the work raised.
+        """
+        self.join()
+        error, self.error = self.error, None
         if error is not None:
             try:
                 raise error
             finally:
                 # The error knows this frame: it must not know the error, or both would stay, and what they hold.
-                del error, job
+                del error
+        if self.failed:
+            raise BackendError("the run that this one needs failed")
 
-
-def _serve(jobs: SimpleQueue[_Job | None]) -> None:
-    while (job := jobs.get()) is not None:
+    def join(self) -> None:
+        """Return when the work is done, however it ended. One caller at a time."""
         try:
-            job.work()
-        except BaseException as error:
-            job.error = error
-        job.ended = True
-        job.signal.put(None)
-        # Waiting for the next one must not hold on to this one's tensors.
+            if not self.ended:
+                self._signal.get()
+        except BaseException:  # Ctrl-C: what the work writes to is not free before it ends.
+            while not self.ended:
+                time.sleep(0.001)
+            raise
+
+
+class OneThread:
+    """Does work on one thread of its own, whoever asks; the thread ends with this object."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self, work: Callable[[], object]) -> Job:
+        """Give the thread work, behind what it was given before."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=_serve, args=(self._jobs,), name="leanvlm-device", daemon=True)
+            self._thread.start()
+            weakref.finalize(self, self._jobs.put, None)
+        job = Job(work)
+        self._jobs.put(job)
+        return job
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Do the work and return when it is done; raises what it raises. Work of the thread's own is done at once."""
+        if self._thread is threading.current_thread():
+            work()
+        else:
+            self.start(work).wait()
+
+
+def _serve(jobs: SimpleQueue[Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job.do()
+        # Waiting for the next one must not hold on to this one.
         del job

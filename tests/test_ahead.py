@@ -1,0 +1,141 @@
+"""Steps that are begun before they are asked for: the answers are those of steps that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from leanvlm.demo import SAMPLES_DIR
+from leanvlm.runtime import Session, load
+from leanvlm.runtime.backends.cuda import CudaCache
+from leanvlm.runtime.backends.sequences import DecoderSequence
+from leanvlm.runtime.backends.thread import OneThread
+from leanvlm.runtime.errors import BackendError, BundleError
+from leanvlm.runtime.session import user_message
+
+PICTURE = SAMPLES_DIR / "complex-9003.png"
+ASKED = [("What is below the green ring?", [PICTURE]), ("Describe the image", [PICTURE]), ("What?", [])]
+pytestmark = pytest.mark.filterwarnings("ignore:a bundle for cuda runs on cpu")
+
+
+@pytest.fixture
+def session(cuda_bundle: Path) -> Iterator[Session]:
+    with load(cuda_bundle, device="cpu", threads=1, cache_mb=0) as opened:
+        yield opened
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the position of every step."""
+    made: list[int] = []
+    step = CudaCache._step
+
+    def counted(self: CudaCache, slot: Any, embedding: Any, position: int, length: int) -> None:
+        made.append(position)
+        step(self, slot, embedding, position, length)
+
+    monkeypatch.setattr(CudaCache, "_step", counted)
+    return made
+
+
+def answers(session: Session, **options: Any) -> list[tuple[int, ...]]:
+    return [session.generate(prompt, images, **options).token_ids for prompt, images in ASKED]
+
+
+def test_answers_are_those_of_steps_one_by_one(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(DecoderSequence, "ahead", lambda *_: None)
+        wanted = [answers(session), answers(session, max_new_tokens=9, ignore_end=True)]
+    assert [answers(session), answers(session, max_new_tokens=9, ignore_end=True)] == wanted
+
+
+def test_no_step_is_made_behind_an_end(session: Session, steps: list[int]) -> None:
+    for options in ({}, {"max_new_tokens": 4}, {"max_new_tokens": 1}):
+        for prompt, images in ASKED:
+            steps.clear()
+            answer = session.generate(prompt, images, **options)
+            assert len(steps) == len(answer.token_ids) - 1 == len(answer.timings.decode)
+            assert steps == sorted(steps)
+
+
+def test_a_stop_string_wastes_one_step_at_most(session: Session, steps: list[int]) -> None:
+    whole = session.generate(*ASKED[0])
+    steps.clear()
+    answer = session.generate(*ASKED[0], stop=whole.text.split()[1])
+    assert len(answer.token_ids) <= len(steps) + 1 <= len(answer.token_ids) + 1
+    assert answers(session)[0] == whole.token_ids
+
+
+def test_streams_in_turn_and_dropped(session: Session) -> None:
+    wanted = answers(session)
+    streams = [iter(session.stream(prompt, images)) for prompt, images in ASKED]
+    for pieces in streams:
+        next(pieces)
+    del streams, pieces
+    first, second = (session.stream(*ASKED[at]) for at in (0, 1))
+    ended = object()
+    while any(next(stream, ended) is not ended for stream in (first, second)):
+        pass
+    assert [first.answer.token_ids, second.answer.token_ids] == wanted[:2]
+
+
+def test_a_step_for_another_token_is_made_anew(session: Session) -> None:
+    """And nothing of the one that was begun is left: the logits are those of a sequence that never began it."""
+    prompt = session.prompt(session.prompt_ids([user_message("What is it?", 0)], 0), [])
+    rows, position = session.table.rows, prompt.next_position
+
+    def logits(begun: bool) -> list[np.ndarray[Any, Any]]:
+        sequence, found = session.decoder().sequence(len(prompt) + 8), []
+        sequence.load(prompt)
+        sequence.prefill()
+        for step, token in enumerate((5, 9, 11)):
+            scores = sequence.step(rows([token])[0], position + step, token)
+            found.append(scores.logits())
+            if begun:
+                sequence.ahead(rows, position + step + 1, ())
+                assert scores.greedy() == found[-1].argmax() != (5, 9, 11, 0)[step + 1]
+        sequence.close()
+        return found
+
+    for wanted, found in zip(logits(False), logits(True), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(("error", "raised"), [(RuntimeError("no memory"), BackendError), (BundleError("a NaN"), BundleError)])
+def test_a_step_that_fails_says_so_once_and_nothing_else_does(
+    session: Session, error: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, rows, asked = answers(session), session.table.rows, []
+
+    def failing(ids: Any) -> Any:
+        asked.append(ids)
+        if len(asked) == 7 and isinstance(error, BundleError):
+            raise error
+        return rows(ids)
+
+    step = CudaCache._step
+
+    def broken(self: CudaCache, *arguments: Any) -> None:
+        if len(asked) >= 7 and isinstance(error, RuntimeError):
+            raise BackendError(f"the decoder failed: {error}")
+        step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.table, "rows", failing)
+        patch.setattr(CudaCache, "_step", broken)
+        with pytest.raises(raised, match=str(error)):
+            session.generate(*ASKED[1], ignore_end=True, max_new_tokens=20)
+    assert answers(session) == wanted
+
+
+def test_a_job_that_failed_is_never_taken_for_one_that_did_not() -> None:
+    job = OneThread().start(lambda: 1 / 0)
+    job.join()
+    with pytest.raises(ZeroDivisionError):
+        job.wait()
+    with pytest.raises(BackendError, match="the run that this one needs failed"):
+        job.wait()
