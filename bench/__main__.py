@@ -17,6 +17,7 @@ from bench.prune import PruneOptions, measure_prune
 from bench.report import RESULTS, write_report
 from bench.shapes import SHAPES, SIZED
 from bench.sizes import SizesOptions, measure_sizes
+from bench.soak import SoakOptions, measure_soak
 from bench.study import BUDGETS, CAPTIONS, SCENES, StudyOptions, default_methods, study
 from leanvlm.runtime.console import one_line_errors
 from leanvlm.runtime.manifest import parse_budgets
@@ -86,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     peers.add_argument("--rounds", type=int, default=PeersOptions.rounds, help="processes of each row")
     peers.add_argument("--threads", type=int, default=PeersOptions.threads, help="of every peer")
     peers.add_argument("--launcher", default="", help="put before each process, such as 'taskset -c 0,1'")
+    soak = commands.add_parser("soak", help="ask hundreds of questions in one session and see whether its memory grows")
+    soak.add_argument("bundle", type=Path, help="for the processor")
+    soak.add_argument("--providers", default=",".join(SoakOptions.providers), help="with commas between")
+    soak.add_argument("--answers", type=int, default=SoakOptions.answers, help="answers that count")
+    soak.add_argument("--warmup", type=int, default=SoakOptions.warmup, help="answers before, to fill the cache of pictures")
+    soak.add_argument("--cache-mb", type=float, default=SoakOptions.cache_mb, help="its size")
+    soak.add_argument("--output", type=Path, help="JSON file to write")
     latency = commands.add_parser("latency", help="time every stage on a GPU beside transformers and PyTorch")
     latency.add_argument("--checkpoint", type=Path, required=True, help="what the bundles were exported from")
     latency.add_argument("--fp16", type=Path, required=True, help="its bundle for cuda in fp16")
@@ -131,6 +139,14 @@ def _run(args: argparse.Namespace) -> None:
         rows, launcher = tuple(args.rows), tuple(shlex.split(args.launcher))
         asked = PeersOptions(args.work, args.output, rows, args.rounds, threads=args.threads, launcher=launcher)
         print(measure_peers(asked))
+    if args.command == "soak":
+        soaked = SoakOptions(
+            args.bundle, args.output, tuple(args.providers.split(",")), args.answers, args.warmup, args.cache_mb
+        )
+        found = measure_soak(soaked)["providers"]
+        print(
+            json.dumps({name: {k: v for k, v in one.items() if k != "resident_bytes"} for name, one in found.items()}, indent=1)
+        )
     if args.command == "latency":
         bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
         static, genai, device = not args.no_static, args.genai, args.device

@@ -102,6 +102,11 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def cached_bytes(self) -> int:
+        """What the kept pictures take, at most `cache_mb`."""
+        return self._images.bytes
+
     def close(self) -> None:
         """Let go of the graphs and their memory; the next piece of a stream in progress is a SessionClosedError."""
         with self.backend.lock:

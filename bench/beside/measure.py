@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.beside.environments import python_of
 from bench.beside.prepare import pictures
-from bench.beside.rows import KEPT, OURS, PEERS, REFERENCE, ROOT, Row
+from bench.beside.rows import OURS, PEERS, REFERENCE, ROOT, Row
 from bench.beside.worker import FIRST, SECOND, TURNS
 from leanvlm.runtime.errors import InputError
 
@@ -82,15 +82,23 @@ def measure_peers(options: PeersOptions) -> Path:
     return options.output
 
 
-def _conditions(options: PeersOptions) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Return the conditions that a command does not say: commit, date, processor and what of its instructions matters here."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
+    flags = _cpuinfo("flags").split()
     return {
-        "kind": "peers",
         "commit": done.stdout.strip() or None,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "machine": f"{_cpuinfo('model name') or platform.machine()}, {os.cpu_count()} cores",
+        "flags": [flag for flag in ("avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if flag in flags],
+    }
+
+
+def _conditions(options: PeersOptions) -> dict[str, Any]:
+    return {
+        "kind": "peers",
+        **machine(),
         "command": "python -m bench peers",
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
-        "flags": [flag for flag in ("avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if flag in _flags()],
         "threads": options.threads,
         "environment": dict.fromkeys(THREADS, str(options.threads)),
         "rounds": options.rounds,
@@ -154,14 +162,6 @@ def _write(path: Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
-def _flags() -> set[str]:
-    return set(_cpuinfo("flags").split())
-
-
-def _processor() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
 def _cpuinfo(key: str) -> str:
     file = Path("/proc/cpuinfo")
     if file.is_file():
@@ -169,6 +169,3 @@ def _cpuinfo(key: str) -> str:
             if line.partition(":")[0].strip() == key:
                 return line.partition(":")[2].strip()
     return ""
-
-
-__all__ = ["ALL", "KEPT", "PeersOptions", "measure_peers"]
