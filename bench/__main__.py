@@ -140,13 +140,10 @@ def _run(args: argparse.Namespace) -> None:
         asked = PeersOptions(args.work, args.output, rows, args.rounds, threads=args.threads, launcher=launcher)
         print(measure_peers(asked))
     if args.command == "soak":
-        soaked = SoakOptions(
-            args.bundle, args.output, tuple(args.providers.split(",")), args.answers, args.warmup, args.cache_mb
-        )
-        found = measure_soak(soaked)["providers"]
-        print(
-            json.dumps({name: {k: v for k, v in one.items() if k != "resident_bytes"} for name, one in found.items()}, indent=1)
-        )
+        providers = tuple(args.providers.split(","))
+        soaked = SoakOptions(args.bundle, args.output, providers, args.answers, args.warmup, args.cache_mb)
+        for name, one in measure_soak(soaked)["providers"].items():
+            print(name, json.dumps({key: value for key, value in one.items() if key != "resident_bytes"}))
     if args.command == "latency":
         bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
         static, genai, device = not args.no_static, args.genai, args.device

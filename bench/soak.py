@@ -1,7 +1,7 @@
 """`python -m bench soak`: hundreds of answers about ever new pictures in one session; does its memory stay where it was?
 
-Pictures, questions and lengths of answers change; every seventh question is about the picture before, and every fourth of those
-that are new goes on as a chat. Memory is counted once the cache of pictures has been filled, which is the most that it may take.
+Pictures, questions and lengths of answers change; every seventh question is about the picture before, and every fourth goes
+on as a chat. Memory is counted once the cache of pictures has been filled, which is the most that it may take.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def soak(session: Session, answers: int, warmup: int) -> dict[str, Any]:
             said = {"role": "assistant", "content": [{"type": "text", "text": answer.text}]}
             turns = [user_message(question, 1), said, user_message(QUESTIONS[0], 0)]
             session.generate(turns, [picture], max_new_tokens=tokens, ignore_end=True)
-        cached = max(cached, session.cached_bytes)
+        cached = max(cached, session.pictures.bytes)
         if count >= 0 and count % EVERY == EVERY - 1:
             resident.append(resident_bytes())
     return {

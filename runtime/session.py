@@ -72,6 +72,7 @@ class Session:
         backend: What runs its graphs.
         settings: What its generation_config.json says.
         encoder: What turns images into embeddings.
+        pictures: Those that were encoded and are kept.
         line_end: Row of the token table that ends a line of image tokens; -1 where the layout has none.
     """
 
@@ -92,7 +93,7 @@ class Session:
         self.settings.check(manifest.decoder.vocab_size)
         self.end_ids = self.settings.end_ids
         self.encoder = Encoder(manifest, backend)
-        self._images = ImageCache(int(cache_mb * MEGABYTE))
+        self.pictures = ImageCache(int(cache_mb * MEGABYTE))
         self._decoder: Decoder | None = None
         self._closed = False
 
@@ -102,17 +103,12 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    @property
-    def cached_bytes(self) -> int:
-        """What the kept pictures take, at most `cache_mb`."""
-        return self._images.bytes
-
     def close(self) -> None:
         """Let go of the graphs and their memory; the next piece of a stream in progress is a SessionClosedError."""
         with self.backend.lock:
             self._closed = True
             self.encoder.close()
-            self._images.clear()
+            self.pictures.clear()
             self._decoder = None
 
     def generate(
@@ -180,8 +176,8 @@ class Session:
         """Find the images that were encoded before, and say how the others will be cut."""
         # Some models cut one image otherwise when there are several.
         several = len(images) > 1 and self.manifest.crops.several != "alike"
-        keys = [(content_key(image), budget, several) if self._images.limit else (None,) for image in images]
-        known = [None if key[0] is None else self._images.get(key) for key in keys]
+        keys = [(content_key(image), budget, several) if self.pictures.limit else (None,) for image in images]
+        known = [None if key[0] is None else self.pictures.get(key) for key in keys]
         new = [image for image, found in zip(images, known, strict=True) if found is None]
         opened, cut = self.arrange(new, len(images))
         arrangements = iter(cut)
@@ -193,7 +189,7 @@ class Session:
         features = [next(made) if one is None else one for one in asked.known]
         for key, one, found in zip(asked.keys, features, asked.known, strict=True):
             if found is None and key[0] is not None:
-                self._images.put(key, one)
+                self.pictures.put(key, one)
         timings.reused_images = len(features) - len(asked.opened)
         return features
 
@@ -384,7 +380,7 @@ class Session:
             decoder = self.decoder()
             begin = perf_counter()
             room, context = len(prompt) + options.max_new_tokens, self.manifest.decoder.context_length
-            sequence = decoder.sequence(_round_up(room, context), prompt if self._images.limit else None, context)
+            sequence = decoder.sequence(_round_up(room, context), prompt if self.pictures.limit else None, context)
             timings.reused_positions = sequence.past
             timings.splice += 1e3 * (perf_counter() - begin)
         with closing(sequence):
