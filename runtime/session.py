@@ -72,7 +72,6 @@ class Session:
         backend: What runs its graphs.
         settings: What its generation_config.json says.
         encoder: What turns images into embeddings.
-        pictures: Those that were encoded and are kept.
         line_end: Row of the token table that ends a line of image tokens; -1 where the layout has none.
     """
 
@@ -93,7 +92,7 @@ class Session:
         self.settings.check(manifest.decoder.vocab_size)
         self.end_ids = self.settings.end_ids
         self.encoder = Encoder(manifest, backend)
-        self.pictures = ImageCache(int(cache_mb * MEGABYTE))
+        self._images = ImageCache(int(cache_mb * MEGABYTE))
         self._decoder: Decoder | None = None
         self._closed = False
 
@@ -108,7 +107,7 @@ class Session:
         with self.backend.lock:
             self._closed = True
             self.encoder.close()
-            self.pictures.clear()
+            self._images.clear()
             self._decoder = None
 
     def generate(
@@ -176,8 +175,8 @@ class Session:
         """Find the images that were encoded before, and say how the others will be cut."""
         # Some models cut one image otherwise when there are several.
         several = len(images) > 1 and self.manifest.crops.several != "alike"
-        keys = [(content_key(image), budget, several) if self.pictures.limit else (None,) for image in images]
-        known = [None if key[0] is None else self.pictures.get(key) for key in keys]
+        keys = [(content_key(image), budget, several) if self._images.limit else (None,) for image in images]
+        known = [None if key[0] is None else self._images.get(key) for key in keys]
         new = [image for image, found in zip(images, known, strict=True) if found is None]
         opened, cut = self.arrange(new, len(images))
         arrangements = iter(cut)
@@ -189,7 +188,7 @@ class Session:
         features = [next(made) if one is None else one for one in asked.known]
         for key, one, found in zip(asked.keys, features, asked.known, strict=True):
             if found is None and key[0] is not None:
-                self.pictures.put(key, one)
+                self._images.put(key, one)
         timings.reused_images = len(features) - len(asked.opened)
         return features
 
@@ -380,7 +379,7 @@ class Session:
             decoder = self.decoder()
             begin = perf_counter()
             room, context = len(prompt) + options.max_new_tokens, self.manifest.decoder.context_length
-            sequence = decoder.sequence(_round_up(room, context), prompt if self.pictures.limit else None, context)
+            sequence = decoder.sequence(_round_up(room, context), prompt if self._images.limit else None, context)
             timings.reused_positions = sequence.past
             timings.splice += 1e3 * (perf_counter() - begin)
         with closing(sequence):
