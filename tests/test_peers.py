@@ -55,8 +55,8 @@ def row(first: float, second: float, turns: list[float], budget: int | None, tok
 def data() -> dict[str, Any]:
     turns = [1000.0, 100.0, 100.0, 110.0, 119.0]
     return {
-        "kind": "peers", "commit": "0123456789", "date": "2026-01-02", "command": "python -m bench peers",
-        "machine": "a machine", "flags": [], "threads": 2, "environment": {"OMP_NUM_THREADS": "2"}, "rounds": 3, "repeats": 1, "tokens": 4,
+        "kind": "peers", "commit": "0123456789", "date": "2026-01-02", "command": "python -m bench peers", "machine": "one",
+        "flags": [], "threads": 2, "environment": {"OMP_NUM_THREADS": "2"}, "rounds": 3, "repeats": 1, "tokens": 4,
         "chat_tokens": 4, "model": "a model", "picture": "a picture", "prompts": {"turns": ["a"] * 5},
         "reference": "transformers fp32",
         "rows": {
