@@ -19,6 +19,7 @@ from bench.latency_report import latency_pictures, latency_section
 from bench.peers_report import peers_section
 from bench.seeds_report import SEEDS_PICTURE, seeds_picture, seeds_section
 from bench.sizes_report import sizes_section
+from bench.soak_report import soak_section
 from bench.statistics import Interval, chair_difference, mean_difference, right_difference
 from leanvlm.calibration.scores import Result, Scores
 from leanvlm.calibration.tables import plot_results
@@ -122,6 +123,7 @@ SECTIONS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
     "sizes": sizes_section,
     "host": host_section,
     "peers": peers_section,
+    "soak": soak_section,
 }
 PICTURES: dict[str, Callable[[Path, dict[str, Any]], None]] = {"study": study_picture, "latency": latency_pictures}
 
