@@ -1,20 +1,23 @@
-"""`python -m bench study|counting|prune|latency|host|families|sizes` measure; `… report` writes RESULTS.md from it."""
+"""`python -m bench study|counting|prune|latency|host|families|sizes|peers|soak` measure; `… report` writes RESULTS.md."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
+from bench.beside.measure import PeersOptions, measure_peers
 from bench.checkpoint import SMALL, Sizes, make_checkpoint
 from bench.counting import CountingOptions, measure_counting
 from bench.families import FamiliesOptions, measure_families
 from bench.host import HostOptions, measure_host
 from bench.latency import LatencyOptions, measure_latency
 from bench.prune import PruneOptions, measure_prune
-from bench.report import write_report
+from bench.report import RESULTS, write_report
 from bench.shapes import SHAPES, SIZED
 from bench.sizes import SizesOptions, measure_sizes
+from bench.soak import SoakOptions, measure_soak
 from bench.study import BUDGETS, CAPTIONS, SCENES, StudyOptions, default_methods, study
 from leanvlm.runtime.console import one_line_errors
 from leanvlm.runtime.manifest import parse_budgets
@@ -75,6 +78,22 @@ def _parser() -> argparse.ArgumentParser:
     host.add_argument("--runs", type=int, default=HostOptions.runs, help="counted runs")
     host.add_argument("--device", choices=("cpu",), help="only for the processor's part, and to try the command")
     host.add_argument("--output", type=Path, help="JSON file to write")
+    peers = commands.add_parser("peers", help="give the same questions to other programs and to ours, on the processor")
+    peers.add_argument("--rows", nargs="+", default=[], help="names of rows; by default all")
+    peers.add_argument(
+        "--work", type=Path, default=Path("out/peers"), help="folder for environments and models, 15 GB; it is kept"
+    )
+    peers.add_argument("--output", type=Path, default=RESULTS / "peers-cpu.json", help="JSON file to write")
+    peers.add_argument("--rounds", type=int, default=PeersOptions.rounds, help="processes of each row")
+    peers.add_argument("--threads", type=int, default=PeersOptions.threads, help="of every peer")
+    peers.add_argument("--launcher", default="", help="put before each process, such as 'taskset -c 0,1'")
+    soak = commands.add_parser("soak", help="ask hundreds of questions in one session and see whether its memory grows")
+    soak.add_argument("bundle", type=Path, help="for the processor")
+    soak.add_argument("--providers", default=",".join(SoakOptions.providers), help="with commas between")
+    soak.add_argument("--answers", type=int, default=SoakOptions.answers, help="answers that count")
+    soak.add_argument("--warmup", type=int, default=SoakOptions.warmup, help="answers before, to fill the cache of pictures")
+    soak.add_argument("--cache-mb", type=float, default=SoakOptions.cache_mb, help="its size")
+    soak.add_argument("--output", type=Path, help="JSON file to write")
     latency = commands.add_parser("latency", help="time every stage on a GPU beside transformers and PyTorch")
     latency.add_argument("--checkpoint", type=Path, required=True, help="what the bundles were exported from")
     latency.add_argument("--fp16", type=Path, required=True, help="its bundle for cuda in fp16")
@@ -116,6 +135,15 @@ def _run(args: argparse.Namespace) -> None:
     if args.command == "host":
         size = (args.size[0], args.size[1])
         print(json.dumps(measure_host(HostOptions(args.bundle, args.output, size, args.runs, device=args.device)), indent=1))
+    if args.command == "peers":
+        rows, launcher = tuple(args.rows), tuple(shlex.split(args.launcher))
+        asked = PeersOptions(args.work, args.output, rows, args.rounds, threads=args.threads, launcher=launcher)
+        print(measure_peers(asked))
+    if args.command == "soak":
+        providers = tuple(args.providers.split(","))
+        soaked = SoakOptions(args.bundle, args.output, providers, args.answers, args.warmup, args.cache_mb)
+        for name, one in measure_soak(soaked)["providers"].items():
+            print(name, json.dumps({key: value for key, value in one.items() if key != "resident_bytes"}))
     if args.command == "latency":
         bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
         static, genai, device = not args.no_static, args.genai, args.device
