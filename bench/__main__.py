@@ -94,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     soak.add_argument("--warmup", type=int, default=SoakOptions.warmup, help="answers before, to fill the cache of pictures")
     soak.add_argument("--cache-mb", type=float, default=SoakOptions.cache_mb, help="its size")
     soak.add_argument("--output", type=Path, help="JSON file to write")
+    decode = commands.add_parser("decode", help="time a further token on a GPU beside llama.cpp's own bench")
+    decode.add_argument("--fp16", type=Path, required=True, help="a bundle for cuda in fp16")
+    decode.add_argument("--int4", type=Path, help="the same in int4")
+    decode.add_argument("--llama", type=Path, required=True, help="folder of llama-bench and llama-quantize, built for the GPU")
+    decode.add_argument("--gguf", type=Path, required=True, help="the decoder, as bench.beside.gguf_files writes it in f16")
+    decode.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    decode.add_argument("--rounds", type=int, default=3, help="turns of everything")
     latency = commands.add_parser("latency", help="time every stage on a GPU beside transformers and PyTorch")
     latency.add_argument("--checkpoint", type=Path, required=True, help="what the bundles were exported from")
     latency.add_argument("--fp16", type=Path, required=True, help="its bundle for cuda in fp16")
@@ -144,6 +151,12 @@ def _run(args: argparse.Namespace) -> None:
         soaked = SoakOptions(args.bundle, args.output, providers, args.answers, args.warmup, args.cache_mb)
         for name, one in measure_soak(soaked)["providers"].items():
             print(name, json.dumps({key: value for key, value in one.items() if key != "resident_bytes"}))
+    if args.command == "decode":
+        from bench.decode import DecodeOptions, measure_decode
+
+        decoders = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
+        done = measure_decode(DecodeOptions(decoders, args.llama, args.gguf, args.output, args.rounds))
+        print(json.dumps(done["median_ms"], indent=1))
     if args.command == "latency":
         bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
         static, genai, device = not args.no_static, args.genai, args.device

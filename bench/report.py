@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.cells import Cells, budgets_of, cells_of, kinds_of, methods_of, table, unpruned
 from bench.counting_report import counting_section
+from bench.decode_report import decode_section
 from bench.families_report import families_section
 from bench.host_report import host_section
 from bench.latency_report import latency_pictures, latency_section
@@ -122,6 +123,7 @@ SECTIONS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
     "families": families_section,
     "sizes": sizes_section,
     "host": host_section,
+    "decode": decode_section,
     "peers": peers_section,
     "soak": soak_section,
 }

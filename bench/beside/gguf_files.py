@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,13 @@ def write(checkpoint: Path, folder: Path, kind: str) -> None:
     """Write both files; the decoder's products are of `kind`, all else is the checkpoint's fp16, norms and biases fp32."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     folder.mkdir(parents=True)
-    with safe_open(checkpoint / "model.safetensors", "numpy") as file:
-        names = list(file.keys())
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, "numpy")) for path in sorted(checkpoint.glob("model*.safetensors"))]
+        places = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (a file is no mapping)
 
         def tensor(end: str) -> Array:
-            (name,) = (name for name in names if name == end or name.endswith("." + end))
-            return np.asarray(file.get_tensor(name))
+            (name,) = (name for name in places if name == end or name.endswith("." + end))
+            return np.asarray(places[name].get_tensor(name))
 
         _decoder(folder / "decoder.gguf", config["text_config"], tensor, checkpoint, kind)
         _tower(folder / "tower.gguf", config["vision_config"], tensor, checkpoint)

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from leanvlm.runtime.backends.ahead import Flight
+from leanvlm.runtime.backends.attention import step_kernels
 from leanvlm.runtime.backends.device import DeviceBuffer, DeviceGraph, DeviceRows, DeviceScores, Slot, batch_shape
 from leanvlm.runtime.backends.ort import GRAPH_STAGES, PROVIDERS, OrtBackend, check_room, first_line
 from leanvlm.runtime.backends.ort_memory import UNCAPTURED, DeviceMemory, OrtBuffer, preload_libraries
@@ -102,7 +103,10 @@ class CudaBackend(OrtBackend):
         spec, splice = self.manifest.decoder, self.manifest.splice
         if splice is None:
             raise GraphError("this bundle has no splice graph: export it again")
-        opened = CudaDecoder(self._memory, self.session(spec.graph), self.session(splice, replayed=False), spec, count(1))
+        found = gpus() if self.device == "cuda" else []
+        with step_kernels(spec, found[0] if found else None):
+            session = self.session(spec.graph)
+        opened = CudaDecoder(self._memory, session, self.session(splice, replayed=False), spec, count(1))
         return Decoder(lambda capacity, kept: CudaCache(opened, capacity, kept), "end" if spec.states else "any")
 
     def new_resizer(self) -> DeviceResizer | None:
