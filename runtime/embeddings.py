@@ -63,6 +63,11 @@ class TokenTable:
         except (SafetensorError, OSError, ValueError) as error:
             raise BundleError(f"the token table {path.name} cannot be read: {error}") from error
 
+    def row(self, token: int) -> npt.NDArray[np.floating[Any]]:
+        """Return a token's row (W,) as it is, for whoever asks `rows` for it too, which checks it, and has no time for that."""
+        found: npt.NDArray[np.floating[Any]] = self._rows[token]
+        return np.pad(found, (0, self._behind)) if self._behind else found
+
     def rows(self, ids: Sequence[int]) -> npt.NDArray[np.floating[Any]]:
         """Return the rows of token ids, (len(ids), W), their embeddings as they are stored.
 

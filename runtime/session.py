@@ -359,7 +359,7 @@ class Session:
                     else:
                         scores = sequence.step(self.table.rows([token])[0], prompt.next_position + count - 1, token)
                     if chooser.takes_best and count + 1 < options.max_new_tokens:
-                        sequence.ahead(self.table.rows, prompt.next_position + count, chooser.ends)
+                        sequence.ahead(self.table.row, prompt.next_position + count, chooser.ends)
                     if count > 0:
                         scores.wait()
                         timings.decode.append(1e3 * (perf_counter() - begin))

@@ -34,9 +34,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
     step = CudaCache._step
 
-    def counted(self: CudaCache, slot: Any, embedding: Any, position: int, length: int) -> None:
+    def counted(self: CudaCache, slot: Any, embedding: Any, position: int, *rest: Any) -> None:
         made.append(position)
-        step(self, slot, embedding, position, length)
+        step(self, slot, embedding, position, *rest)
 
     monkeypatch.setattr(CudaCache, "_step", counted)
     return made
@@ -96,7 +96,7 @@ def test_a_step_for_another_token_is_made_anew(session: Session) -> None:
             scores = sequence.step(rows([token])[0], position + step, token)
             found.append(scores.logits())
             if begun:
-                sequence.ahead(rows, position + step + 1, ())
+                sequence.ahead(session.table.row, position + step + 1, ())
                 assert scores.greedy() == found[-1].argmax() != (5, 9, 11, 0)[step + 1]
         sequence.close()
         return found
@@ -105,31 +105,35 @@ def test_a_step_for_another_token_is_made_anew(session: Session) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize(("error", "raised"), [(RuntimeError("no memory"), BackendError), (BundleError("a NaN"), BundleError)])
-def test_a_step_that_fails_says_so_once_and_nothing_else_does(
-    session: Session, error: Exception, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted, rows, asked = answers(session), session.table.rows, []
+def test_a_step_that_fails_says_so_once_and_nothing_else_does(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, step, made = answers(session), CudaCache._step, []
 
-    def failing(ids: Any) -> Any:
-        asked.append(ids)
-        if len(asked) == 7 and isinstance(error, BundleError):
-            raise error
-        return rows(ids)
-
-    step = CudaCache._step
-
-    def broken(self: CudaCache, *arguments: Any) -> None:
-        if len(asked) >= 7 and isinstance(error, RuntimeError):
-            raise BackendError(f"the decoder failed: {error}")
-        step(self, *arguments)
+    def broken(*arguments: Any) -> None:
+        made.append(arguments)
+        if len(made) == 7:
+            raise BackendError("the decoder failed: no memory")
+        step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session.table, "rows", failing)
         patch.setattr(CudaCache, "_step", broken)
-        with pytest.raises(raised, match=str(error)):
+        with pytest.raises(BackendError, match="no memory"):
             session.generate(*ASKED[1], ignore_end=True, max_new_tokens=20)
+    assert len(made) == 7
     assert answers(session) == wanted
+
+
+def test_a_row_that_is_not_finite_is_refused_though_its_step_was_begun(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step takes the row as it is; who asks for the step looks at it."""
+    whole = session.generate(*ASKED[1]).token_ids
+    spoiled = np.array(session.table._rows)
+    spoiled[whole[4]] = np.nan
+    with monkeypatch.context() as patch:
+        patch.setattr(session.table, "_rows", spoiled)
+        with pytest.raises(BundleError, match=f"a value for token {whole[4]} that is not finite"):
+            session.generate(*ASKED[1])
+    assert session.generate(*ASKED[1]).token_ids == whole
 
 
 def test_a_job_that_failed_is_never_taken_for_one_that_did_not() -> None:

@@ -91,7 +91,7 @@ def _tokenizer(out: gguf.GGUFWriter, checkpoint: Path, size: int) -> None:
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in made["model"]["merges"]]
     out.add_tokenizer_model("gpt2")
     out.add_tokenizer_pre(SPLIT)
-    out.add_token_list([tokens[number] for number in range(size)])
+    out.add_token_list([tokens.get(number, f"<unused{number}>") for number in range(size)])
     out.add_token_types([gguf.TokenType.CONTROL if number in special else gguf.TokenType.NORMAL for number in range(size)])
     out.add_token_merges(merges)
     out.add_bos_token_id(1)

@@ -22,7 +22,8 @@ class Flight:
         scores: Of the run before; their best token is what the step reads.
         ends: Tokens behind which no step is made.
         start: Gives work to the device's thread.
-        step: Runs the step of a token: on that thread.
+        step: Runs the step of a token, on that thread; calls its second argument when the run begins. Whoever waits for the
+            token is woken then: earlier, its Python code would hold up the run.
 
     Attributes:
         job: The work.
@@ -34,7 +35,7 @@ class Flight:
         scores: DeviceScores,
         ends: Collection[int],
         start: Callable[[Callable[[], object]], Job],
-        step: Callable[[int], None],
+        step: Callable[[int, Callable[[], None]], None],
     ) -> None:
         self.token: int | None = None
         known: SimpleQueue[None] = SimpleQueue()
@@ -45,11 +46,11 @@ class Flight:
                     return
                 # Whoever asks the scores now is told this token: the step overwrites what it was read from.
                 token = scores.greedy()
-                self.token = None if token in ends else token
+                if token not in ends:
+                    self.token = token
+                    step(token, lambda: known.put(None))
             finally:
                 known.put(None)
-            if self.token is not None:
-                step(self.token)
 
         self.job = start(work)
         known.get()
@@ -58,9 +59,7 @@ class Flight:
 class Eager(Protocol):
     """A cache that can begin its next step before it is asked for."""
 
-    def begin(
-        self, scores: DeviceScores, rows: Callable[[list[int]], object], position: int, ends: Collection[int]
-    ) -> Flight | None:
+    def begin(self, scores: DeviceScores, row: Callable[[int], object], position: int, ends: Collection[int]) -> Flight | None:
         """Begin the step of the best token of the last run, and return when that is known; None where it cannot be."""
         ...
 

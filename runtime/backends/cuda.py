@@ -317,14 +317,12 @@ class CudaCache:
         self.length += 1
         return self._scores(slot)
 
-    def begin(
-        self, scores: DeviceScores, rows: Callable[[list[int]], Array], position: int, ends: Collection[int]
-    ) -> Flight | None:
+    def begin(self, scores: DeviceScores, row: Callable[[int], Array], position: int, ends: Collection[int]) -> Flight | None:
         """Begin the step of the best token of the last run, and return when that is known.
 
         Args:
             scores: Of the last run.
-            rows: Looks embeddings up.
+            row: Looks an embedding up.
             position: Of the step.
             ends: Tokens behind which no step is made.
 
@@ -334,9 +332,11 @@ class CudaCache:
         slot, length = self._slots.get((1, self._turn)), self.length
         if slot is None or length >= self.capacity:
             return None
-        self._flight = Flight(
-            scores, ends, self._memory.start, lambda token: self._step(slot, rows([token])[0], position, length)
-        )
+
+        def step(token: int, begins: Callable[[], None]) -> None:
+            self._step(slot, row(token), position, length, begins)
+
+        self._flight = Flight(scores, ends, self._memory.start, step)
         return self._flight
 
     def take(self, flight: Flight) -> DeviceScores:
@@ -357,17 +357,20 @@ class CudaCache:
         self.settle()
         self._last.run()
 
-    def _step(self, slot: DecoderSlot, embedding: Array, position: int, length: int) -> None:
+    def _step(
+        self, slot: DecoderSlot, embedding: Array, position: int, length: int, begins: Callable[[], None] = lambda: None
+    ) -> None:
         """Run the step behind `length` rows."""
         slot.inputs.values["inputs_embeds"][0, 0] = embedding
-        self._send(slot, length + 1, np.full((self._spec.axes, 1), position, np.int64))
+        self._send(slot, length + 1, position)
+        begins()
         slot.run()
 
-    def _send(self, slot: DecoderSlot, seen: int, positions: npt.NDArray[np.int64]) -> None:
+    def _send(self, slot: DecoderSlot, seen: int, positions: npt.NDArray[np.int64] | int) -> None:
         values = slot.inputs.values
-        values["attention_mask"][0] = np.arange(self.capacity) < seen
+        values["attention_mask"][0, :seen], values["attention_mask"][0, seen:] = 1, 0
         if self._positioned:
-            values["position_ids"][:] = as_input(positions)
+            values["position_ids"][:] = positions if isinstance(positions, int) else as_input(positions)
         slot.inputs.send()
 
     def _scores(self, slot: DecoderSlot, job: Job | None = None) -> DeviceScores:

@@ -139,19 +139,19 @@ class DecoderSequence:
         self._held.add([key], np.full((axes, 1), position), [len(self._held)])
         return self._scores
 
-    def ahead(self, rows: Callable[[list[int]], Any], position: int, ends: Collection[int]) -> None:
+    def ahead(self, row: Callable[[int], Any], position: int, ends: Collection[int]) -> None:
         """Say that the next step will be that of the best token; a cache that can begins it, and returns when it is known.
 
         The last scores' `greedy` holds then; their logits do not.
 
         Args:
-            rows: Looks the embeddings of tokens up, (len(ids), D).
+            row: Looks the embedding of a token up, (D,).
             position: Of the next step; the step must be asked for with this one.
             ends: Tokens behind which there is none.
         """
         cache: Any = self._open()
         if hasattr(cache, "begin"):
-            self._flight = cache.begin(self._scores, rows, position, ends)
+            self._flight = cache.begin(self._scores, row, position, ends)
 
     def close(self) -> None:
         """Give the cache back, with nothing going on in it; more than once does nothing."""
