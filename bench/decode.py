@@ -16,7 +16,7 @@ import numpy as np
 
 from bench.latency import TEXT_TOKENS, machine, prompt_of
 from leanvlm.runtime.backends.attention import XQA
-from leanvlm.runtime.session import Session, load
+from leanvlm.runtime.session import Session, load, user_message
 
 Samples = dict[str, list[float]]
 # Of llama-quantize, in place of fp16.
@@ -74,6 +74,8 @@ def measure_decode(options: DecodeOptions) -> dict[str, Any]:
         for precision, bundle in options.bundles.items():
             for name, variable in (("ours", None), ("ours-xqa", "1")):
                 _ours(options, f"{name}_{precision}", bundle, variable, measured)
+            for asked, times in _again(bundle).items():
+                measured.add(f"ours_{precision}_{asked}", times)
         for kind, file in files.items():
             _llama(options, kind, file, measured)
     medians = {name: round(median(values), 3) for name, values in measured.samples.items()}
@@ -95,6 +97,24 @@ def _ours(options: DecodeOptions, name: str, bundle: Path, variable: str | None,
                     measured.add(f"{name}_{stage}_{context}", values)
     finally:
         os.environ.pop(XQA, None)
+
+
+def _again(bundle: Path) -> Samples:
+    """Return the times to the first token of a new picture's question, a second one about it, and a conversation's turns."""
+    rng = np.random.default_rng(1)
+    found: Samples = {"new picture": [], "second question": [], "next turn": []}
+    with load(bundle) as session:
+        for _ in range(8):
+            picture = rng.integers(0, 256, (960, 1280, 3)).astype(np.uint8)
+            said: list[Any] = []
+            for name, text in zip(found, ("What is there?", "What is there, on the left?", "And on the right?"), strict=True):
+                if name != "next turn":
+                    said = []
+                said.append(user_message(text, not said))
+                answer = session.generate(said, [picture], max_new_tokens=16, ignore_end=True)
+                said.append({"role": "assistant", "content": [{"type": "text", "text": answer.text}]})
+                found[name].append(answer.timings.time_to_first_token)
+    return {name: times[2:] for name, times in found.items()}
 
 
 def _times(session: Session, budget: int, tokens: int) -> Iterator[tuple[str, int, list[float]]]:

@@ -98,7 +98,7 @@ def soak(session: Session, answers: int, warmup: int) -> dict[str, Any]:
             said = {"role": "assistant", "content": [{"type": "text", "text": answer.text}]}
             turns = [user_message(question, 1), said, user_message(QUESTIONS[0], 0)]
             session.generate(turns, [picture], max_new_tokens=tokens, ignore_end=True)
-        cached = max(cached, session._images.bytes)
+        cached = max(cached, session._pictures.cache.bytes)
         if count >= 0 and count % EVERY == EVERY - 1:
             resident.append(resident_bytes())
     return {
