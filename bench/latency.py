@@ -178,11 +178,14 @@ def _decoder(session: Session, precision: str, prompt: str, pixels: Any, options
 
     times = [read() for _ in range(options.warmup + options.runs)]
     samples[f"prefill_{len(plan)}_{precision}"] = times[options.warmup :]
-    token, position = cache.prefill().greedy(), plan.next_position
+    sequence.load(plan)
+    token, position = sequence.prefill().greedy(), plan.next_position
     steps = []
     for count in range(options.warmup + options.runs):
         begin = perf_counter()
-        token = cache.step(session.table.rows([token])[0], position + count).greedy()
+        scores = sequence.step(session.table.rows([token])[0], position + count, token)
+        sequence.ahead(session.table.row, position + count + 1, ())
+        token = scores.greedy()
         steps.append(1e3 * (perf_counter() - begin))
     samples[f"decode_{precision}"] = steps[options.warmup :]
     samples[f"decode_{precision}_graph_only"] = repeated(cache.replay, options)
