@@ -103,12 +103,17 @@ def _conditions(path: Path, data: dict[str, Any], rows: Mapping[str, Row]) -> st
     flags = ", ".join(data["flags"]) or "none of AVX-512 VNNI, BF16 and AMX"
     return (
         f"{data['model']}; {data['picture']}, another one each time; {data['machine']} ({flags}); {data['threads']} threads, "
-        f"{settings}; {tools}. Every row in a process of its own, one after another, in {data['rounds']} rounds; after one "
+        f"{settings}; {tools}. Every row in a process of its own, one after another, in {_rounds(rows)} rounds; after one "
         f"answer that does not count, two questions of about {_prompt_tokens(rows)} tokens (all image tokens) about each of "
         f"{data['repeats']} pictures with answers of {data['tokens']} tokens, and a chat of {len(data['prompts']['turns'])} "
         f"turns about another with {data['chat_tokens']}. Medians; [{path.name}](results/{path.name}), {data['date']}, commit "
-        f"{str(data['commit'])[:7]}; `{data['command']}`.\n"
+        f"{str(data['commit'])[:7]}; `{data['command']}`. {data.get('note', '')}\n"
     )
+
+
+def _rounds(rows: Mapping[str, Row]) -> str:
+    counts = sorted({len(row["rounds"]) for row in rows.values()})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _prompt_tokens(rows: Mapping[str, Row]) -> int:
@@ -147,8 +152,9 @@ def _verdicts(rows: Mapping[str, Row], best: str) -> list[str]:
         ratio = second_ms(row) / first_ms(row)
         lines.append(_held(f"Second question, `{name}`: {ratio:.2f} of the first", ratio, SECOND_64))
         turns = turns_ms(row)
-        most = max(turns[2:]) / turns[1]
-        lines.append(_held(f"Turns 3 to 5, `{name}`: at most {most:.2f} of turn 2", most, GROWTH))
+        grown, most = turns[-1] / turns[1], max(turns[2:])
+        text = f"Turn 5, `{name}`: {turns[-1]:.0f} ms, {grown:.2f} of turn 2's (the slowest of turns 3 to 5: {most:.0f})"
+        lines.append(_held(text, grown, GROWTH))
     lines += [
         f"- `{name}`: {'all' if equal == count else f'only {equal}'} of {count} tokens equal."
         for name, row in rows.items()

@@ -26,8 +26,8 @@ def soak_section(path: Path, data: dict[str, Any]) -> str:
             f"{data['answers']} answers of one session, after {data['warmup']} that fill its cache of pictures; pictures of "
             "sizes of their own, every seventh question about the picture before, every fourth with a second turn. The "
             f"built-in model at its default budget; {data['machine']}, {data['threads']} threads; "
-            f"[{path.name}](results/{path.name}), {data['date']}; `{data['command']}`. Promised: at most "
-            f"{100 * (data['most'] - 1):.0f} % more, and the cache within its bound.\n",
+            f"[{path.name}](results/{path.name}), {data['date']}; `{data['command']}`. "
+            f"Promised: at most {100 * (data['most'] - 1):.0f} % more, and the cache within its bound.\n",
             table(("MB resident", "before", "after", "most between", "after, to before", "kept pictures, MB", "holds"), rows),
         ]
     )

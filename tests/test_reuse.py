@@ -88,7 +88,10 @@ def test_answers_are_a_fresh_session_s(opened: tuple[str, Callable[..., Session]
     # The text before the picture, the picture, and the words that the questions share.
     image = found[0].pruning[0].kept
     assert read[1] > image
-    assert 0 < read[2] < found[2].prompt_tokens - image
+    if name == "openvino:f32":
+        assert read[2] == 0, "OpenVINO goes on behind half a prompt at least"
+    else:
+        assert 0 < read[2] < found[2].prompt_tokens - image
     assert 2 * image < read[5] < found[5].prompt_tokens
     assert image < read[6] < found[6].prompt_tokens
 
@@ -298,7 +301,7 @@ def test_the_rest_of_a_prompt_is_what_it_would_be(tiny_bundle: Path) -> None:
         assert len(prompt.tail(len(prompt) - 1).crops) == 0
 
 
-def test_a_decoder_that_takes_nothing_up_never_goes_on() -> None:
+def test_a_decoder_goes_on_as_it_says() -> None:
     class Stub:
         def __init__(self, capacity: int) -> None:
             self.capacity, self.length = capacity, 0
@@ -310,8 +313,9 @@ def test_a_decoder_that_takes_nothing_up_never_goes_on() -> None:
             return None
 
     made: Any = lambda capacity, kept: Stub(capacity)  # noqa: E731
-    for reuse, wanted in (("nothing", [0, 0, 0]), ("any", [0, 3, 2]), ("end", [0, 3, 0])):
-        decoder: Any = Decoder(made, reuse)
+    cases = (("nothing", 0.0, [0, 0, 0]), ("any", 0.0, [0, 3, 2]), ("any", 0.75, [0, 3, 0]), ("end", 0.0, [0, 3, 0]))
+    for reuse, least, wanted in cases:
+        decoder: Any = Decoder(made, reuse, least)
         past = []
         for ids in ([1, 2, 3], [1, 2, 3, 4], [1, 2, 9]):
             sequence = decoder.sequence(8, planned(ids))

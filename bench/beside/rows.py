@@ -97,8 +97,8 @@ def _plain_checkpoint(work: Path, threads: int) -> Path:
     return checkpoint(work)
 
 
-_NO_PICTURES = "keeps no pictures"
-_OWN_RESIZE = "resizes pictures in its own way, into a padded square, and counts the tower's positions from 1"
+_NO_PICTURES = "keeps keys and values, and encodes the picture again"
+_OWN_RESIZE = "prepares pictures in its own way, so its tokens are others; its wheel is built without AVX-512"
 
 PEERS: dict[str, Row] = {
     REFERENCE: Row("hf_transformers", OWN, _plain_checkpoint, "checkpoint", {"dtype": "float32"}, exact=True),

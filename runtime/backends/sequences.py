@@ -170,11 +170,13 @@ class Decoder:
     Args:
         make: Returns a cache of at least so many positions; the second argument says whether it will be kept.
         reuse: How a sequence may go on from what the kept cache holds.
+        least: Share of a prompt that must be held for that; where going on has a price, less is read anew sooner.
     """
 
-    def __init__(self, make: Callable[[int, bool], Cache], reuse: Reuse = "nothing") -> None:
+    def __init__(self, make: Callable[[int, bool], Cache], reuse: Reuse = "nothing", least: float = 0.0) -> None:
         self._make = make
         self._reuse = reuse
+        self._least = least
         self._kept: Cache | None = None
         self._held = Held()
         # Weak, so that a sequence that nobody closed gives its cache back too.
@@ -206,6 +208,8 @@ class Decoder:
         if self._reuse == "nothing" or kept.length < len(self._held):
             return 0
         past = self._held.shared(prompt)
+        if past < self._least * len(prompt):
+            return 0
         return past if self._reuse == "any" or past == len(self._held) == kept.length else 0
 
     def _grow(self, capacity: int, past: int, limit: int | None) -> int:
