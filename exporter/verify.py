@@ -3,12 +3,13 @@
 Per budget: the image features and the kept tokens of two probe images in one batch, against the unmodified checkpoint. For the
 decoder: first-position logits. For the whole chain: greedy tokens, by one pass of the checkpoint over the same sequence,
 which is the same event as decoding greedily step by step. A decoder with quantised weights is judged by the checkpoint with
-its weights quantised alike, and what quantisation costs against the checkpoint as it is, is measured beside it. The figures
-go into the manifest; a failure leaves no bundle.
+its weights quantised alike, and what quantisation costs against the checkpoint as it is, is measured beside it. So are vision
+graphs in int8. The figures go into the manifest; a failure leaves no bundle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -70,6 +71,14 @@ def verify(
     Raises:
         VerificationError: A difference is over its tolerance, a value is not finite, or a selection did not converge.
     """
+    with reference.vision_rounded() if session.manifest.vision_precision == "int8" else contextlib.nullcontext():
+        return _verify(session, reference, planned, on_step, raw)
+
+
+def _verify(
+    session: Session, reference: Reference, planned: Sequence[VisionPlan], on_step: Callable[[str], None], raw: bool
+) -> dict[str, Any]:
+    """Do what `verify` does, with the reference's weights as they are now."""
     manifest = session.manifest
     results: dict[str, Any] = {"device": session.backend.device, "vision": {}, "tokens": {}}
     views = {}
@@ -92,6 +101,34 @@ def verify(
         results["tokens"][str(graph.budget)] = measured
         _check_chain(graph.budget, measured, COMPUTED[manifest.decoder.kv_dtype])
     return {**results, "images": len(views[0].images), "crops": len(views[0].inputs[PIXELS])}
+
+
+def measure_rounding(session: Session, reference: Reference, planned: Sequence[VisionPlan]) -> dict[str, Any]:
+    """Compare the vision graphs of an int8 bundle, as they will run, with the checkpoint's own weights.
+
+    Args:
+        session: The bundle, open as a user opens it: its kernels round activations too.
+        reference: The checkpoint.
+        planned: The vision graphs, as exported.
+
+    Returns:
+        For each graph `features`, the largest difference relative to the largest feature, and `kept_overlap`, the least share
+        of kept tokens that are the checkpoint's, over two pictures. No bound judges them.
+
+    Raises:
+        VerificationError: Values that are not finite.
+    """
+    found = {}
+    for shape in range(len(session.manifest.crops.shapes)):
+        graphs = {graph.file: graph for graph in planned if graph.shape == shape}.values()
+        view = _look(session, reference, shape, {graph.pruner.scored_block for graph in graphs})
+        for graph in graphs:
+            outputs = _run(session, session.manifest.vision_graph(graph.budget, shape), view.inputs)
+            measured = _judge_vision(outputs, reference, graph.pruner, view.tokens[graph.pruner.scored_block])
+            if not measured["finite"]:
+                raise VerificationError(f"{graph.file}: values that are not finite (NaN or infinity), with rounded activations")
+            found[_called(graph, session.manifest)] = {key: measured[key] for key in ("features", "kept_overlap")}
+    return found
 
 
 def _called(graph: VisionPlan, manifest: Manifest) -> str:
