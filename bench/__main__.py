@@ -1,4 +1,4 @@
-"""`python -m bench study|counting|prune|latency|host|families|sizes` measure; `… report` writes RESULTS.md from it."""
+"""`python -m bench study|counting|prune|latency|host|families|sizes|vision` measure; `… report` writes RESULTS.md from it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bench.host import HostOptions, measure_host
 from bench.latency import LatencyOptions, measure_latency
 from bench.prune import PruneOptions, measure_prune
 from bench.report import write_report
+from bench.rounded_vision import VisionOptions, measure_vision
 from bench.shapes import SHAPES, SIZED
 from bench.sizes import SizesOptions, measure_sizes
 from bench.study import BUDGETS, CAPTIONS, SCENES, StudyOptions, default_methods, study
@@ -75,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     host.add_argument("--runs", type=int, default=HostOptions.runs, help="counted runs")
     host.add_argument("--device", choices=("cpu",), help="only for the processor's part, and to try the command")
     host.add_argument("--output", type=Path, help="JSON file to write")
+    vision = commands.add_parser("vision", help="compare the vision graphs of two bundles, fp32 and int8, on built-in scenes")
+    vision.add_argument("bundles", nargs=2, type=Path, help="in fp32, and with --vision-precision int8")
+    vision.add_argument("--scenes", type=int, default=VisionOptions.scenes, help="half simple, half complex")
+    vision.add_argument("--threads", type=int, default=VisionOptions.threads)
+    vision.add_argument("--evaluation", type=Path, help="what `leanvlm eval --json` wrote of both")
+    vision.add_argument("--output", type=Path, required=True, help="JSON file to write")
     latency = commands.add_parser("latency", help="time every stage on a GPU beside transformers and PyTorch")
     latency.add_argument("--checkpoint", type=Path, required=True, help="what the bundles were exported from")
     latency.add_argument("--fp16", type=Path, required=True, help="its bundle for cuda in fp16")
@@ -116,6 +123,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.command == "host":
         size = (args.size[0], args.size[1])
         print(json.dumps(measure_host(HostOptions(args.bundle, args.output, size, args.runs, device=args.device)), indent=1))
+    if args.command == "vision":
+        bundles = (args.bundles[0], args.bundles[1])
+        measure_vision(VisionOptions(bundles, args.output, args.scenes, args.threads, args.evaluation))
     if args.command == "latency":
         bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
         static, genai, device = not args.no_static, args.genai, args.device

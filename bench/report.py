@@ -16,6 +16,7 @@ from bench.counting_report import counting_section
 from bench.families_report import families_section
 from bench.host_report import host_section
 from bench.latency_report import latency_pictures, latency_section
+from bench.rounded_vision import rounded_vision_section
 from bench.seeds_report import SEEDS_PICTURE, seeds_picture, seeds_section
 from bench.sizes_report import sizes_section
 from bench.statistics import Interval, chair_difference, mean_difference, right_difference
@@ -120,6 +121,7 @@ SECTIONS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
     "families": families_section,
     "sizes": sizes_section,
     "host": host_section,
+    "rounded vision": rounded_vision_section,
 }
 PICTURES: dict[str, Callable[[Path, dict[str, Any]], None]] = {"study": study_picture, "latency": latency_pictures}
 
