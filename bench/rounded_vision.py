@@ -1,4 +1,4 @@
-"""`python -m bench vision`: the vision graphs of two bundles of one checkpoint, in fp32 and in int8, turn by turn in one process.
+"""`python -m bench vision`: vision graphs of two bundles of one checkpoint, in fp32 and in int8, turn by turn in one process.
 
 For each built-in scene both graphs run, the order changing; their times, and how many of the kept tokens are the same. What
 `leanvlm eval --json` counted of the two goes in beside it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def measure_vision(options: VisionOptions) -> None:
         session.close()
     record = {
         "kind": "rounded vision",
-        "conditions": conditions(),
+        "conditions": {**conditions(), "onnxruntime": version("onnxruntime")},
         "command": f"python -m bench vision {' '.join(bundle.name for bundle in options.bundles)} --scenes {options.scenes}",
         "source": manifest.source.id,
         "budget": manifest.default_budget,
@@ -107,13 +108,13 @@ def rounded_vision_section(path: Path, data: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"## Vision graphs in int8: {data['source']}\n",
-            f"`export --vision-precision int8` beside fp32, {data['budget']} of {data['of']} tokens kept, {data['scenes']} built-in "
-            f"scenes, turn by turn in one process ([{path.name}](results/{path.name}), {run['date']}; {run['machine']}, "
-            f"{data['threads']} threads; ONNX Runtime {run['versions']['onnxruntime']}, commit `{run['commit']}`; "
+            f"`export --vision-precision int8` beside fp32, {data['budget']} of {data['of']} tokens kept, "
+            f"{data['scenes']} built-in scenes, turn by turn in one process ([{path.name}](results/{path.name}), {run['date']}; {run['machine']}, "
+            f"{data['threads']} threads; ONNX Runtime {run['onnxruntime']}, commit `{run['commit']}`; "
             f"`{data['command']}`).\n",
             table(("vision graph, ms", "median", "p90", "right answers"), rows),
-            f"int8 is {ratio:.2f} times as fast. Of the kept tokens {data['kept_same']['mean']:.1%} are fp32's (the worst scene "
-            f"{data['kept_same']['least']:.0%}); the effective rank is within {data['rank_off']:.1%}. "
+            f"int8 is {ratio:.2f} times as fast. Of the kept tokens {data['kept_same']['mean']:.1%} are fp32's (the worst "
+            f"scene {data['kept_same']['least']:.0%}); the effective rank is within {data['rank_off']:.1%}. "
             f"{_verdict(ratio, data['kept_same']['mean'])}\n",
         ]
     )
