@@ -109,9 +109,9 @@ def rounded_vision_section(path: Path, data: dict[str, Any]) -> str:
         [
             f"## Vision graphs in int8: {data['source']}\n",
             f"`export --vision-precision int8` beside fp32, {data['budget']} of {data['of']} tokens kept, "
-            f"{data['scenes']} built-in scenes, turn by turn in one process ([{path.name}](results/{path.name}), {run['date']}; {run['machine']}, "
-            f"{data['threads']} threads; ONNX Runtime {run['onnxruntime']}, commit `{run['commit']}`; "
-            f"`{data['command']}`).\n",
+            f"{data['scenes']} built-in scenes, turn by turn in one process ([{path.name}](results/{path.name}), "
+            f"{run['date']}; {run['machine']}, {data['threads']} threads; ONNX Runtime {run['onnxruntime']}, "
+            f"commit `{run['commit']}`; `{data['command']}`).\n",
             table(("vision graph, ms", "median", "p90", "right answers"), rows),
             f"int8 is {ratio:.2f} times as fast. Of the kept tokens {data['kept_same']['mean']:.1%} are fp32's (the worst "
             f"scene {data['kept_same']['least']:.0%}); the effective rank is within {data['rank_off']:.1%}. "
