@@ -40,7 +40,8 @@ from leanvlm.exporter.resize_graph import AXES, resize_file, write_resize_graph
 from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.text_files import write_text_files
-from leanvlm.exporter.verify import measure_rounding, verify
+from leanvlm.exporter.verify import verify
+from leanvlm.exporter.verify_rounded import measure_rounding
 from leanvlm.exporter.vision_graphs import Tokens, VisionTracer
 from leanvlm.runtime.backends.ort import PROVIDERS
 from leanvlm.runtime.bundle import file_sha256, write_manifest

@@ -39,6 +39,9 @@ __all__ = ["DTYPES", "EMBED_TOKENS", "VISION_DATA", "Plan", "fetch", "plan", "vi
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 EMBED_TOKENS = "embed_tokens.safetensors"
 VISION_DATA = "vision.data"
+# Families, beside those whose images have a size, whose projector multiplies by a matrix that is no linear layer: the reference
+# rounds linear layers only.
+UNROUNDED = ("gemma3",)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def plan(config: ExportConfig) -> Plan:
     _check_onnxruntime(checkpoint.config.text_config, config.target, positions)
     _warn_of_context(checkpoint.config.text_config)
     check_text(config, checkpoint)
+    _check_vision_precision(config, checkpoint)
     references, gate = _gate(config, checkpoint)
     vision = _vision(config, checkpoint, asked, references)
     model = outline(checkpoint.family, checkpoint.config)
@@ -112,6 +116,15 @@ def plan(config: ExportConfig) -> Plan:
     result = Plan(config, checkpoint, vision, positions, sizes, gate)
     _check_disk(result)
     return result
+
+
+def _check_vision_precision(config: ExportConfig, checkpoint: Checkpoint) -> None:
+    """Refuse to round towers whose products are not the checkpoint's linear layers; raises InputError."""
+    family = checkpoint.family.model_type
+    if config.resolved_vision_precision == "int8" and (checkpoint.frame.crops.kind == "nearest" or family in UNROUNDED):
+        raise InputError(
+            f"--vision-precision int8 is not possible for {family!r}, whose vision graphs cannot be verified in it"
+        )
 
 
 def _warn_of_context(text: Any) -> None:

@@ -83,19 +83,19 @@ def _verify(
     results: dict[str, Any] = {"device": session.backend.device, "vision": {}, "tokens": {}}
     views = {}
     for shape in range(len(manifest.crops.shapes)):
-        views[shape] = view = _look(session, reference, shape, {graph.pruner.scored_block for graph in planned})
+        views[shape] = view = look(session, reference, shape, {graph.pruner.scored_block for graph in planned})
         _check_layout(session, reference, view.images[0], view.whole, view.packed)
         _check_resizing(session, shape, view)
     # Each graph once, whatever it serves.
     for graph in {graph.file: graph for graph in planned}.values():
         on_step(f"verify {Path(graph.file).stem.replace('_', ' ')}")
-        results["vision"][_called(graph, manifest)] = _verify_vision(session, reference, graph, views[graph.shape])
+        results["vision"][called(graph, manifest)] = _verify_vision(session, reference, graph, views[graph.shape])
     on_step("verify decoder")
     question = f"{session.image_token}\n{PROMPT}" if raw else [user_message(PROMPT, 1)]
     # With the smallest shape, whose rows and columns differ where those of any do.
     shape = max(views, key=lambda at: (len(set(manifest.crops.shapes[at].grid)), at))
     for graph in (graph for graph in planned if graph.shape == shape):
-        merges = results["vision"][_called(graph, manifest)]["merged"]
+        merges = results["vision"][called(graph, manifest)]["merged"]
         view = views[shape]
         measured = _compare_chain(session, reference, view.images[0], question, None if merges else view.whole, graph.budget)
         results["tokens"][str(graph.budget)] = measured
@@ -103,35 +103,7 @@ def _verify(
     return {**results, "images": len(views[0].images), "crops": len(views[0].inputs[PIXELS])}
 
 
-def measure_rounding(session: Session, reference: Reference, planned: Sequence[VisionPlan]) -> dict[str, Any]:
-    """Compare the vision graphs of an int8 bundle, as they will run, with the checkpoint's own weights.
-
-    Args:
-        session: The bundle, open as a user opens it: its kernels round activations too.
-        reference: The checkpoint.
-        planned: The vision graphs, as exported.
-
-    Returns:
-        For each graph `features`, the largest difference relative to the largest feature, and `kept_overlap`, the least share
-        of kept tokens that are the checkpoint's, over two pictures. No bound judges them.
-
-    Raises:
-        VerificationError: Values that are not finite.
-    """
-    found = {}
-    for shape in range(len(session.manifest.crops.shapes)):
-        graphs = {graph.file: graph for graph in planned if graph.shape == shape}.values()
-        view = _look(session, reference, shape, {graph.pruner.scored_block for graph in graphs})
-        for graph in graphs:
-            outputs = _run(session, session.manifest.vision_graph(graph.budget, shape), view.inputs)
-            measured = _judge_vision(outputs, reference, graph.pruner, view.tokens[graph.pruner.scored_block])
-            if not measured["finite"]:
-                raise VerificationError(f"{graph.file}: values that are not finite (NaN or infinity), with rounded activations")
-            found[_called(graph, session.manifest)] = {key: measured[key] for key in ("features", "kept_overlap")}
-    return found
-
-
-def _called(graph: VisionPlan, manifest: Manifest) -> str:
+def called(graph: VisionPlan, manifest: Manifest) -> str:
     """Return what the results call a graph: its budget, where crops differ in shape the tokens it keeps of which."""
     if len(manifest.crops.shapes) == 1:
         return str(graph.budget)
@@ -163,7 +135,7 @@ class View:
         return features[: len(self.normal[0])]
 
 
-def _look(session: Session, reference: Reference, shape: int, blocks: Collection[ScoredBlock]) -> View:
+def look(session: Session, reference: Reference, shape: int, blocks: Collection[ScoredBlock]) -> View:
     """Show the checkpoint two images that become crops of a shape."""
     manifest = session.manifest
     images = probe_images(manifest.crops, shape)
@@ -182,10 +154,10 @@ def _verify_vision(session: Session, reference: Reference, planned: VisionPlan, 
     """Compare one vision graph with what the checkpoint and the graph's pruner make of two images; raises VerificationError."""
     graph = session.manifest.vision_graph(planned.budget, planned.shape)
     inputs, unpruned = view.inputs, view.tokens[planned.pruner.scored_block]
-    outputs = _run(session, graph, inputs)
+    outputs = run_graph(session, graph, inputs)
     _check_placement(graph.file, session.backend.misplaced(graph, in_parts(inputs, len(view.images))[0]))
     precision = _vision_precision(graph)
-    measured = _judge_vision(outputs, reference, planned.pruner, unpruned)
+    measured = judge_vision(outputs, reference, planned.pruner, unpruned)
     if not measured["merged"] and precision == "fp32" and measured["features"] > tolerances.FEATURES[precision]:
         # A pass in double precision, only where it decides.
         measured["rounding"] = reference.rounding(np.concatenate(view.normal), unpruned.wide.numpy())
@@ -194,7 +166,7 @@ def _verify_vision(session: Session, reference: Reference, planned: VisionPlan, 
 
 
 @torch.no_grad()
-def _judge_vision(outputs: Mapping[str, Array], reference: Reference, pruner: Pruner, unpruned: VisionTokens) -> dict[str, Any]:
+def judge_vision(outputs: Mapping[str, Array], reference: Reference, pruner: Pruner, unpruned: VisionTokens) -> dict[str, Any]:
     """Compare one vision graph's outputs with what its pruner makes of the checkpoint's own tokens."""
     expected = choose(pruner, unpruned)
     merged = None if expected.hidden is None else reference.project(expected.hidden).numpy()
@@ -219,7 +191,7 @@ def joined(tokens: Sequence[VisionTokens], valid: Array | None = None) -> Vision
     return VisionTokens(torch.cat([one.features for one in tokens]), seen, first.grid, first.leading, shows)
 
 
-def _run(session: Session, spec: VisionSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def run_graph(session: Session, spec: VisionSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Run a vision graph on crops, as many at once as the backend takes."""
     graph = session.encoder.graph(spec.budget, spec.shape)
     parts = [fetched(graph.run(part)) for part in in_parts(inputs, session.backend.crops_at_once)]

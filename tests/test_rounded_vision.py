@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import tiny
 import torch
 from onnx_models import run, types
 
@@ -14,6 +15,7 @@ from leanvlm import ExportConfig, export
 from leanvlm.demo import SAMPLES_DIR
 from leanvlm.exporter.passes import rounded_products
 from leanvlm.exporter.passes.rounded_products import BITS, BLOCK, round_products
+from leanvlm.exporter.plan import plan
 from leanvlm.exporter.reference import relative_difference
 from leanvlm.exporter.rounding import rounded
 from leanvlm.exporter.tolerances import BATCHED, FEATURES, OPENVINO_LOGITS
@@ -74,6 +76,13 @@ def test_what_cannot_be_is_refused(target: str, asked: str, line: str) -> None:
     with pytest.raises(InputError) as error:
         ExportConfig("demo", target=target, vision_precision=asked)  # type: ignore[arg-type]
     assert str(error.value) == line
+
+
+@pytest.mark.parametrize("shape", ["qwen2_5_vl", "gemma3"])
+def test_families_that_cannot_be_verified_are_refused(shape: str, tmp_path: Path) -> None:
+    checkpoint = tiny.EVERY[shape](tmp_path / "checkpoint")
+    with pytest.raises(InputError, match=f"not possible for '{shape}'"):
+        plan(ExportConfig(str(checkpoint), (6,), tmp_path / "out", vision_precision="int8"))
 
 
 def test_the_default_rounds_nothing(tiny_bundle: Path) -> None:
