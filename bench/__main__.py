@@ -1,4 +1,4 @@
-"""`python -m bench study|counting|prune|latency|host|families|sizes|peers|soak` measure; `… report` writes RESULTS.md."""
+"""`python -m bench study|prune|latency|host|families|peers|soak|decode|vision|…` measure; `… report` writes RESULTS.md."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bench.host import HostOptions, measure_host
 from bench.latency import LatencyOptions, measure_latency
 from bench.prune import PruneOptions, measure_prune
 from bench.report import RESULTS, write_report
+from bench.rounded_vision import VisionOptions, measure_vision
 from bench.shapes import SHAPES, SIZED
 from bench.sizes import SizesOptions, measure_sizes
 from bench.soak import SoakOptions, measure_soak
@@ -101,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--gguf", type=Path, required=True, help="the decoder, as bench.beside.gguf_files writes it in f16")
     decode.add_argument("--output", type=Path, required=True, help="JSON file to write")
     decode.add_argument("--rounds", type=int, default=3, help="turns of everything")
+    vision = commands.add_parser("vision", help="compare the vision graphs of two bundles, fp32 and int8, on built-in scenes")
+    vision.add_argument("bundles", nargs=2, type=Path, help="in fp32, and with --vision-precision int8")
+    vision.add_argument("--scenes", type=int, default=VisionOptions.scenes, help="half simple, half complex")
+    vision.add_argument("--threads", type=int, default=VisionOptions.threads)
+    vision.add_argument("--evaluation", type=Path, help="what `leanvlm eval --json` wrote of both")
+    vision.add_argument("--output", type=Path, required=True, help="JSON file to write")
     latency = commands.add_parser("latency", help="time every stage on a GPU beside transformers and PyTorch")
     latency.add_argument("--checkpoint", type=Path, required=True, help="what the bundles were exported from")
     latency.add_argument("--fp16", type=Path, required=True, help="its bundle for cuda in fp16")
@@ -157,6 +164,9 @@ def _run(args: argparse.Namespace) -> None:
         decoders = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
         done = measure_decode(DecodeOptions(decoders, args.llama, args.gguf, args.output, args.rounds))
         print(json.dumps(done["median_ms"], indent=1))
+    if args.command == "vision":
+        bundles = (args.bundles[0], args.bundles[1])
+        measure_vision(VisionOptions(bundles, args.output, args.scenes, args.threads, args.evaluation))
     if args.command == "latency":
         bundles = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
         static, genai, device = not args.no_static, args.genai, args.device

@@ -18,6 +18,7 @@ from bench.families_report import families_section
 from bench.host_report import host_section
 from bench.latency_report import latency_pictures, latency_section
 from bench.peers_report import peers_section
+from bench.rounded_vision import rounded_vision_section
 from bench.seeds_report import SEEDS_PICTURE, seeds_picture, seeds_section
 from bench.sizes_report import sizes_section
 from bench.soak_report import soak_section
@@ -126,6 +127,7 @@ SECTIONS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
     "decode": decode_section,
     "peers": peers_section,
     "soak": soak_section,
+    "rounded vision": rounded_vision_section,
 }
 PICTURES: dict[str, Callable[[Path, dict[str, Any]], None]] = {"study": study_picture, "latency": latency_pictures}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from leanvlm.runtime.errors import InputError
-from leanvlm.runtime.manifest import POSITIONS, PRECISIONS, TARGETS
+from leanvlm.runtime.manifest import POSITIONS, PRECISIONS, TARGETS, VISION_PRECISIONS
 
 ALIASES = {
     "cosmos-reason2-2b": "nvidia/Cosmos-Reason2-2B",
@@ -163,7 +163,9 @@ class ExportConfig:
         output: Folder to write; None means `<model's name>-<budgets>` in the current folder.
         pruner: Spec string, such as `agile:gate=entropy`.
         target: What the graphs are written for.
-        precision: None takes the target's default.
+        precision: Of the decoder, and where `vision_precision` has no say of the vision graphs too; None takes the target's
+            default.
+        vision_precision: Of tower and projector, for `cpu`: `int8`, or `fp32`, which None takes.
         positions: `compact` numbers the kept tokens in a row, as the method was published; `original` keeps the positions that
             they have in the unpruned sequence (arXiv 2506.21873 found grounding lost without them). None is compact, or
             original for a model whose image tokens have rows and columns for positions, which knows no other.
@@ -188,6 +190,7 @@ class ExportConfig:
     pruner: str = "agile"
     target: Literal["cpu", "cuda", "tensorrt-rtx", "tensorrt"] = "cpu"
     precision: str | None = None
+    vision_precision: str | None = None
     positions: Literal["compact", "original"] | None = None
     force: bool = False
     revision: str | None = None
@@ -220,6 +223,17 @@ class ExportConfig:
         if self.precision is not None and self.precision not in PRECISIONS[self.target]:
             known = ", ".join(PRECISIONS[self.target])
             raise InputError(f"precision {self.precision!r} does not go with target {self.target!r}; it has: {known}")
+        self._check_vision_precision()
+
+    def _check_vision_precision(self) -> None:
+        if self.vision_precision is None:
+            return
+        known = VISION_PRECISIONS.get(self.target)
+        if known is None:
+            able = ", ".join(VISION_PRECISIONS)
+            raise InputError(f"--vision-precision does not go with target {self.target!r}; it is for {able}: leave it out")
+        if self.vision_precision not in known:
+            raise InputError(f"vision precision {self.vision_precision!r} is not known; known: {', '.join(known)}")
 
     def _check_sizes(self) -> None:
         sizes = self.image_sizes
@@ -260,6 +274,11 @@ class ExportConfig:
     def resolved_precision(self) -> str:
         """The precision to use: the one asked for, else the target's default."""
         return self.precision or PRECISIONS[self.target][0]
+
+    @property
+    def resolved_vision_precision(self) -> str | None:
+        """Of tower and projector: the one asked for, else the target's default; None where a target leaves no choice."""
+        return self.vision_precision or next(iter(VISION_PRECISIONS.get(self.target, ())), None)
 
     @property
     def output_folder(self) -> Path:

@@ -41,6 +41,7 @@ from leanvlm.exporter.splice_graph import SPLICE, write_splice_graph
 from leanvlm.exporter.targets import TARGETS
 from leanvlm.exporter.text_files import write_text_files
 from leanvlm.exporter.verify import verify
+from leanvlm.exporter.verify_rounded import measure_rounding
 from leanvlm.exporter.vision_graphs import Tokens, VisionTracer
 from leanvlm.runtime.backends.ort import PROVIDERS
 from leanvlm.runtime.bundle import file_sha256, write_manifest
@@ -130,6 +131,10 @@ def _write_bundle(request: Plan, folder: Path, scratch: Path, on_step: Step) -> 
     with _open(folder, config.target) as session:
         reference = Reference(checkpoint, model, _reference_device(checkpoint, config.target))
         measured = verify(session, reference, request.vision, on_step, raw=config.template == NO_TEMPLATE)
+    if manifest.vision_precision == "int8":
+        # As it will run: without prepacked weights ONNX Runtime's kernel rounds no activations.
+        with load(folder, device="cpu", cache_mb=0) as session:
+            measured["rounded"] = measure_rounding(session, reference, request.vision)
     manifest = replace(manifest, verification=measured)
     write_manifest(folder, manifest)
     return manifest
@@ -160,7 +165,8 @@ def _write_vision(request: Plan, parts: Parts, folder: Path, on_step: Step) -> t
     projector = _in_dtype(parts.project, dtype)
     models: dict[str, ir.Model] = {}
     levels = image if image.layout == "uint8" else None
-    tracer = VisionTracer(target_opset(target), record.passes, spec.leading, crops.is_padded)
+    rounding = record.rounded_passes if request.config.resolved_vision_precision == "int8" else {}
+    tracer = VisionTracer(target_opset(target), {**record.passes, **rounding}, spec.leading, crops.is_padded)
     for name, planned in request.files.items():
         shape, key = crops.shapes[planned.shape], (planned.shape, planned.pruner.scored_block)
         on_step(f"trace {Path(name).stem.replace('_', ' ')}")
@@ -244,6 +250,7 @@ def _manifest(request: Plan, vision: list[VisionSpec], stages: list[StageSpec], 
         saliency=spec.saliency,
         target=config.target,
         precision=config.resolved_precision,
+        vision_precision=config.resolved_vision_precision,
         vision=tuple(vision),
         stages=tuple(stages),
         decoder=decoder,

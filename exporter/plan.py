@@ -21,7 +21,9 @@ from leanvlm.exporter.families import Description
 from leanvlm.exporter.gate_file import read_gate_file
 from leanvlm.exporter.graphs import VisionPlan
 from leanvlm.exporter.output import check_output
+from leanvlm.exporter.passes import rounded_products
 from leanvlm.exporter.pruners import PRUNERS, NoPruner, Pruner, parse
+from leanvlm.exporter.rounding import BLOCK
 from leanvlm.exporter.targets import MIN_ONNXRUNTIME, TARGETS
 from leanvlm.exporter.text_files import check_text
 from leanvlm.exporter.weights import match_weights, outline
@@ -37,6 +39,9 @@ __all__ = ["DTYPES", "EMBED_TOKENS", "VISION_DATA", "Plan", "fetch", "plan", "vi
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 EMBED_TOKENS = "embed_tokens.safetensors"
 VISION_DATA = "vision.data"
+# Families, beside those whose images have a size, whose projector multiplies by a matrix that is no linear layer: the reference
+# rounds linear layers only.
+UNROUNDED = ("gemma3",)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ def plan(config: ExportConfig) -> Plan:
     positions = _positions(config, checkpoint)
     check_decoder(checkpoint.config.text_config, config.target, positions.visibility)
     _check_onnxruntime(checkpoint.config.text_config, config.target, positions)
+    _check_vision_precision(config, checkpoint)
     _warn_of_context(checkpoint.config.text_config)
     check_text(config, checkpoint)
     references, gate = _gate(config, checkpoint)
@@ -110,6 +116,15 @@ def plan(config: ExportConfig) -> Plan:
     result = Plan(config, checkpoint, vision, positions, sizes, gate)
     _check_disk(result)
     return result
+
+
+def _check_vision_precision(config: ExportConfig, checkpoint: Checkpoint) -> None:
+    """Refuse to round towers whose products are not the checkpoint's linear layers; raises InputError."""
+    family = checkpoint.family.model_type
+    if config.resolved_vision_precision == "int8" and (checkpoint.frame.crops.kind == "nearest" or family in UNROUNDED):
+        raise InputError(
+            f"--vision-precision int8 is not possible for {family!r}, whose vision graphs cannot be verified in it"
+        )
 
 
 def _warn_of_context(text: Any) -> None:
@@ -252,11 +267,13 @@ def _estimate(config: ExportConfig, checkpoint: Checkpoint, model: nn.Module, gr
     decoder: Any = parts.decoder
     # The head is written, tied to the table or not.
     weights = count(decoder.model) - rows.numel() + decoder.lm_head.weight.numel()
-    # Quantised weights carry one scale per block of 32; norms stay as they are.
-    per_weight = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0 + 4 / 32, "int4": 0.5 + 4 / 32}[config.resolved_precision]
     sizes = dict.fromkeys(graphs, 250_000)
     tower = parts.tower("feature", None, checkpoint.spec.shape)
-    sizes[VISION_DATA] = vision_dtype(config).itemsize * (count(tower) + count(parts.project))
+    in_8_bits = config.resolved_vision_precision == "int8"
+    per_weight = 1.0 + 4 / rounded_products.BLOCK if in_8_bits else vision_dtype(config).itemsize
+    sizes[VISION_DATA] = int(per_weight * (count(tower) + count(parts.project)))
+    # Quantised weights carry one scale per block; norms stay as they are.
+    per_weight = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0 + 4 / BLOCK, "int4": 0.5 + 4 / BLOCK}[config.resolved_precision]
     sizes["decoder.onnx.data"] = int(weights * per_weight)
     half = checkpoint.config.dtype == torch.float16 and not decoder_for(decoder.config).is_scaled
     sizes[EMBED_TOKENS] = rows.numel() * (2 if half else 4)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from leanvlm.exporter.checkpoint import Checkpoint
 from leanvlm.exporter.decoders import planes_of, token_rows
 from leanvlm.exporter.families.base import Attention
+from leanvlm.exporter.passes import rounded_products
 from leanvlm.exporter.pruners.base import ScoredBlock, VisionTokens, widened
 from leanvlm.exporter.rounding import weights_rounded
 from leanvlm.exporter.towers.base import Seen, merged_cells
@@ -193,6 +194,15 @@ class Reference:
         """Let `logits` compute with weights quantised to `bits`, as a graph that computes in `dtype` has them."""
         # Entered before the weights are widened, so that what comes back is what the checkpoint holds.
         with weights_rounded(self.parts.decoder, bits, dtype):
+            yield
+
+    @contextlib.contextmanager
+    def vision_rounded(self) -> Iterator[None]:
+        """Let `look` and `project` compute with weights of 8 bits, as the vision graphs of an int8 export have them."""
+        with (
+            weights_rounded(self.parts.vision, rounded_products.BITS, torch.float32, rounded_products.BLOCK),
+            weights_rounded(self.parts.project, rounded_products.BITS, torch.float32, rounded_products.BLOCK),
+        ):
             yield
 
 

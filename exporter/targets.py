@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -28,6 +28,7 @@ class Target:
         decoder_passes: The same for the decoder.
         extra: What of this package must be installed to verify a bundle.
         layout: What the vision graph takes; levels are a quarter of the bytes to move, and the GPU normalises them.
+        rounded_passes: Vision graphs in int8 go through these too; empty where there are none.
         vision_dtype: What vision graphs compute in, the gate and the selection aside; None: as the decoder.
         head_multiple: The decoder's attention takes heads whose width is a multiple of this.
         gate_up_in_one: Precisions at which a block's two products of one input are made one.
@@ -46,6 +47,7 @@ class Target:
     decoder_passes: Mapping[str, Pass]
     extra: Literal["export", "gpu-export"] = "export"
     layout: Literal["float32", "uint8"] = "uint8"
+    rounded_passes: Mapping[str, Pass] = field(default_factory=dict)
     vision_dtype: torch.dtype | None = None
     head_multiple: int = 2
     gate_up_in_one: tuple[str, ...] = ()
@@ -65,6 +67,7 @@ TARGETS: dict[str, Target] = {
         passes=passes.PLAIN,
         decoder_passes={},
         layout="float32",
+        rounded_passes=passes.ROUNDED,
         vision_dtype=torch.float32,
         # ONNX Runtime's kernels of GroupQueryAttention take no other head sizes.
         head_multiple=16,

@@ -3,12 +3,13 @@
 Per budget: the image features and the kept tokens of two probe images in one batch, against the unmodified checkpoint. For the
 decoder: first-position logits. For the whole chain: greedy tokens, by one pass of the checkpoint over the same sequence,
 which is the same event as decoding greedily step by step. A decoder with quantised weights is judged by the checkpoint with
-its weights quantised alike, and what quantisation costs against the checkpoint as it is, is measured beside it. The figures
-go into the manifest; a failure leaves no bundle.
+its weights quantised alike, and what quantisation costs against the checkpoint as it is, is measured beside it. So are vision
+graphs in int8. The figures go into the manifest; a failure leaves no bundle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -70,23 +71,31 @@ def verify(
     Raises:
         VerificationError: A difference is over its tolerance, a value is not finite, or a selection did not converge.
     """
+    with reference.vision_rounded() if session.manifest.vision_precision == "int8" else contextlib.nullcontext():
+        return _verify(session, reference, planned, on_step, raw)
+
+
+def _verify(
+    session: Session, reference: Reference, planned: Sequence[VisionPlan], on_step: Callable[[str], None], raw: bool
+) -> dict[str, Any]:
+    """Do what `verify` does, with the reference's weights as they are now."""
     manifest = session.manifest
     results: dict[str, Any] = {"device": session.backend.device, "vision": {}, "tokens": {}}
     views = {}
     for shape in range(len(manifest.crops.shapes)):
-        views[shape] = view = _look(session, reference, shape, {graph.pruner.scored_block for graph in planned})
+        views[shape] = view = look(session, reference, shape, {graph.pruner.scored_block for graph in planned})
         _check_layout(session, reference, view.images[0], view.whole, view.packed)
         _check_resizing(session, shape, view)
     # Each graph once, whatever it serves.
     for graph in {graph.file: graph for graph in planned}.values():
         on_step(f"verify {Path(graph.file).stem.replace('_', ' ')}")
-        results["vision"][_called(graph, manifest)] = _verify_vision(session, reference, graph, views[graph.shape])
+        results["vision"][called(graph, manifest)] = _verify_vision(session, reference, graph, views[graph.shape])
     on_step("verify decoder")
     question = f"{session.image_token}\n{PROMPT}" if raw else [user_message(PROMPT, 1)]
     # With the smallest shape, whose rows and columns differ where those of any do.
     shape = max(views, key=lambda at: (len(set(manifest.crops.shapes[at].grid)), at))
     for graph in (graph for graph in planned if graph.shape == shape):
-        merges = results["vision"][_called(graph, manifest)]["merged"]
+        merges = results["vision"][called(graph, manifest)]["merged"]
         view = views[shape]
         measured = _compare_chain(session, reference, view.images[0], question, None if merges else view.whole, graph.budget)
         results["tokens"][str(graph.budget)] = measured
@@ -94,7 +103,7 @@ def verify(
     return {**results, "images": len(views[0].images), "crops": len(views[0].inputs[PIXELS])}
 
 
-def _called(graph: VisionPlan, manifest: Manifest) -> str:
+def called(graph: VisionPlan, manifest: Manifest) -> str:
     """Return what the results call a graph: its budget, where crops differ in shape the tokens it keeps of which."""
     if len(manifest.crops.shapes) == 1:
         return str(graph.budget)
@@ -126,7 +135,7 @@ class View:
         return features[: len(self.normal[0])]
 
 
-def _look(session: Session, reference: Reference, shape: int, blocks: Collection[ScoredBlock]) -> View:
+def look(session: Session, reference: Reference, shape: int, blocks: Collection[ScoredBlock]) -> View:
     """Show the checkpoint two images that become crops of a shape."""
     manifest = session.manifest
     images = probe_images(manifest.crops, shape)
@@ -145,10 +154,10 @@ def _verify_vision(session: Session, reference: Reference, planned: VisionPlan, 
     """Compare one vision graph with what the checkpoint and the graph's pruner make of two images; raises VerificationError."""
     graph = session.manifest.vision_graph(planned.budget, planned.shape)
     inputs, unpruned = view.inputs, view.tokens[planned.pruner.scored_block]
-    outputs = _run(session, graph, inputs)
+    outputs = run_graph(session, graph, inputs)
     _check_placement(graph.file, session.backend.misplaced(graph, in_parts(inputs, len(view.images))[0]))
     precision = _vision_precision(graph)
-    measured = _judge_vision(outputs, reference, planned.pruner, unpruned)
+    measured = judge_vision(outputs, reference, planned.pruner, unpruned)
     if not measured["merged"] and precision == "fp32" and measured["features"] > tolerances.FEATURES[precision]:
         # A pass in double precision, only where it decides.
         measured["rounding"] = reference.rounding(np.concatenate(view.normal), unpruned.wide.numpy())
@@ -157,7 +166,7 @@ def _verify_vision(session: Session, reference: Reference, planned: VisionPlan, 
 
 
 @torch.no_grad()
-def _judge_vision(outputs: Mapping[str, Array], reference: Reference, pruner: Pruner, unpruned: VisionTokens) -> dict[str, Any]:
+def judge_vision(outputs: Mapping[str, Array], reference: Reference, pruner: Pruner, unpruned: VisionTokens) -> dict[str, Any]:
     """Compare one vision graph's outputs with what its pruner makes of the checkpoint's own tokens."""
     expected = choose(pruner, unpruned)
     merged = None if expected.hidden is None else reference.project(expected.hidden).numpy()
@@ -182,7 +191,7 @@ def joined(tokens: Sequence[VisionTokens], valid: Array | None = None) -> Vision
     return VisionTokens(torch.cat([one.features for one in tokens]), seen, first.grid, first.leading, shows)
 
 
-def _run(session: Session, spec: VisionSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def run_graph(session: Session, spec: VisionSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Run a vision graph on crops, as many at once as the backend takes."""
     graph = session.encoder.graph(spec.budget, spec.shape)
     parts = [fetched(graph.run(part)) for part in in_parts(inputs, session.backend.crops_at_once)]

@@ -27,6 +27,9 @@ def export_command(
     template: Annotated[str | None, typer.Option(help="File with a chat template (jinja); none exports without.")] = None,
     target: Annotated[str, typer.Option(help="cpu, cuda, tensorrt-rtx or tensorrt.")] = "cpu",
     precision: Annotated[str | None, typer.Option(help="fp32, fp16, int8 or int4; the target's by default.")] = None,
+    vision_precision: Annotated[
+        str | None, typer.Option(help="Of tower and projector, for cpu: fp32 (default) or int8.")
+    ] = None,
     positions: Annotated[str | None, typer.Option(help="compact or original: how kept tokens are numbered.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
@@ -45,6 +48,7 @@ def export_command(
         pruner=pruner,
         target=target,  # type: ignore[arg-type]  # ExportConfig checks it.
         precision=precision,
+        vision_precision=vision_precision,
         positions=positions,  # type: ignore[arg-type]  # As above.
         force=force,
         revision=revision,
@@ -89,6 +93,11 @@ def run_export(config: ExportConfig, *, dry_run: bool) -> None:
     console.print(f"verified against the checkpoint (greedy tokens equal at budget {checks})")
     if costs := [f"{b}: {c['unrounded']['cosine']:.3f}" for b, c in chain.items() if "unrounded" in c]:
         console.print(f"quantised alike; quantisation leaves a cosine of the first logits at budget {', '.join(costs)}")
+    for budget, cost in manifest.verification.get("rounded", {}).items():
+        same, off = cost["kept_overlap"], cost["features"]
+        console.print(
+            f"vision in int8 at budget {budget}: features off by {off:.1%} of their range, {same:.0%} of kept tokens the same"
+        )
     print(request.config.named_output)
 
 

@@ -42,6 +42,8 @@ PRECISIONS = {
     "tensorrt-rtx": ("fp16", "fp32"),
     "tensorrt": ("fp16", "fp32"),
 }
+# Of the vision graphs, where it can be chosen; the first is the default. Elsewhere they compute in the dtype of their outputs.
+VISION_PRECISIONS: dict[str, tuple[str, ...]] = {"cpu": ("fp32", "int8")}
 # Outputs of a vision graph with a row for each kept token: (B, K, …).
 PER_TOKEN = ("image_features", "keep_indices")
 VISION_OUTPUTS = (*PER_TOKEN, "effective_rank", "num_selected", "converged", "feature_sum", "attention")
@@ -67,6 +69,8 @@ class Manifest:
         image: How an image becomes pixel values.
         image_token_id: The token that stands for one image in the prompt.
         positions: `compact` numbers the kept tokens in a row; `original` keeps their positions in the full sequence.
+        vision_precision: `int8` where the products of tower and projector are of 8-bit levels; None where a target leaves no
+            choice, or the bundle was made before there was one.
         verification: What the export measured against the checkpoint, per stage and per budget.
     """
 
@@ -92,6 +96,7 @@ class Manifest:
     resize: tuple[ResizeSpec, ...] = ()
     stages: tuple[StageSpec, ...] = ()
     engines: tuple[EngineSpec, ...] = ()
+    vision_precision: str | None = None
     verification: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -161,6 +166,8 @@ class Manifest:
     def _check_consistency(self) -> None:
         if self.precision not in PRECISIONS[self.target]:
             raise ManifestError(f"{MANIFEST}: precision {shorten(self.precision)} is not one for {self.target}")
+        if self.vision_precision not in (None, *VISION_PRECISIONS.get(self.target, ())):
+            raise ManifestError(f"{MANIFEST}: vision_precision {shorten(self.vision_precision)} is not one for {self.target}")
         wanted = {(at, budget) for at in range(len(self.crops.shapes)) for budget in self.budgets}
         found = [(graph.shape, graph.budget) for graph in self.vision]
         if set(found) != wanted or len(found) != len(wanted) or self.tokens_per_crop not in self.budgets:

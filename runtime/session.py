@@ -356,6 +356,7 @@ class Session:
                         begin = perf_counter()
                         scores = sequence.prefill()
                         timings.prefill = 1e3 * (perf_counter() - begin)
+                        begin = perf_counter()
                     else:
                         scores = sequence.step(self.table.rows([token])[0], prompt.next_position + count - 1, token)
                     if chooser.takes_best and count + 1 < options.max_new_tokens:

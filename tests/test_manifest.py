@@ -246,7 +246,7 @@ def test_graphs_that_resize_are_two_for_levels(manifest: Manifest) -> None:
 
 def test_a_missing_key_is_refused(manifest: Manifest) -> None:
     data = manifest.to_dict()
-    optional = {"engines", "resize", "saliency", "splice", "stages", "verification"}
+    optional = {"engines", "resize", "saliency", "splice", "stages", "verification", "vision_precision"}
     for key in set(data) - optional:
         with pytest.raises(ManifestError):
             Manifest.from_dict({name: value for name, value in data.items() if name != key})

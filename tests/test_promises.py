@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import FAST_FILES, SLOW_FIXTURES
 
-from leanvlm.exporter.passes import CUDA, CUDA_DECODER, TENSORRT, TENSORRT_DECODER, Pass
+from leanvlm.exporter.passes import CUDA, CUDA_DECODER, ROUNDED, TENSORRT, TENSORRT_DECODER, Pass
 from leanvlm.exporter.pruners import PRUNERS
 from leanvlm.runtime.answer import STAGES
 
@@ -130,7 +130,7 @@ def test_every_method_names_its_paper(name: str) -> None:
     assert re.search(r"arXiv \d{4}\.\d{5}", f"{sys.modules[pruner.__module__].__doc__}{pruner.__doc__}")
 
 
-@pytest.mark.parametrize("passes", [CUDA, CUDA_DECODER, TENSORRT, TENSORRT_DECODER])
+@pytest.mark.parametrize("passes", [CUDA, CUDA_DECODER, ROUNDED, TENSORRT, TENSORRT_DECODER])
 def test_every_pass_is_tested(passes: dict[str, Pass]) -> None:
     files = [file for file in sorted((ROOT / "tests").glob("*.py")) if file.name != Path(__file__).name]
     tests = "".join(file.read_text(encoding="utf-8") for file in files)

@@ -21,6 +21,8 @@ from leanvlm.runtime.console import one_line_errors
 from leanvlm.runtime.sandbox import sandbox
 from leanvlm.runtime.signals import Terminated, deferred_signals, raised_when_terminated
 
+pytestmark = pytest.mark.alone
+
 ENDS = {
     signal.SIGINT: (130, "leanvlm: interrupted\n"),
     signal.SIGTERM: (143, "leanvlm: terminated\n"),
@@ -53,8 +55,6 @@ def wrap(module, name):
     setattr(module, name, call)
 
 from leanvlm.__main__ import main
-
-pytestmark = pytest.mark.alone
 if ":" in moment:
     module, name = moment.split(":")
     wrap(importlib.import_module(module), name)

@@ -13,16 +13,19 @@ from leanvlm.exporter.passes.last_position import add_last_position
 from leanvlm.exporter.passes.levels_shape import shape_behind_cast
 from leanvlm.exporter.passes.norm_types import widen_norm_inputs
 from leanvlm.exporter.passes.quick_gelu import fuse_quick_gelu
+from leanvlm.exporter.passes.rounded_products import round_products
 from leanvlm.exporter.passes.simplified_norm import simplify_norms
 from leanvlm.exporter.passes.skip_layer_norm import fuse_skip_layer_norm
 from leanvlm.exporter.passes.stage_names import name_by_layer, name_by_stage
 from leanvlm.exporter.passes.strip_metadata import strip_metadata
 from leanvlm.exporter.passes.topk_count import fix_topk_counts
 
-__all__ = ["CUDA", "CUDA_DECODER", "PLAIN", "TENSORRT", "TENSORRT_DECODER", "Pass"]
+__all__ = ["CUDA", "CUDA_DECODER", "PLAIN", "ROUNDED", "TENSORRT", "TENSORRT_DECODER", "Pass"]
 
 Pass = Callable[[ir.Model], int]
 PLAIN: dict[str, Pass] = {"stage_names": name_by_stage, "strip_metadata": strip_metadata}
+# Behind the others, where the vision graphs compute in 8 bits.
+ROUNDED: dict[str, Pass] = {"rounded_products": round_products}
 TENSORRT: dict[str, Pass] = {
     **PLAIN,
     "levels_shape": shape_behind_cast,

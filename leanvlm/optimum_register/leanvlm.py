@@ -30,6 +30,7 @@ class LeanVLMExportCommand(BaseOptimumCLICommand):
         parser.add_argument("--template", default=None, help="file with a chat template (jinja) to use; none exports without")
         parser.add_argument("--target", default="cpu", help=", ".join(TARGETS))
         parser.add_argument("--precision", default=None, help="fp32, fp16, int8 or int4; default: the target's")
+        parser.add_argument("--vision-precision", default=None, help="of tower and projector, for cpu: fp32 (default) or int8")
         parser.add_argument("--positions", default=None, help=f"{' or '.join(POSITIONS)}: how kept tokens are numbered")
         parser.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
         parser.add_argument("--token", default=None, help="access token for the Hub")

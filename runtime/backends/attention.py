@@ -18,10 +18,10 @@ HOPPER = 90
 def step_kernels(spec: DecoderSpec, gpu: Gpu | None) -> Iterator[None]:
     """Open a decoder's session in here: its steps then run with the kernels that measured best; who set the variable decides.
 
-    On an H100 the step of LLaVA-1.5-7B in fp16 takes 5.70 ms with cuDNN's kernel and 5.90 with ONNX Runtime's XQA, which it
+    On an H100 a step of 7B weights in fp16 takes 5.70 ms with cuDNN's kernel and 5.90 with ONNX Runtime's XQA, which it
     prefers. XQA was written for heads that share keys; with them, and on other GPUs, its own choice stays.
     """
-    # Each head has keys of its own, as in LLaVA-1.5's Llama.
+    # Whether each head has keys of its own.
     alone = spec.kv_heads * spec.head_dim == spec.hidden_size
     if gpu is None or gpu.sm != HOPPER or not alone or XQA in os.environ:
         yield

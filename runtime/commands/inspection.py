@@ -23,7 +23,8 @@ def describe(folder: Path, manifest: Manifest) -> str:
         "source": f"{source.id}{f' at {source.revision}' if source.revision else ''}, sha256 {source.sha256[:16]}…",
         "licence": source.licence or "not stated by the checkpoint",
         "family": manifest.family,
-        "target": f"{manifest.target}, {manifest.precision}, ONNX Runtime {manifest.min_onnxruntime} or newer",
+        "target": f"{manifest.target}, {manifest.precision}{_vision_precision(manifest)}, ONNX Runtime "
+        f"{manifest.min_onnxruntime} or newer",
         "budgets": _budgets(manifest),
         "pruner": f"{manifest.pruner.name}{f' ({params})' if params else ''}, positions {manifest.positions.kept}"
         + ("" if manifest.saliency == "class" else ", tokens ranked by the attention that they receive"),
@@ -36,6 +37,12 @@ def describe(folder: Path, manifest: Manifest) -> str:
         "verified": _verified(manifest),
     }
     return "\n".join(f"{name:<9} {text}" for name, text in rows.items())
+
+
+def _vision_precision(manifest: Manifest) -> str:
+    """Say what tower and projector compute in, where it was chosen."""
+    chosen = manifest.vision_precision
+    return "" if chosen in (None, manifest.precision) else f" (vision {chosen})"
 
 
 def _budgets(manifest: Manifest) -> str:
