@@ -43,7 +43,9 @@ def content_key(image: ImageSource) -> Hashable | None:
     if hasattr(image, "read"):
         return None
     try:
-        levels = np.ascontiguousarray(load_image(image))
+        # 1280 x 960 levels take 2.2 ms where they lie, and 5 by way of an image.
+        is_levels = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        levels = np.ascontiguousarray(image if is_levels else load_image(image))
     except InputError:
         return None
     return "levels", levels.shape, hashlib.sha256(levels.data).digest()
