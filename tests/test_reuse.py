@@ -152,6 +152,31 @@ def test_a_chat_s_turn_reads_what_is_new(opened: tuple[str, Callable[..., Sessio
         assert max(fresh_rows) < 40, "more than a message is read again"
 
 
+def test_openvino_goes_back_without_reading_its_state(demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that are not gone on from stay in the state, seen by nothing, until they are more than half of what is."""
+    pytest.importorskip("openvino")
+    from leanvlm.runtime.backends.openvino import OpenVinoCache
+
+    read: list[int] = []
+    saved = OpenVinoCache.saved
+
+    def counted(self: OpenVinoCache, count: int) -> Any:
+        read.append(count)
+        return saved(self, count)
+
+    monkeypatch.setattr(OpenVinoCache, "saved", counted)
+    text = "Describe the image" + ", please" * 30
+    options = {"provider": "openvino:f32"}
+    with load(demo_bundle, **options) as session, load(demo_bundle, cache_mb=0, **options) as fresh:
+        # The first answer makes the cache as large as it gets.
+        for new, reads in ((60, 0), (8, 0), (8, 1), (8, 1)):
+            asked = {"max_new_tokens": new, "ignore_end": True}
+            found, wanted = (one.generate(text, SCENES[:1], **asked) for one in (session, fresh))
+            assert found.token_ids == wanted.token_ids
+            assert (found.timings.reused_positions > 100) == (new != 60), "nothing was gone back to"
+            assert len(read) == reads, (new, read)
+
+
 def test_a_state_that_goes_on_is_a_fresh_session_s(tmp_path: Path) -> None:
     """A decoder with states goes on where a conversation does, and nowhere else."""
     folder = checkpoints.EVERY["qwen3_5"](tmp_path / "checkpoint")

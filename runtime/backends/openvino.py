@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from leanvlm.runtime.backends.openvino_graphs import BEAM, ONE, STAGES, keep_state, split, stages_of
+from leanvlm.runtime.backends.openvino_graphs import BEAM, COLUMNS, GONE, ONE, STAGES, keep_state, split, stages_of
 from leanvlm.runtime.backends.ort import CROPS_AT_ONCE, DATA, OrtScores, check_room
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.bundle import leads_out
@@ -226,24 +226,37 @@ class OpenVinoCache:
         self._prompt: Prompt | None = None
         self._embeddings: Array = np.empty((0, spec.row_width), self._dtype)
         self.length = 0
+        self._columns: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
     def load(self, prompt: Prompt, past: int = 0) -> None:
         """Put a prompt together, for a new sequence or behind the rows that stay."""
         if past == 0:
             self._request.reset_state()
+            self._columns = np.empty(0, np.int64)
         elif past < self.length:
-            self.restore(self.saved(past))
+            self._cut(past)
         self._prompt, self._embeddings, self.length = prompt, prompt.embeddings(self._dtype), past
+
+    def _cut(self, past: int) -> None:
+        """Go back to the first rows: the others stay where they are, seen by nothing, until they are too many."""
+        left = np.where(self._columns < past, self._columns, GONE)
+        # Masks that the graph makes itself count the cache's rows.
+        if self._spec.named("last_seen") or np.count_nonzero(left == GONE) > past // 2:
+            self.restore(self.saved(past))
+        else:
+            self._columns = left
 
     def saved(self, count: int) -> SavedRows:
         """Return copies of the first rows."""
-        return SavedRows([state.state.data[:, :, :count].copy() for state in self._request.query_state()])
+        rows = np.flatnonzero(self._columns < count)
+        return SavedRows([state.state.data[:, :, rows] for state in self._request.query_state()])
 
     def restore(self, saved: SavedRows) -> None:
         """Make these rows all that there are."""
         for state, rows in zip(self._request.query_state(), saved.rows, strict=True):
             state.state = self._ov.Tensor(rows)
         self.length = saved.rows[0].shape[2]
+        self._columns = np.arange(self.length)
 
     def prefill(self) -> OrtScores:
         """Read the loaded prompt behind the rows that are filled."""
@@ -270,12 +283,14 @@ class OpenVinoCache:
             "mask": np.ones((1, total), np.int64),
         }
         roles = self._spec.roles.items()
-        feeds = {name: given[role] for name, role in roles if role in given and name in self._inputs} | {BEAM: self._beam}
+        columns = np.concatenate([self._columns, np.arange(self.length, total)])
+        feeds = {name: given[role] for name, role in roles if role in given and name in self._inputs}
+        feeds |= {BEAM: self._beam, COLUMNS: columns}
         try:
             self._request.infer(feeds, share_inputs=True)
         except Exception as error:  # As above.
             raise BackendError(f"the decoder failed: {last_line(error)}") from error
-        self.length = total
+        self.length, self._columns = total, columns
         return OrtScores(np.array(self._request.get_tensor("logits").data[0, -1], np.float32))
 
 

@@ -32,6 +32,10 @@ ONE = "leanvlm.one"
 """Input of the second part: the number 1, which no optimisation can know."""
 BEAM = "leanvlm.beam"
 """Input of the decoder: which of the cache's sequences goes on, of which there is one."""
+COLUMNS = "leanvlm.columns"
+"""Input of the decoder: which row of its sequence each row of the cache is, the new ones too; `GONE` is none of it any more."""
+# OpenVINO computes whole numbers of 64 bits in 32.
+GONE = 1 << 30
 
 # The tower's blocks in the second part, the last ones. With 0, 1 and 2 of them, and the others in bfloat16, 93.7, 95.8 and
 # 96.5 % of the kept tokens were fp32's, on 200 built-in scenes; each makes a tower of 24 blocks 6 % slower than in bfloat16.
@@ -205,7 +209,7 @@ def keep_state(model: Model, spec: DecoderSpec) -> None:
         if caches & set(parameter.output(0).get_names()):
             model.remove_parameter(parameter)
     model.add_sinks(writer.sinks)
-    model.add_parameters([writer.beam])
+    model.add_parameters([writer.beam, writer.columns])
     model.validate_nodes_and_infer_types()
 
 
@@ -214,22 +218,27 @@ class _Attention:
 
     Attributes:
         beam: The input that the states are gathered by.
+        columns: The input that says which row of the sequence each row of the states is.
         sinks: What assigns the states.
     """
 
     def __init__(self, ops: Any, spec: DecoderSpec, embeddings: Node) -> None:
         self.beam = ops.parameter([-1], np.int32)
         self.beam.output(0).set_names({BEAM})
+        self.columns = ops.parameter([-1], np.int64)
+        self.columns.output(0).set_names({COLUMNS})
         self.sinks: list[Node] = []
         self._ops, self._spec = ops, spec
         sizes = ops.shape_of(embeddings, output_type="i64")
-        self._count = ops.gather(sizes, np.int64(1), np.int64(0))
+        # The rows of what is read now: the last ones.
+        count = ops.gather(sizes, np.array([1]), np.int64(0))
+        self._rows = ops.slice(
+            self.columns, ops.negative(count), np.array([np.iinfo(np.int64).max]), np.array([1]), np.array([0])
+        )
         # (B, kv_heads, 0, head_dim), what a state is at first.
         empty = ops.concat([ops.gather(sizes, np.array([0]), np.int64(0)), np.array([spec.kv_heads, 0, spec.head_dim])], 0)
         self._nothing = ops.broadcast(np.dtype(spec.kv_dtype).type(0), empty)
-        self._rows: Node = None
-        self._columns: Node = None
-        self._masks: dict[int, Node] = {}
+        self._masks: dict[tuple[int, int], Node] = {}
 
     def rewrite(self, node: Node) -> None:
         """Put operators in the place of one GroupQueryAttention."""
@@ -241,10 +250,6 @@ class _Attention:
         query, key, value = (node.input_value(at) for at in range(3))
         key_cache, past_keys = self._state(f"{node.get_friendly_name()}/key")
         value_cache, past_values = self._state(f"{node.get_friendly_name()}/value")
-        if self._rows is None:
-            past = ops.gather(ops.shape_of(past_keys, output_type="i64"), np.int64(2), np.int64(0))
-            self._rows = ops.add(ops.range(np.int64(0), self._count, np.int64(1), output_type="i64"), past)
-            self._columns = ops.range(np.int64(0), ops.add(past, self._count), np.int64(1), output_type="i64")
         if about["do_rotary"]:
             query, key = self._turned(node, query), self._turned(node, key)
         keys, values = ops.concat([past_keys, key], 2), ops.concat([past_values, value], 2)
@@ -296,17 +301,19 @@ class _Attention:
     def _mask(self, node: Node, about: dict[str, Any]) -> Node:
         """Return what is added to the scores: (1, 1, S, cache), or the graph's own bias where it says what is seen."""
         ops, bias = self._ops, self._given(node, BIAS)
-        if not about["causal"]:
-            return np.zeros((1, 1, 1, 1), np.float32) if bias is None else bias
-        window = about["local_window_size"]
-        if window not in self._masks:
-            rows, columns = ops.unsqueeze(self._rows, np.int64(1)), ops.unsqueeze(self._columns, np.int64(0))
-            hidden = ops.greater(columns, rows)
+        is_causal, window = about["causal"], about["local_window_size"]
+        if not is_causal and bias is not None:
+            return bias
+        key = (is_causal, window)
+        if key not in self._masks:
+            rows, columns = ops.unsqueeze(self._rows, np.int64(1)), ops.unsqueeze(self.columns, np.int64(0))
+            # Rows that are gone are behind all others.
+            hidden = ops.greater(columns, rows if is_causal else np.int64(GONE - 1))
             if window > 0:
                 hidden = ops.logical_or(hidden, ops.greater_equal(ops.subtract(rows, columns), np.int64(window)))
             added = ops.select(hidden, np.float32(np.finfo(np.float32).min), np.float32(0))
-            self._masks[window] = ops.unsqueeze(added, np.array([0, 1]))
-        return self._masks[window] if bias is None else ops.add(self._masks[window], bias)
+            self._masks[key] = ops.unsqueeze(added, np.array([0, 1]))
+        return self._masks[key] if bias is None else ops.add(self._masks[key], bias)
 
     @staticmethod
     def _given(node: Node, place: int) -> Output | None:
