@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import sys
 from types import ModuleType
+from typing import Any
 
 from leanvlm.runtime.errors import MissingExtraError
 
@@ -18,12 +20,16 @@ ACTIVITIES = {
 
 # ONNX Runtime reports its use from 1.32 on (from files in the home's cache), the Hub's client with every request.
 TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# OpenVINO reports that it was imported, and leaves files in the home; it does neither where this module cannot be imported.
+REPORTER = "openvino_telemetry"
 
 
 def without_telemetry() -> None:
     """Keep libraries that are imported from now on, and child processes, from reporting; who set a variable keeps it."""
     for name, value in TELEMETRY.items():
         os.environ.setdefault(name, value)
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault(REPORTER, None)
 
 
 def require(module: str, extra: str, activity: str | None = None) -> ModuleType:

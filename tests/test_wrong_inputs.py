@@ -270,7 +270,7 @@ def listed(name: str) -> Change:
         (edit(MANIFEST, schema=99), "has schema 99, of a newer leanvlm than this: install that one"),
         (edit(MANIFEST, schema=1), "has schema 1; this version of leanvlm reads schema 2: export it again"),
         (edit(MANIFEST, decoder=None), "leanvlm.json: decoder is null; it must be an object"),
-        (edit(MANIFEST, target="tensorrt"), "this bundle has no engines yet: run leanvlm build"),
+        (edit(MANIFEST, target="tensorrt", vision_precision=None), "this bundle has no engines yet: run leanvlm build"),
         (edit(MANIFEST, min_onnxruntime="99.0"), "needs ONNX Runtime 99.0 or newer"),
         (listed("../secret"), "'../secret', which is outside the bundle"),
         (listed("/etc/passwd"), "'/etc/passwd', which is outside the bundle"),
