@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 from bench.beside.measure import PeersOptions, measure_peers
 from bench.checkpoint import SMALL, Sizes, make_checkpoint
@@ -51,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     random = commands.add_parser("checkpoint", help="write a random checkpoint of LLaVA-1.5-7B's shapes")
     random.add_argument("--output", type=Path, required=True, help="folder to write")
     random.add_argument("--small", action="store_true", help="two layers and narrow, to try the commands")
+    _full_size(commands)
+    _beside(commands)
+    return parser
+
+
+def _full_size(commands: Any) -> None:
+    """Add the commands for models of full size, most of them on a GPU."""
     genai = commands.add_parser("genai-decoder", help="build a checkpoint's decoder for onnxruntime-genai's own loop")
     genai.add_argument("--checkpoint", type=Path, required=True)
     genai.add_argument("--output", type=Path, required=True, help="folder to write")
@@ -79,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     host.add_argument("--runs", type=int, default=HostOptions.runs, help="counted runs")
     host.add_argument("--device", choices=("cpu",), help="only for the processor's part, and to try the command")
     host.add_argument("--output", type=Path, help="JSON file to write")
+
+
+def _beside(commands: Any) -> None:
+    """Add the commands that compare, with other programs and within a run."""
     peers = commands.add_parser("peers", help="give the same questions to other programs and to ours, on the processor")
     peers.add_argument("--rows", nargs="+", default=[], help="names of rows; by default all")
     peers.add_argument(
@@ -117,7 +129,6 @@ def _parser() -> argparse.ArgumentParser:
     latency.add_argument("--no-static", action="store_true", help="leave transformers' compiled path out")
     latency.add_argument("--device", choices=("cpu",), help="only to try the command")
     latency.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    return parser
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -39,9 +39,6 @@ __all__ = ["DTYPES", "EMBED_TOKENS", "VISION_DATA", "Plan", "fetch", "plan", "vi
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 EMBED_TOKENS = "embed_tokens.safetensors"
 VISION_DATA = "vision.data"
-# Families, beside those whose images have a size, whose projector multiplies by a matrix that is no linear layer: the reference
-# rounds linear layers only.
-UNROUNDED = ("gemma3",)
 
 
 @dataclass(frozen=True)
@@ -120,10 +117,10 @@ def plan(config: ExportConfig) -> Plan:
 
 def _check_vision_precision(config: ExportConfig, checkpoint: Checkpoint) -> None:
     """Refuse to round towers whose products are not the checkpoint's linear layers; raises InputError."""
-    family = checkpoint.family.model_type
-    if config.resolved_vision_precision == "int8" and (checkpoint.frame.crops.kind == "nearest" or family in UNROUNDED):
+    if config.resolved_vision_precision == "int8" and not checkpoint.spec.rounds:
         raise InputError(
-            f"--vision-precision int8 is not possible for {family!r}, whose vision graphs cannot be verified in it"
+            f"--vision-precision int8 is not possible for {checkpoint.family.model_type!r}, whose vision graphs cannot be "
+            "verified in it: leave it out"
         )
 
 

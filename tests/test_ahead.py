@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,10 +15,12 @@ import pytest
 
 from leanvlm.demo import SAMPLES_DIR
 from leanvlm.runtime import Session, load
+from leanvlm.runtime.backends.attention import XQA, step_kernels
 from leanvlm.runtime.backends.cuda import CudaCache
 from leanvlm.runtime.backends.sequences import DecoderSequence
 from leanvlm.runtime.backends.thread import OneThread
 from leanvlm.runtime.errors import BackendError, BundleError
+from leanvlm.runtime.machine.gpu import Gpu
 from leanvlm.runtime.session import user_message
 
 PICTURE = SAMPLES_DIR / "complex-9003.png"
@@ -134,6 +140,69 @@ def test_a_row_that_is_not_finite_is_refused_though_its_step_was_begun(
         with pytest.raises(BundleError, match=f"a value for token {whole[4]} that is not finite"):
             session.generate(*ASKED[1])
     assert session.generate(*ASKED[1]).token_ids == whole
+
+
+def test_a_step_elsewhere_is_made_anew(session: Session) -> None:
+    prompt = session.prompt(session.prompt_ids([user_message("What is it?", 0)], 0), [])
+    rows, position = session.table.rows, prompt.next_position
+    sequence = session.decoder().sequence(len(prompt) + 8)
+    sequence.load(prompt)
+    token = sequence.prefill().greedy()
+    token = sequence.step(rows([token])[0], position, token).greedy()
+    sequence.ahead(session.table.row, position + 1, ())
+    cache: Any = sequence._cache
+    flight = cache._flight
+    assert sequence.step(rows([token])[0], position + 2, token)._job is not flight.job  # type: ignore[attr-defined]
+    sequence.close()
+
+
+def test_the_interpreter_ends_behind_a_step_that_nobody_asked_for(cuda_bundle: Path) -> None:
+    code = (
+        "import os, sys, time\n"
+        "from leanvlm.runtime import load\n"
+        "from leanvlm.runtime.backends.cuda import CudaCache\n"
+        "step = CudaCache._step\n"
+        "def slow(*arguments):\n"
+        "    step(*arguments); time.sleep(0.5); os.write(1, b'made\\n')\n"
+        "CudaCache._step = slow\n"
+        "session = load(sys.argv[1], device='cpu', threads=1)\n"
+        "stream = session.stream('Describe the image', max_new_tokens=50, ignore_end=True)\n"
+        "pieces = iter(stream)\n"
+        "for _ in range(2): next(pieces)\n"
+        "begun = session.decoder()._kept._flight is not None\n"
+        "session.close(); os.write(1, b'begun %d\\n' % begun)\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(cuda_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert "begun 1" in lines
+    assert lines[-1] == "made", "the interpreter did not wait"
+
+
+@pytest.mark.parametrize(
+    ("sm", "heads", "asked", "found"),
+    [(90, 32, None, "0"), (90, 8, None, None), (86, 32, None, None), (None, 32, None, None), (90, 32, "1", "1")],
+)
+def test_which_kernels_a_step_takes(
+    sm: int | None, heads: int, asked: str | None, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(XQA, raising=False)
+    if asked is not None:
+        monkeypatch.setenv(XQA, asked)
+    gpu = None if sm is None else Gpu("a GPU", 80_000_000_000, divmod(sm, 10))
+    spec: Any = SimpleNamespace(kv_heads=heads, head_dim=128, hidden_size=4096)
+    seen = []
+
+    def open_session() -> None:
+        with step_kernels(spec, gpu):
+            seen.append(os.environ.get(XQA))
+            raise BackendError("a session that does not open")
+
+    with pytest.raises(BackendError, match="does not open"):
+        open_session()
+    assert seen == [found]
+    assert os.environ.get(XQA) == asked
 
 
 def test_a_job_that_failed_is_never_taken_for_one_that_did_not() -> None:

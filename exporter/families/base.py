@@ -35,6 +35,7 @@ class Description:
         saliency: What scores the tokens.
         leading: Tokens in front of the patches that have no position on the grid, such as a class token; they are always kept.
         scored: The only 0-based block whose attention may score the tokens, where not all see the whole image.
+        rounds: Whether vision graphs in int8 can be verified: their products with weights are the checkpoint's linear layers.
     """
 
     grid: tuple[int, int]
@@ -45,6 +46,7 @@ class Description:
     saliency: Saliency = "class"
     leading: int = 0
     scored: int | None = None
+    rounds: bool = True
 
     @property
     def shape(self) -> CropShape:

@@ -68,6 +68,8 @@ class Gemma3Family(LlavaFamily):
             layers=(vision.num_hidden_layers,),
             blocks=vision.num_hidden_layers,
             saliency="received",
+            # The projector multiplies by a bare matrix.
+            rounds=False,
         )
 
     @staticmethod

@@ -103,6 +103,8 @@ class Mistral3Family(ModelFamily):
             layers=layers,
             blocks=vision.num_hidden_layers,
             saliency="received",
+            # Not tried.
+            rounds=False,
         )
 
     def frame(self, config: Any, processor: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Frame:

@@ -1,4 +1,4 @@
-"""The step after next: begun on the device's thread as soon as its token is known, while an answer's text is still made.
+"""The next step, begun on the device's thread as soon as its token is known, while an answer's text is still made.
 
 Between two steps the best token comes down from the device and its embedding goes up. Done by whoever makes the answer, waking
 threads, Python's other work and copies one by one took 0.36 ms of 6.2 for each token of a 7B model on an H100, in which the GPU
@@ -20,6 +20,7 @@ class Flight:
 
     Args:
         scores: Of the run before; their best token is what the step reads.
+        position: Of the step.
         ends: Tokens behind which no step is made.
         start: Gives work to the device's thread.
         step: Runs the step of a token, on that thread; calls its second argument when the run begins. Whoever waits for the
@@ -28,16 +29,19 @@ class Flight:
     Attributes:
         job: The work.
         token: What is read; None where no step is made.
+        position: Where.
     """
 
     def __init__(
         self,
         scores: DeviceScores,
+        position: int,
         ends: Collection[int],
         start: Callable[[Callable[[], object]], Job],
         step: Callable[[int, Callable[[], None]], None],
     ) -> None:
         self.token: int | None = None
+        self.position = position
         known: SimpleQueue[None] = SimpleQueue()
 
         def work() -> None:

@@ -336,7 +336,7 @@ class CudaCache:
         def step(token: int, begins: Callable[[], None]) -> None:
             self._step(slot, row(token), position, length, begins)
 
-        self._flight = Flight(scores, ends, self._memory.start, step)
+        self._flight = Flight(scores, position, ends, self._memory.start, step)
         return self._flight
 
     def take(self, flight: Flight) -> DeviceScores:
@@ -370,7 +370,7 @@ class CudaCache:
         values = slot.inputs.values
         values["attention_mask"][0, :seen], values["attention_mask"][0, seen:] = 1, 0
         if self._positioned:
-            values["position_ids"][:] = positions if isinstance(positions, int) else as_input(positions)
+            values["position_ids"][:] = as_input(positions) if isinstance(positions, np.ndarray) else positions
         slot.inputs.send()
 
     def _scores(self, slot: DecoderSlot, job: Job | None = None) -> DeviceScores:

@@ -130,7 +130,7 @@ class DecoderSequence:
         """
         flight, self._flight = self._flight, None
         cache: Any = self._open()
-        if flight is not None and flight.token is not None and flight.token == token:
+        if flight is not None and token is not None and (flight.token, flight.position) == (token, position):
             self._scores = cache.take(flight)
         else:
             self._scores = cache.step(embedding, position)
@@ -146,7 +146,7 @@ class DecoderSequence:
 
         Args:
             row: Looks the embedding of a token up, (D,).
-            position: Of the next step; the step must be asked for with this one.
+            position: Of the next step.
             ends: Tokens behind which there is none.
         """
         cache: Any = self._open()

@@ -10,6 +10,9 @@ from queue import SimpleQueue
 
 from leanvlm.runtime.errors import BackendError
 
+# Seconds that the end of a thread's owner waits for the work in hand: a step takes milliseconds.
+PATIENCE = 10.0
+
 
 class Job:
     """Work that a thread was given, and how it ended. A queue wakes whoever waits sooner than a lock or an event, by 10 us."""
@@ -73,7 +76,7 @@ class OneThread:
         if self._thread is None:
             self._thread = threading.Thread(target=_serve, args=(self._jobs,), name="leanvlm-device", daemon=True)
             self._thread.start()
-            weakref.finalize(self, self._jobs.put, None)
+            weakref.finalize(self, _end, self._jobs, self._thread)
         job = Job(work)
         self._jobs.put(job)
         return job
@@ -84,6 +87,13 @@ class OneThread:
             work()
         else:
             self.start(work).wait()
+
+
+def _end(jobs: SimpleQueue[Job | None], thread: threading.Thread) -> None:
+    jobs.put(None)
+    # When the interpreter ends, what the work uses must not go before the work has.
+    if thread is not threading.current_thread():
+        thread.join(PATIENCE)
 
 
 def _serve(jobs: SimpleQueue[Job | None]) -> None:
