@@ -110,6 +110,21 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class TokenChance:
+    """How probable the model thought a token, whatever sampling made of it.
+
+    Attributes:
+        token: Its id.
+        logprob: Natural logarithm of its probability, of the logits as the decoder gave them.
+        top: The most probable tokens and theirs, highest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Answer:
     """A finished answer.
 
@@ -121,6 +136,7 @@ class Answer:
         timings: Wall times.
         pruning: One entry a crop, in order; an image that is taken whole is one crop.
         images: One entry an image, in order.
+        chances: One entry a token, if they were asked for.
     """
 
     text: str
@@ -130,6 +146,7 @@ class Answer:
     timings: Timings
     pruning: tuple[Pruning, ...]
     images: tuple[ImageTokens, ...] = ()
+    chances: tuple[TokenChance, ...] = ()
 
 
 class Generation:

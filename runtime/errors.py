@@ -63,3 +63,15 @@ class BackendError(LeanVLMError):
 
 class VerificationError(LeanVLMError):
     """An exported graph does not reproduce the model that it was made from."""
+
+
+class QueueFullError(LeanVLMError):
+    """As many requests wait at a server as may."""
+
+
+class ShuttingDownError(LeanVLMError):
+    """A server takes no more requests."""
+
+
+class TimeLimitError(LeanVLMError):
+    """A request took longer than a server allows."""

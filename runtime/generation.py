@@ -23,10 +23,12 @@ from leanvlm.runtime.records import load_json
 from leanvlm.runtime.sampling import SamplingConfig, sample
 
 MAX_NEW_TOKENS = 128
+# As in OpenAI's interface.
+MAX_TOP_LOGPROBS = 20
 GENERATION_CONFIG = "generation_config.json"
 SAMPLING_SETTINGS = ("top_k", "top_p", "min_p")
 """Settings of the file that sampling uses."""
-REQUEST_OPTIONS = ("max_new_tokens", "temperature", "seed", "stop", "ignore_end")
+REQUEST_OPTIONS = ("max_new_tokens", "temperature", "seed", "stop", "ignore_end", "top_logprobs")
 """What only a request says."""
 
 
@@ -56,6 +58,7 @@ class GenerateOptions:
         stop: Strings that end the answer and are left out of it. They match the text of special tokens too.
         ignore_end: Go on after an end token, for measuring: as if the model had none.
         logits: What is done to the logits before a token is chosen.
+        top_logprobs: Of each token its log-probability and those of so many most probable ones; None wants neither.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -63,6 +66,7 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
     ignore_end: bool = False
     logits: LogitsConfig = NEUTRAL
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, Integral) or isinstance(self.max_new_tokens, bool):
@@ -71,6 +75,8 @@ class GenerateOptions:
             raise InputError(f"stop must be a string or several, not {self.stop!r}")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens {self.max_new_tokens} is not possible; give at least 1")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise InputError(f"top_logprobs {self.top_logprobs} is not possible; give 0 to {MAX_TOP_LOGPROBS}")
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,7 @@ class GenerationSettings:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_end: bool = False,
+        top_logprobs: int | None = None,
         **settings: Any,
     ) -> GenerateOptions:
         """Return the options of a request.
@@ -150,6 +157,7 @@ class GenerationSettings:
             seed: Makes sampling repeatable.
             stop: Strings that end the answer.
             ignore_end: Go on after an end token.
+            top_logprobs: Return log-probabilities, and those of so many most probable tokens.
             settings: `top_k`, `top_p`, `min_p` and the fields of `LogitsConfig`; one that is missing or None is the
                 checkpoint's.
 
@@ -165,7 +173,7 @@ class GenerationSettings:
         chosen = {name: value for name, value in chosen.items() if value is not None}
         sampling = replace(self.sampling, temperature=temperature, seed=seed, **chosen)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        return GenerateOptions(max_new_tokens, sampling, stops, ignore_end, self.logits.changed(settings))
+        return GenerateOptions(max_new_tokens, sampling, stops, ignore_end, self.logits.changed(settings), top_logprobs)
 
 
 class Chooser:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from leanvlm.runtime.answer import TokenChance
 from leanvlm.runtime.errors import BackendError, InputError
 
 
@@ -122,6 +123,15 @@ def highest(logits: npt.NDArray[Any]) -> int:
     """
     check_peak(float(logits.max()))  # NaN if any logit is NaN.
     return int(logits.argmax())
+
+
+def chances(logits: npt.NDArray[Any], token: int, top: int) -> TokenChance:
+    """Return the log-probability of a token among logits (V,), and of the `top` most probable ones (equal ones by id)."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max()
+    scores -= math.log(np.exp(scores).sum())
+    best = np.argsort(-scores, kind="stable")[:top] if top else ()
+    return TokenChance(token, float(scores[token]), tuple((int(i), float(scores[i])) for i in best))
 
 
 def check_peak(peak: float) -> None:

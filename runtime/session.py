@@ -17,11 +17,12 @@ from leanvlm.runtime.answer import Answer, Generation, Timings
 from leanvlm.runtime.backends import Backend, Decoder, Graph, open_backend
 from leanvlm.runtime.bundle import read_manifest, verify_files
 from leanvlm.runtime.crops import Arrangement
+from leanvlm.runtime.draft import Draft, Vocabulary
 from leanvlm.runtime.embeddings import TokenTable
 from leanvlm.runtime.encoder import Encoder
 from leanvlm.runtime.errors import BundleError, ContextOverflowError, InputError, SessionClosedError
-from leanvlm.runtime.generation import MAX_NEW_TOKENS, Chooser, GenerateOptions, GenerationSettings
-from leanvlm.runtime.layout import ImageFeatures, image_tokens, least_positions
+from leanvlm.runtime.generation import MAX_NEW_TOKENS, GenerateOptions, GenerationSettings
+from leanvlm.runtime.layout import ImageFeatures, least_positions
 from leanvlm.runtime.manifest import MANIFEST, Manifest
 from leanvlm.runtime.pictures import Pictures
 from leanvlm.runtime.preprocess import ImageSource, image_list
@@ -29,7 +30,6 @@ from leanvlm.runtime.prompt import Prompt, assemble, compose
 from leanvlm.runtime.records import shorten
 from leanvlm.runtime.reuse import CACHE_MB, MEGABYTE, ImageCache
 from leanvlm.runtime.sandbox import sandbox
-from leanvlm.runtime.streaming import AnswerText
 from leanvlm.runtime.text import Message, Template, TextTokenizer, check_image_tokens
 
 MAX_CACHE_MB = 2.0**20
@@ -127,8 +127,9 @@ class Session:
             seed: Makes sampling repeatable.
             stop: Strings that end the answer; they match the text of special tokens too.
             ignore_end: Go on after an end token, for measuring.
-            settings: `top_p`, `top_k`, `min_p`, for sampling, and the fields of `LogitsConfig`, such as `repetition_penalty`;
-                one that is missing or None is as the checkpoint's generation_config.json says.
+            settings: `top_logprobs`; `top_p`, `top_k`, `min_p`, for sampling, and the fields of `LogitsConfig`, such as
+                `repetition_penalty`; of the latter two one that is missing or None is as the checkpoint's
+                generation_config.json says.
 
         Raises:
             InputError: An option, image or prompt that cannot be used.
@@ -139,21 +140,43 @@ class Session:
         options = self.settings.options(
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop, ignore_end=ignore_end, **settings
         )
+        return Generation(self._pieces(self.draft(prompt, images, options, budget=budget, raw=raw)))
+
+    def draft(
+        self,
+        prompt: str | Sequence[Message],
+        images: Sequence[ImageSource],
+        options: GenerateOptions,
+        *,
+        budget: int | None = None,
+        raw: bool = False,
+        start: float | None = None,
+    ) -> Draft:
+        """Encode a prompt's images and put the prompt together; its answer is begun with `tokens`.
+
+        Args:
+            prompt: As `stream` takes it.
+            images: In order.
+            options: How to generate.
+            budget: As `stream` takes it.
+            raw: As `stream` takes it.
+            start: `perf_counter()` when the request came; None is now.
+        """
         chosen = self.manifest.budget(budget)
         messages = [user_message(prompt, len(images))] if isinstance(prompt, str) and not raw else prompt
         if raw and not (isinstance(prompt, str) and prompt.strip()):
             raise InputError("a raw prompt is a text that is not empty")
-        start, timings = perf_counter(), Timings()
+        begin, timings = perf_counter(), Timings()
         # What text an image becomes may depend on its size.
         asked = self._pictures.look_up(images, chosen)
         opened = perf_counter()
-        timings.preprocess += 1e3 * (opened - start)
+        timings.preprocess += 1e3 * (opened - begin)
         ids = self.prompt_ids(messages, asked.arrangements)
         self.check_context(ids, asked.arrangements, chosen, options.max_new_tokens)
         options.logits.check_ids(self.manifest.decoder.vocab_size)
         timings.splice += 1e3 * (perf_counter() - opened)
         features = self._pictures.encode(asked, chosen, timings)
-        return self._answer(ids, features, options, timings, start)
+        return self._draft(ids, features, options, timings, begin if start is None else start)
 
     def arrange(
         self, images: Sequence[ImageSource], among: int | None = None
@@ -193,22 +216,23 @@ class Session:
         start = begin if start is None else start
         ids = self.prompt_ids(messages, [image.arrangement for image in features])
         timings.splice += 1e3 * (perf_counter() - begin)
-        return self._answer(ids, features, options, timings, start)
+        return Generation(self._pieces(self._draft(ids, features, options, timings, start)))
 
-    def _answer(
+    def _draft(
         self,
         ids: Sequence[int],
         features: Sequence[ImageFeatures],
         options: GenerateOptions,
         timings: Timings,
         start: float,
-    ) -> Generation:
+    ) -> Draft:
         begin = perf_counter()
         options.logits.check_ids(self.manifest.decoder.vocab_size)
         prompt = self.prompt(ids, features)
         self._check_fit(max(len(prompt), prompt.next_position), options.max_new_tokens)
         timings.splice += 1e3 * (perf_counter() - begin)
-        return Generation(self._pieces(prompt, features, options, timings, start))
+        vocabulary = Vocabulary(self.tokenizer, self.table, self.end_ids)
+        return Draft(vocabulary, prompt, features, self.manifest.layout, options, timings, start)
 
     def prompt_ids(self, messages: str | Sequence[Message], images: int | Sequence[Arrangement]) -> list[int]:
         """Render and tokenise a conversation, or tokenise a raw prompt; every run of image tokens is one in the result.
@@ -307,46 +331,34 @@ class Session:
                 f"the model's context holds {context}"
             )
 
-    def _pieces(
-        self,
-        prompt: Prompt,
-        features: Sequence[ImageFeatures],
-        options: GenerateOptions,
-        timings: Timings,
-        start: float,
-    ) -> Generator[str, None, Answer]:
+    def _pieces(self, draft: Draft) -> Generator[str, None, Answer]:
         """Yield the answer's text as it comes and return the finished answer."""
-        text = AnswerText(self.tokenizer, options.stop)
-        ids: list[int] = []
-        reason = "length"
-        with closing(self._tokens(prompt, options, timings, start)) as tokens:
-            for token in tokens:
-                ids.append(token)
-                ended = token in self.end_ids and not options.ignore_end
-                if piece := text.push(token, end=ended):
+        with closing(self.tokens(draft)) as tokens:
+            for _ in tokens:
+                if piece := draft.push():
                     yield piece
-                if ended or text.stopped:
-                    reason = "stop"
+                if draft.done:
                     break
-        if rest := text.flush():
+        if rest := draft.flush():
             yield rest
-        pruning = tuple(crop.pruning for image in features for crop in image.crops)
-        images = tuple(image_tokens(image, self.manifest.layout) for image in features)
-        return Answer(text.text, tuple(ids), len(prompt), reason, timings, pruning, images)
+        return draft.answer
 
-    def _tokens(self, prompt: Prompt, options: GenerateOptions, timings: Timings, start: float) -> Generator[int, None, None]:
-        """Yield up to `max_new_tokens` token ids: prefill, then one decode step a token, each in a turn of its own."""
-        chooser, token = Chooser(options, prompt.ids, self.end_ids), 0
+    def tokens(self, draft: Draft) -> Generator[None, None, None]:
+        """Add tokens to a draft, up to `max_new_tokens`: prefill, then one decode step a token, each in a turn of its own.
+
+        Whoever pushes the newest token's text stops when the draft is done.
+        """
+        timings, prompt = draft.timings, draft.prompt
         with self.backend.lock:
             self._check_open()
             decoder = self.decoder()
             begin = perf_counter()
-            room, context = len(prompt) + options.max_new_tokens, self.manifest.decoder.context_length
-            sequence = decoder.sequence(_round_up(room, context), prompt if self._pictures.cache.limit else None, context)
+            context = self.manifest.decoder.context_length
+            sequence = decoder.sequence(_round_up(draft.room, context), prompt if self._pictures.cache.limit else None, context)
             timings.reused_positions = sequence.past
             timings.splice += 1e3 * (perf_counter() - begin)
         with closing(sequence):
-            for count in range(options.max_new_tokens):
+            for count in range(draft.options.max_new_tokens):
                 with self.backend.lock:
                     self._check_open()
                     begin = perf_counter()
@@ -356,21 +368,16 @@ class Session:
                         begin = perf_counter()
                         scores = sequence.prefill()
                         timings.prefill = 1e3 * (perf_counter() - begin)
-                        begin = perf_counter()
                     else:
-                        scores = sequence.step(self.table.rows([token])[0], prompt.next_position + count - 1, token)
-                    if chooser.takes_best and count + 1 < options.max_new_tokens:
-                        sequence.ahead(self.table.row, prompt.next_position + count, chooser.ends)
+                        token = draft.ids[-1]
+                        scores = sequence.step(self.table.rows([token])[0], draft.next_position, token)
+                    if draft.goes_ahead:
+                        sequence.ahead(self.table.row, draft.next_position + 1, draft.ends)
                     if count > 0:
                         scores.wait()
                         timings.decode.append(1e3 * (perf_counter() - begin))
-                        begin = perf_counter()
-                    token = chooser.choose(scores)
-                    end = perf_counter()
-                timings.sample.append(1e3 * (end - begin))
-                if count == 0:
-                    timings.time_to_first_token = 1e3 * (end - start)
-                yield token
+                    draft.choose(scores)
+                yield
 
 
 def load(
