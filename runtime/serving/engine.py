@@ -248,7 +248,12 @@ class Engine:
         question = ticket.question
         try:
             ticket.draft = draft = self.session.draft(
-                question.messages, question.images, question.options, budget=question.budget, start=question.start
+                question.messages,
+                question.images,
+                question.options,
+                budget=question.budget,
+                start=question.start,
+                room=self._runner.capacity,
             )
             ticket.tell(Begun(draft.known))
             self._running.append(ticket)
