@@ -26,6 +26,7 @@ def serve(
     provider: Provider = None,
     threads: Threads = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Answers worked on at once.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Positions of a prompt and its answer together.")] = None,
     cache_mb: Annotated[float, typer.Option(min=0, help="Encoded pictures that are kept, MB.")] = 64,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that wait; the next gets 503.")] = 32,
     max_body_mb: Annotated[float, typer.Option(help="Largest request, MB.")] = 32,
@@ -48,9 +49,9 @@ def serve(
 
     hosts = tuple(one.strip() for one in (allow_remote_images or "").split(",") if one.strip())
     config = ServeConfig(
-        host=host, port=port, api_key_file=api_key_file, name=name, budget=budget, rows=rows, max_queue=max_queue,
-        max_body_mb=max_body_mb, max_held_mb=max(256, max_body_mb), max_images=max_images, max_pixels=max_pixels,
-        max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens, max_seconds=max_seconds,
+        host=host, port=port, api_key_file=api_key_file, name=name, budget=budget, rows=rows, context=context,
+        max_queue=max_queue, max_body_mb=max_body_mb, max_held_mb=max(256, max_body_mb), max_images=max_images,
+        max_pixels=max_pixels, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens, max_seconds=max_seconds,
         allow_remote_images=hosts, grace=grace,
     )  # fmt: skip
     _run(bundle, config, device, provider, threads, cache_mb)

@@ -13,14 +13,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from leanvlm.runtime.errors import InputError, LeanVLMError
+from leanvlm.runtime.errors import LeanVLMError
 from leanvlm.runtime.serving.access import Guard, read_key, respond
 from leanvlm.runtime.serving.config import ServeConfig
 from leanvlm.runtime.serving.exchange import answer
 from leanvlm.runtime.serving.metrics import CONTENT_TYPE
 from leanvlm.runtime.serving.problems import SERVER, Problem, problem_of
 from leanvlm.runtime.serving.replies import to_json
-from leanvlm.runtime.serving.runners import Runner
+from leanvlm.runtime.serving.runners import Runner, open_runner
 from leanvlm.runtime.serving.service import Service, page_files
 from leanvlm.runtime.session import Session
 
@@ -41,16 +41,14 @@ def create_app(session: Session, config: ServeConfig | None = None, runner: Runn
     Args:
         session: Stays the caller's, who closes it behind the application's end.
         config: How it is served; a host that is not this machine's own is asked by any name.
-        runner: How answers advance; None takes them one after another.
+        runner: How answers advance; None is as the configuration says.
 
     Raises:
-        InputError: The key's file cannot be used, or the budget is not the bundle's.
+        InputError: The key's file cannot be used, or the budget or the rows are not the bundle's.
     """
     config = config or ServeConfig()
-    if runner is None and (config.rows or 1) > 1:
-        raise InputError(f"rows {config.rows} is not possible: answers are worked on one after another")
     key = read_key(config.api_key_file) if config.api_key_file else None
-    service = Service(session, config, runner)
+    service = Service(session, config, runner or open_runner(session, config.rows, config.context))
     page = page_files()
 
     @asynccontextmanager

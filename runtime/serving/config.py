@@ -24,7 +24,8 @@ class ServeConfig:
         api_key_file: Holds the key that clients must send; None wants none.
         name: What the model is called; None is the bundle's folder.
         budget: Image tokens kept per crop where a request says nothing; None is the bundle's default.
-        rows: Answers that are worked on at once; None leaves it to the runner.
+        rows: Answers that are worked on at once; None is what is usual on the device.
+        context: Positions of a prompt and its answer; None is what is usual, with rows, or the model's.
         max_queue: Requests that wait at most.
         max_connections: At once.
         max_body_mb: Of one request.
@@ -46,6 +47,7 @@ class ServeConfig:
     name: str | None = None
     budget: int | None = None
     rows: int | None = None
+    context: int | None = None
     max_queue: int = MAX_QUEUE
     max_connections: int = 256
     max_body_mb: float = 32
@@ -72,7 +74,7 @@ class ServeConfig:
         for name in ("max_body_mb", "max_held_mb", "max_seconds", "body_seconds"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} {getattr(self, name)} is not possible; give more than 0")
-        for name in ("max_prompt_tokens", "rows"):
+        for name in ("max_prompt_tokens", "rows", "context"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} {value} is not possible; give at least 1")

@@ -19,7 +19,7 @@ from leanvlm.runtime.serving.details import begun_details, ended_details, uprigh
 from leanvlm.runtime.serving.engine import Begun, Ended, Event, Failed, Piece, Question
 from leanvlm.runtime.serving.images import RemotePolicy, check_images, fetch, from_data_uri
 from leanvlm.runtime.serving.problems import RequestError, problem_of
-from leanvlm.runtime.serving.protocol import Asked, prompt_limit, read_request
+from leanvlm.runtime.serving.protocol import Asked, read_request
 from leanvlm.runtime.serving.replies import DONE, Reply, event, to_json
 from leanvlm.runtime.serving.service import Room, Service
 
@@ -59,8 +59,8 @@ async def answer(service: Service, request: Request) -> Response:
 
 def _question(service: Service, request: Request, asked: Asked, images: list[bytes], start: float) -> Question:
     client = request.client.host if request.client else ""
-    limit, config = prompt_limit(service.session, service.config), service.config
-    return Question(asked.messages, images, asked.options, asked.budget, client, start, config.max_seconds, limit)
+    limits = service.config.max_seconds, service.prompt_limit
+    return Question(asked.messages, images, asked.options, asked.budget, client, start, *limits)
 
 
 async def _read(service: Service, request: Request, hold: Hold) -> tuple[Asked, list[bytes]]:
@@ -75,7 +75,7 @@ async def _read(service: Service, request: Request, hold: Hold) -> tuple[Asked, 
     except asyncio.TimeoutError as error:
         message = f"the body took over {config.body_seconds:g} s to come in"
         raise RequestError(message, code="body_timeout", status=408) from error
-    asked = await _aside(len(body), lambda: read_request(body, service.session, config, service.name, service.left_out))
+    asked = await _aside(len(body), lambda: read_request(body, service))
     images = []
     for param, address in asked.addresses:
         with Named(param):

@@ -15,9 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.generation import MAX_TOP_LOGPROBS, GenerateOptions
 from leanvlm.runtime.records import shorten
-from leanvlm.runtime.serving.config import ServeConfig
 from leanvlm.runtime.serving.problems import RequestError
-from leanvlm.runtime.session import Session
+from leanvlm.runtime.serving.service import Service
 from leanvlm.runtime.text import Message
 
 MAX_MESSAGES = 1024
@@ -179,36 +178,31 @@ class Asked:
     details: bool
 
 
-def read_request(
-    body: bytes, session: Session, config: ServeConfig, name: str, left_out: Mapping[str, str] | None = None
-) -> Asked:
+def read_request(body: bytes, service: Service) -> Asked:
     """Read the body of a chat request.
 
     Args:
         body: As it came.
-        session: What will answer.
-        config: What may be asked for.
-        name: The model's.
-        left_out: Roles whose messages the model's template passes over, each with what to say of it.
+        service: What is asked.
 
     Raises:
         RequestError: It cannot be answered as it is.
     """
     request = _parse(body)
-    if request.model is not None and request.model != name:
-        message = f"the model {shorten(request.model)!r} is not here; this server has {name!r}"
+    if request.model is not None and request.model != service.name:
+        message = f"the model {shorten(request.model)!r} is not here; this server has {service.name!r}"
         raise RequestError(message, "model", "model_not_found", 404)
     _check_extra(request.model_extra or {})
-    _check_messages(request, prompt_limit(session, config), config, left_out or {})
-    asked = config.budget if request.budget is None else request.budget
+    _check_messages(request, service)
+    asked = service.config.budget if request.budget is None else request.budget
     try:
-        budget = session.manifest.budget(asked)
+        budget = service.session.manifest.budget(asked)
     except InputError as error:
         raise RequestError(str(error), "budget") from error
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options goes with stream: true", "stream_options")
     usage = request.stream_options is not None and request.stream_options.include_usage
-    options = _options(request, session, config)
+    options = _options(request, service)
     messages = [_message(message) for message in request.messages]
     return Asked(messages, request.addresses, options, budget, request.stream, usage, request.details)
 
@@ -250,15 +244,16 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
             raise RequestError(f"{name} is not supported: {hint}", name, "unsupported_parameter")
 
 
-def _check_messages(request: ChatRequest, limit: int, config: ServeConfig, left_out: Mapping[str, str]) -> None:
-    images = len(request.addresses)
-    if images > config.max_images:
-        many = f"the request has {images} images; this server takes {config.max_images} at most"
+def _check_messages(request: ChatRequest, service: Service) -> None:
+    images, allowed = len(request.addresses), service.config.max_images
+    if images > allowed:
+        many = f"the request has {images} images; this server takes {allowed} at most"
         raise RequestError(many, "messages", "too_many_images")
     characters = 0
     for number, message in enumerate(request.messages):
-        if message.role in left_out:
-            raise RequestError(left_out[message.role], f"messages[{number}].role")
+        if message.role in service.left_out:
+            passed = f"the model's template passes over messages of role {message.role}"
+            raise RequestError(passed, f"messages[{number}].role")
         if message.role != "user" and any(part.image_url for part in message.content):
             param = f"messages[{number}].content"
             raise RequestError(f"{param}: images go with messages of the user, not of role {message.role}", param)
@@ -266,18 +261,14 @@ def _check_messages(request: ChatRequest, limit: int, config: ServeConfig, left_
         if message.role != "assistant" and not said:
             raise RequestError(f"messages[{number}].content is empty", f"messages[{number}].content")
         characters += sum(len(part.text or "") for part in message.content)
-    most = CHARACTERS * limit
+    most = CHARACTERS * service.prompt_limit
     if characters > most:
         long = f"the messages have {characters} characters; at most {most} are read"
         raise RequestError(long, "messages", "context_length_exceeded")
 
 
-def prompt_limit(session: Session, config: ServeConfig) -> int:
-    """Return the positions that a prompt may take."""
-    return min(config.max_prompt_tokens or session.manifest.decoder.context_length, session.manifest.decoder.context_length)
-
-
-def _options(request: ChatRequest, session: Session, config: ServeConfig) -> GenerateOptions:
+def _options(request: ChatRequest, service: Service) -> GenerateOptions:
+    config = service.config
     asked = {request.max_tokens, request.max_completion_tokens} - {None}
     if len(asked) > 1:
         raise RequestError("max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
@@ -296,7 +287,7 @@ def _options(request: ChatRequest, session: Session, config: ServeConfig) -> Gen
         "min_new_tokens": request.min_tokens,
     }
     try:
-        return session.settings.options(
+        return service.session.settings.options(
             max_new_tokens=most,
             temperature=request.temperature,
             # As two's complement has it: OpenAI's seeds may be negative.

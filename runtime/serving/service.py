@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ class Service:
         room: What they hold.
         name: Of the model.
         created: When the bundle was written, in seconds since 1970.
+        context: Positions that a prompt and its answer may take together.
+        prompt_limit: Those of a prompt.
         ready: Whether a first answer has come.
         left_out: Roles whose messages the model's template passes over.
 
@@ -63,12 +66,14 @@ class Service:
         InputError: The configuration names a budget that the bundle does not have.
     """
 
-    def __init__(self, session: Session, config: ServeConfig, runner: Runner | None = None) -> None:
+    def __init__(self, session: Session, config: ServeConfig, runner: Runner) -> None:
         session.manifest.budget(config.budget)
         self.session = session
         self.config = config
         self.name = config.name or session.folder.resolve().name
         self.created = int((session.folder / MANIFEST).stat().st_mtime)
+        self.context = runner.capacity or session.manifest.decoder.context_length
+        self.prompt_limit = min(config.max_prompt_tokens or self.context, self.context)
         self.left_out = left_out(session)
         self.room = Room(config.held_bytes)
         self.engine = Engine(session, runner, config.max_queue)
@@ -102,26 +107,22 @@ class Service:
             "target": manifest.target,
             "precision": manifest.precision,
             "max_images": self.config.max_images,
-            "context": manifest.decoder.context_length,
+            "context": self.context,
         }
         model = {"id": self.name, "object": "model", "created": self.created, "owned_by": "leanvlm", "leanvlm": own}
         return {"object": "list", "data": [model]}
 
 
-def left_out(session: Session) -> Mapping[str, str]:
-    """Return the roles whose messages a model's template passes over without a word, each with what to say of it."""
+def left_out(session: Session) -> frozenset[str]:
+    """Return the roles whose messages a model's template passes over without a word."""
     user, own = user_message("Why?", 0), {"role": "system", "content": [{"type": "text", "text": PROBE}]}
     said = {**own, "role": "assistant"}
     conversations: dict[str, Sequence[Message]] = {"system": [own, user], "assistant": [user, said, user]}
-    found = {}
+    found = set()
     for role, messages in conversations.items():
-        try:
-            text = session.template.render(messages)
-        except InputError:
-            continue  # It says so itself, and will again.
-        if PROBE not in text:
-            found[role] = f"the model's template passes over messages of role {role}"
-    return found
+        with suppress(InputError):  # A template that refuses them says so itself, and will again.
+            found |= set() if PROBE in session.template.render(messages) else {role}
+    return frozenset(found)
 
 
 def page_files() -> dict[str, tuple[bytes, str]]:
