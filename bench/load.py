@@ -118,7 +118,8 @@ def _ask(options: LoadOptions, client: int, seed: int, seen: Seen) -> None:
         if not line.startswith(b"data: {"):
             continue
         chunk = json.loads(line[len(b"data: ") :])
-        if any(choice["delta"].get("content") for choice in chunk["choices"]):
+        # The last one ends the answer, with text or without.
+        if any(choice["delta"].get("content") or choice["finish_reason"] for choice in chunk["choices"]):
             times.append(perf_counter())
         tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
     connection.close()

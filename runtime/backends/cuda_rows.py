@@ -128,6 +128,18 @@ class CudaRows:
         # The run that made the last scores of each row.
         self._last: dict[int, Run] = {}
 
+    def warm(self) -> None:
+        """Capture the steps of all blocks, which would otherwise hold the first answers up."""
+        size = 1
+        while True:
+            for first in range(0, len(self.caches), size):
+                run = self._new_run([first, min(first + size, len(self.caches)) - 1], {})
+                self._fill(run, lambda _: np.empty(0))
+                run.slot.run()
+            if size >= len(self.caches):
+                return
+            size *= 2
+
     def step(self, steps: Sequence[Step], embed: Callable[[int], Array]) -> dict[int, Scores]:
         """Append a token to each of some rows: take what was begun, and run the others."""
         for step in steps:

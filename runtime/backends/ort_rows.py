@@ -41,6 +41,9 @@ class OrtRows:
         ]
         self._bindings: dict[tuple[int, int], Any] = {}
 
+    def warm(self) -> None:
+        """Do nothing: nothing is captured."""
+
     def step(self, steps: Sequence[Step], embed: Callable[[int], Array]) -> dict[int, Scores]:
         """Append a token to each of some rows."""
         for step in steps:

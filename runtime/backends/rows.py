@@ -71,6 +71,10 @@ class Rows(Protocol):
         """One for each row."""
         ...
 
+    def warm(self) -> None:
+        """Make everything ready that the first steps would wait for; no row holds anything yet."""
+        ...
+
     def step(self, steps: Sequence[Step], embed: Callable[[int], Array]) -> dict[int, Scores]:
         """Append a token to each of some rows; the scores of each hold until the next call.
 
