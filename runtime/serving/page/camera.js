@@ -3,7 +3,11 @@
 // Of a frame's JPEG file.
 const QUALITY = 0.92;
 
-/** Return a camera that is shown in a video element; `changed` is called when it goes on or off, with the reason if it was not asked. */
+/**
+ * Return a camera that is shown in a video element.
+ *
+ * `changed` is called when it goes on or off, with the reason if nobody asked for it.
+ */
 export function camera(video, changed) {
   let stream = null;
 

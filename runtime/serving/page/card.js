@@ -15,7 +15,7 @@ export class Card {
     this.finish = null;
     this.failed = false;
     this.head = make("h4", {}, "Waiting …");
-    this.text = make("p", { className: "text" }, "");
+    this.text = make("p", { className: "text" });
     this.facts = make("p", { className: "facts" });
     this.text.setAttribute("aria-busy", "true");
     this.element = make("section", { className: "answer" }, this.head, this.text, this.facts);
@@ -66,7 +66,7 @@ export class Card {
 function verdict(lean, full) {
   const equal = `The answers are ${lean.words === full.words ? "equal" : "not equal"}.`;
   const isLike = (lean.reused?.images ?? 0) === (full.reused?.images ?? 0) && lean.hasRead === full.hasRead;
-  if (!isLike) return ["Not like for like: only one of them found the picture in the cache. Compare again, and both do.", equal];
+  if (!isLike) return ["Not like for like: only one found the picture in the cache. Compare again, and both do.", equal];
   const times = ratio(lean.timings.time_to_first_token, full.timings.time_to_first_token);
   return [`First token: the unpruned model took ${times} as long. One run of each, so a rough figure.`, equal];
 }

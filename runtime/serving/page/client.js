@@ -46,7 +46,7 @@ async function refusal(response) {
   return new ServerError(response.status, error, response.headers.get("Retry-After"));
 }
 
-/** Send a request; throws ServerError where the answer is one. Paths are relative, so that a proxy may put a prefix before them. */
+/** Send a request; throws ServerError where it is refused. Paths are relative, so a proxy may put a prefix before them. */
 async function request(path, key, options = {}) {
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
   const response = await fetch(path, { ...options, headers, cache: "no-store" });
@@ -68,8 +68,9 @@ export async function* chunks(body, key, signal) {
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ServerError(response.status, chunk.error);
+    // The status was sent before anything failed.
+    if (chunk.error) throw new ServerError(null, chunk.error);
     yield chunk;
   }
-  throw new ServerError(response.status, { message: "the connection ended before the answer did" });
+  throw new ServerError(null, { message: "the connection ended before the answer did" });
 }

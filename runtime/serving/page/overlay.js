@@ -13,10 +13,10 @@ export const COLOURS = [
 const SIDE = 1344;
 // Of a crop's area: fractions of pixels make neighbours overlap by less.
 const OVERLAP = 0.1;
-const ROWS = ["top", "middle", "bottom"];
-const COLUMNS = ["left", "centre", "right"];
+// Of a picture, three rows of three.
+const PLACES = ["top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right"];
 
-/** Return a canvas with the picture in a file, upright and no larger than is shown; rejects what the browser cannot read. */
+/** Return a canvas with the picture in a file, upright, of the size that is shown; rejects what the browser cannot read. */
 export async function decode(file) {
   const bitmap = await createImageBitmap(file);
   const scale = SIDE / Math.max(bitmap.width, bitmap.height);
@@ -31,14 +31,15 @@ export async function decode(file) {
 }
 
 /** Return a value in 0..1 as red, green and blue. */
-export function colour(value) {
+export function colour(share) {
+  const value = Math.min(1, Math.max(0, share));
   const above = Math.max(1, COLOURS.findIndex(([stop]) => value <= stop));
   const [[from, low], [to, high]] = [COLOURS[above - 1], COLOURS[above]];
   return low.map((level, channel) => Math.floor(level + ((high[channel] - level) * (value - from)) / (to - from)));
 }
 
 const area = ([left, top, right, bottom]) => Math.max(0, right - left) * Math.max(0, bottom - top);
-const shared = (one, other) => [...[0, 1].map((at) => Math.max(one[at], other[at])), ...[2, 3].map((at) => Math.min(one[at], other[at]))];
+const shared = (one, other) => one.map((side, at) => (at < 2 ? Math.max : Math.min)(side, other[at]));
 
 /** Part crops into layers in which none covers another, tiles before the whole picture. */
 export function layers(crops) {
@@ -52,7 +53,7 @@ export function layers(crops) {
   return found.sort((one, other) => other.length - one.length);
 }
 
-/** Return each cell of a crop, in raster order: [left, top, right, bottom] in whole pixels, so that cells meet without a seam. */
+/** Return a crop's cells in raster order, each [left, top, right, bottom] in whole pixels, so that they meet without a seam. */
 export function cells({ grid: [rows, columns], box: [left, top, right, bottom] }, width, height) {
   const at = (from, to, part, parts, pixels) => Math.round((from + ((to - from) * part) / parts) * pixels);
   return Array.from({ length: rows * columns }, (_, index) => {
@@ -72,7 +73,8 @@ function hatch(context, crops, { width, height }) {
   context.beginPath();
   context.rect(0, 0, width, height);
   for (const { box: [left, top, right, bottom] } of crops) {
-    context.rect(Math.round(left * width), Math.round(top * height), Math.round((right - left) * width), Math.round((bottom - top) * height));
+    const [x, y] = [Math.round(left * width), Math.round(top * height)];
+    context.rect(x, y, Math.round(right * width) - x, Math.round(bottom * height) - y);
   }
   context.clip("evenodd");
   context.fillStyle = `rgb(0 0 0 / ${1 - DIM})`;
@@ -100,7 +102,7 @@ export function draw(canvas, picture, crops, view) {
     for (const [index, [left, top, right, bottom]] of cells(crop, canvas.width, canvas.height).entries()) {
       if (view === "kept" && kept.has(index)) continue;
       // On a square root, since a few cells take most of it.
-      const [red, green, blue] = view === "kept" ? [0, 0, 0] : colour(Math.sqrt(Math.max(0, crop.attention[index])));
+      const [red, green, blue] = view === "kept" ? [0, 0, 0] : colour(Math.sqrt(crop.attention[index]));
       context.fillStyle = `rgb(${red} ${green} ${blue} / ${view === "kept" ? 1 - DIM : 1})`;
       context.fillRect(left, top, right - left, bottom - top);
     }
@@ -108,36 +110,44 @@ export function draw(canvas, picture, crops, view) {
   hatch(context, crops, canvas);
   context.strokeStyle = "rgb(255 255 255 / 0.8)";
   context.lineWidth = 2;
+  const { width, height } = canvas;
   for (const { box: [left, top, right, bottom] } of crops.length > 1 ? crops : []) {
-    context.strokeRect(left * canvas.width, top * canvas.height, (right - left) * canvas.width, (bottom - top) * canvas.height);
+    context.strokeRect(left * width, top * height, (right - left) * width, (bottom - top) * height);
   }
 }
+
+/** Count the kept tokens in each of the nine places of a picture. */
+function counted(crops) {
+  const numbers = PLACES.map(() => 0);
+  const third = (low, high) => Math.min(2, Math.max(0, Math.floor((1.5 * (low + high)) / 1000)));
+  for (const crop of crops) {
+    // In thousandths of the picture.
+    const found = cells(crop, 1000, 1000);
+    for (const [left, top, right, bottom] of crop.kept.map((index) => found[index])) {
+      numbers[3 * third(top, bottom) + third(left, right)] += 1;
+    }
+  }
+  return numbers.map((number, at) => [PLACES[at], number]);
+}
+
+const percent = (part, whole) => `${Math.round((100 * part) / Math.max(1, whole))} %`;
 
 /** Say in words how many tokens were kept, and roughly where. */
 export function words({ kept, total, crops }) {
   if (kept >= total) return `All ${total} image tokens kept.`;
-  const count = new Map(ROWS.flatMap((row) => COLUMNS.map((column) => [`${row} ${column}`, 0])));
-  const [layer] = layers(crops);
-  for (const crop of layer) {
-    // In thousandths of the picture.
-    const places = cells(crop, 1000, 1000);
-    for (const [left, top, right, bottom] of crop.kept.map((index) => places[index])) {
-      const third = (middle) => Math.min(2, Math.max(0, Math.floor((middle * 3) / 1000)));
-      const name = `${ROWS[third((top + bottom) / 2)]} ${COLUMNS[third((left + right) / 2)]}`;
-      count.set(name, count.get(name) + 1);
-    }
-  }
-  const sum = Math.max(1, [...count.values()].reduce((one, other) => one + other, 0));
-  const most = [...count].sort((one, other) => other[1] - one[1]).slice(0, 3);
-  const none = [...count].filter(([, number]) => !number).map(([name]) => name);
-  const places = most.filter(([, number]) => number).map(([name, number]) => `${name} ${Math.round((100 * number) / sum)} %`);
-  const head = `${kept} of ${total} image tokens kept, ${Math.round((100 * kept) / total)} %. Most of them: ${places.join(", ")}.`;
-  return none.length && none.length < 7 ? `${head} None: ${none.join(", ")}.` : head;
+  const [layer = []] = layers(crops);
+  const places = counted(layer);
+  const sum = layer.reduce((number, crop) => number + crop.kept.length, 0);
+  const most = [...places].sort((one, other) => other[1] - one[1]).slice(0, 3).filter(([, number]) => number);
+  const none = places.filter(([, number]) => !number).map(([name]) => name);
+  const where = most.map(([name, number]) => `${name} ${percent(number, sum)}`).join(", ");
+  const head = `${kept} of ${total} image tokens kept, ${percent(kept, total)}. Most of them: ${where}.`;
+  return none.length && most.length === 3 ? `${head} None: ${none.join(", ")}.` : head;
 }
 
 /** Whether preprocessing cut off some of the picture. */
 export function isCut(crops) {
-  const [layer] = layers(crops);
+  const [layer = []] = layers(crops);
   return layer.reduce((sum, { box }) => sum + area(shared(box, [0, 0, 1, 1])), 0) < 0.99;
 }
 

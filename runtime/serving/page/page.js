@@ -18,7 +18,9 @@ let seen = null;
 let talk = { messages: [] };
 let asking = null;
 let watching = null;
-let taking = false;
+/** The picture that is being read; of two the later one counts. */
+let newest = null;
+let preparing = false;
 
 const say = (text) => (by("said").textContent = text);
 const camera = cameraIn(by("video"), showCamera);
@@ -84,7 +86,8 @@ async function connect() {
   const { budgets, default_budget: usual, unpruned, target, precision } = served.leanvlm;
   by("served").textContent = [served.id, target, precision].filter(Boolean).join(" · ");
   const text = (budget) => (budget === unpruned ? `all ${budget}, unpruned` : `${budget} of ${unpruned}`);
-  by("budget").replaceChildren(...budgets.map((budget) => make("option", { value: budget, selected: budget === usual }, text(budget))));
+  const option = (budget) => make("option", { value: budget, selected: budget === usual }, text(budget));
+  by("budget").replaceChildren(...budgets.map(option));
 }
 
 /* The picture. */
@@ -131,22 +134,32 @@ function read(file) {
 
 /** Begin a conversation about a picture: its bytes go to the server as they are. */
 async function take(file, name = file.name) {
-  if (taking) return;
-  taking = true;
+  newest = file;
+  let url;
   try {
-    const url = await read(file);
-    const canvas = await decode(file).catch(() => null);
-    const note = canvas ? "" : `This browser cannot show ${name}; the server may know how to read it.`;
-    afresh();
-    notice("");
-    picture = { url, name, note, canvas: canvas ?? blank() };
-    seen = null;
-    show();
-    say(`Picture: ${name}. A new conversation.`);
+    url = await read(file);
   } catch (error) {
-    notice(`${name} cannot be read: ${error.message}`);
-  } finally {
-    taking = false;
+    return notice(`${name} cannot be read: ${error.message}`);
+  }
+  const canvas = await decode(file).catch(() => null);
+  if (newest !== file) return;
+  afresh();
+  notice("");
+  const note = canvas ? "" : `This browser cannot show ${name}; the server may know how to read it.`;
+  picture = { url, name, note, canvas: canvas ?? blank() };
+  seen = null;
+  show();
+  say(`Picture: ${name}. A new conversation.`);
+}
+
+/** Take what the camera sees now; returns whether it gave something. */
+async function snap() {
+  try {
+    await take(await camera.frame(), "frame of the camera");
+    return true;
+  } catch (error) {
+    notice(`The camera cannot be used: ${error.message}`);
+    return false;
   }
 }
 
@@ -220,8 +233,11 @@ async function compare(turn) {
 /** Ask what stands in the box; returns whether there was an answer. */
 async function ask() {
   const question = by("question").value.trim();
-  if (asking || taking || !question) return false;
-  if (camera.isOn()) await take(await camera.frame(), "Frame of the camera");
+  if (asking || preparing || !question) return false;
+  preparing = true;
+  const isReady = !camera.isOn() || (await snap());
+  preparing = false;
+  if (!isReady) return false;
   const mine = talk;
   const image = picture && !mine.messages.length ? [{ type: "image_url", image_url: { url: picture.url } }] : [];
   const content = image.length ? [...image, { type: "text", text: question }] : question;
@@ -323,9 +339,7 @@ by("camera").addEventListener("click", () => {
   camera.start().catch((error) => notice(`The camera cannot be used: ${error.message}`));
 });
 by("shot").addEventListener("click", async () => {
-  const frame = await camera.frame();
-  camera.stop();
-  await take(frame, "Frame of the camera");
+  if (await snap()) camera.stop();
 });
 by("watch").addEventListener("click", () => {
   if (watching) return stop();
