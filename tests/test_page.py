@@ -187,7 +187,8 @@ def test_scripts_parse(script: Path, tmp_path: Path) -> None:
 
 @needs_node
 def test_events_come_whole_whatever_pieces_they_arrive_in(node: Callable[[str, str], Any]) -> None:
-    sent = ': ping\r\n\r\ndata: {"a": "é"}\n\ndata:two\rdata: lines\r\rdata: 1\r\ndata: 2\r\n\r\nevent: x\nid: 3\n\ndata: [DONE]\r\n\r\ndata: never ended'
+    sent = ': ping\r\n\r\ndata: {"a": "é"}\n\ndata:two\rdata: lines\r\rdata: 1\r\ndata: 2\r\n\r\nevent: x\nid: 3\n\n'
+    sent += "data: [DONE]\r\n\r\ndata: never ended"
     pieces = """
         const bytes = new TextEncoder().encode(SENT);
         const all = [];
