@@ -1,6 +1,6 @@
 // What a conversation looks like: a turn has a question and one answer, or two side by side.
 import { make } from "./dom.js";
-import { milliseconds, ratio, reuse, table } from "./times.js";
+import { milliseconds, ratio, table } from "./times.js";
 
 /** One answer, filled as its chunks come. */
 export class Card {
@@ -47,11 +47,14 @@ export class Card {
   /** Say what is known at the end. */
   end(note = "") {
     const first = this.timings && `first token after ${milliseconds(this.timings.time_to_first_token)} ms`;
-    const tokens = this.usage && `${this.usage.prompt_tokens} tokens read, ${this.usage.completion_tokens} written`;
+    const before = this.reused?.positions ? ` (${this.reused.positions} of them from the cache)` : "";
+    const read = this.usage && `${this.usage.prompt_tokens} tokens read${before}`;
+    const written = this.usage && `${this.usage.completion_tokens} written`;
+    const encoded = this.reused?.images && "picture from the cache";
     const cut = this.finish === "length" && "ended by the limit of new tokens";
     this.text.setAttribute("aria-busy", "false");
     this.head.textContent = this.title || "No answer";
-    this.facts.textContent = [first, tokens, cut, note].filter(Boolean).join(" · ");
+    this.facts.textContent = [first, encoded, read, written, cut, note].filter(Boolean).join(" · ");
   }
 
   /** Show an error, as it was said. */
@@ -103,9 +106,7 @@ export class Turn {
     this.button.textContent = full ? "Compare again" : "Compare with the unpruned model";
     this.times.hidden = !runs.length;
     if (!runs.length) return;
-    const notes = runs.map(reuse).filter(Boolean);
-    if (full) notes.unshift(...verdict(lean, full));
-    const parts = notes.map((note) => make("p", {}, note));
+    const parts = full ? verdict(lean, full).map((note) => make("p", {}, note)) : [];
     this.times.replaceChildren(make("summary", {}, "Stage times"), table(runs), ...parts);
   }
 }

@@ -20,13 +20,6 @@ export const milliseconds = (value) => value.toFixed(value < 10 ? 2 : value < 10
 /** Return how many times `value` is `base`, or nothing where that says nothing. */
 export const ratio = (base, value) => (base >= SHORTEST && value >= SHORTEST ? `${(value / base).toPrecision(2)}×` : "");
 
-/** Say what an answer did not have to do again. */
-export function reuse({ reused, title }) {
-  const parts = [reused?.images && "the encoded picture", reused?.positions && `${reused.positions} positions of the prompt`];
-  const known = parts.filter(Boolean);
-  return known.length ? `${title}: ${known.join(" and ")} came from the cache.` : "";
-}
-
 function cell(value, most) {
   const bar = make("span", { className: "bar" });
   bar.style.inlineSize = `${(100 * value) / most}%`;
@@ -36,7 +29,7 @@ function cell(value, most) {
 /**
  * Return a table of stage times in ms.
  *
- * Each run is {title, timings, reused}; a second one stands beside the first, with how many times longer it took.
+ * Each run is {title, timings}; a second one stands beside the first, with how many times longer it took.
  */
 export function table(runs) {
   const stages = Object.keys(STAGES).filter((stage) => stage in runs[0].timings);
