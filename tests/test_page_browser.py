@@ -138,7 +138,9 @@ class Reader:
 
     def complaints(self) -> list[str]:
         """Return what the console and the policy said since the last call."""
-        return [entry["message"] for entry in self.driver.get_log("browser")] + self.run("return violations")
+        messages = [entry["message"] for entry in self.driver.get_log("browser")] + self.run("return violations")
+        # Chromium's advice about what `levels` does.
+        return [message for message in messages if "willReadFrequently" not in message]
 
     def hosts(self) -> set[str]:
         """Return the beginnings of all addresses that were asked for since the last call, with what holds its own data."""
@@ -221,7 +223,9 @@ def test_a_dropped_picture_is_answered_and_its_kept_tokens_are_drawn(
     url = sent["messages"][0]["content"][0]["image_url"]["url"]
     assert base64.b64decode(url.partition(",")[2]) == sample_image.read_bytes()
     assert reader.run("return document.cookie + Object.keys(localStorage) + Object.keys(sessionStorage)") == ""
-    assert reader.hosts() == {reader.address, "data:"} - ({"data:"} - reader.hosts())
+    hosts = reader.hosts()
+    assert reader.address in hosts
+    assert hosts <= {reader.address, "data:"}
     assert reader.complaints() == []
 
 
@@ -268,6 +272,9 @@ def test_everything_is_reached_with_the_keyboard(reader: Reader, sample_image: P
     def press(*keys: str) -> None:
         webdriver.ActionChains(reader.driver).send_keys(*keys).perform()
 
+    def press_with_shift(key: str) -> None:
+        webdriver.ActionChains(reader.driver).key_down(Keys.SHIFT).send_keys(key).key_up(Keys.SHIFT).perform()
+
     found = []
     for _ in range(7):
         press(Keys.TAB)
@@ -277,13 +284,15 @@ def test_everything_is_reached_with_the_keyboard(reader: Reader, sample_image: P
     assert found[:6] == ["afresh", "file", "camera", "question", "ask", "budget"]
     reader.find("#file").send_keys(str(sample_image))
     reader.wait("document.activeElement.id === 'question'")
-    press("What is below", Keys.SHIFT, Keys.ENTER, Keys.NULL, "the green ring?", Keys.ENTER)
+    press("What is below")
+    press_with_shift(Keys.ENTER)
+    press("the green ring?", Keys.ENTER)
     reader.wait("document.querySelector('.compare') && !document.querySelector('.compare').hidden")
     assert reader.run("return sent[0].messages[0].content[1].text") == "What is below\nthe green ring?"
     assert focused() == "question"
     # Back to what is drawn, which arrows choose.
     for _ in range(20):
-        webdriver.ActionChains(reader.driver).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
+        press_with_shift(Keys.TAB)
         if reader.run("return document.activeElement.name") == "view":
             break
     press(Keys.ARROW_RIGHT)
@@ -318,7 +327,8 @@ def test_errors_are_shown_as_the_server_says_them(reader: Reader, sample_image: 
     reader.ask(QUESTION)
     (shown,) = reader.texts(".error")
     said = reader.run("""
-        const response = await fetch("v1/chat/completions", { method: "POST", body: JSON.stringify({ ...sent[0] }) });
+        const options = { method: "POST", body: JSON.stringify(sent[0]), headers: { "Content-Type": "application/json" } };
+        const response = await fetched("v1/chat/completions", options);
         return { status: response.status, ...(await response.json()).error };
     """)
     assert shown == f"{said['status']} {said['type']}: {said['message']}"
@@ -398,7 +408,9 @@ def test_nothing_is_wider_than_the_page(reader: Reader, sample_image: Path, sche
         reader.ask(QUESTION)
         reader.find(".compare").click()
         reader.wait("document.querySelectorAll('.answer').length === 2 && document.querySelector('#stop').hidden")
-        assert reader.run("return document.documentElement.scrollWidth") == width
+        assert reader.run("return innerWidth") == width
+        page, screen = reader.run("return [document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+        assert page == screen
         ground = reader.run("return getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", ground))) > 384) == (scheme == "light")
     finally:

@@ -165,7 +165,7 @@ async function snap() {
 
 function takeFirst(files) {
   const [file] = files ?? [];
-  if (file) take(file).then(() => matchMedia("(pointer: fine)").matches && by("question").focus());
+  if (file) take(file).then(() => matchMedia("(pointer: coarse)").matches || by("question").focus());
   return Boolean(file);
 }
 
