@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, suppress
 from time import perf_counter
 from typing import Any, TypeVar
@@ -147,19 +147,19 @@ async def read_body(request: Request, config: ServeConfig, hold: Hold) -> bytes:
     stated = request.headers.get("content-length", "")
     if stated.isdecimal() and int(stated[:20]) > config.body_bytes:
         raise too_large
-    parts, size = [], 0
-    async for part in _parts(request.receive):
-        size += len(part)
-        if size > config.body_bytes:
+    body = bytearray()
+    coming = _parts(request.receive)
+    async for part in coming:
+        body += part
+        if len(body) > config.body_bytes:
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(_discard(request.receive, config.body_bytes), LINGER_SECONDS)
+                await asyncio.wait_for(_discard(coming, config.body_bytes), LINGER_SECONDS)
             raise too_large
         hold.take(len(part))
-        parts.append(part)
-    return b"".join(parts)
+    return bytes(body)
 
 
-async def _parts(receive: Receive) -> Any:
+async def _parts(receive: Receive) -> AsyncIterator[bytes]:
     more = True
     while more:
         message = await receive()
@@ -169,8 +169,8 @@ async def _parts(receive: Receive) -> Any:
         yield message.get("body", b"")
 
 
-async def _discard(receive: Receive, most: int) -> None:
-    async for part in _parts(receive):
+async def _discard(parts: AsyncIterator[bytes], most: int) -> None:
+    async for part in parts:
         most -= len(part)
         if most < 0:
             return

@@ -99,20 +99,13 @@ class Server(uvicorn.Server):
         await ending
 
 
-def run(app: FastAPI, sockets: Sequence[socket.socket], config: ServeConfig) -> None:
-    """Serve an application until a signal comes; then raise what the signal means to the process.
-
-    Args:
-        app: As `create_app` made it.
-        sockets: As `bind` made them.
-        config: The application's.
-    """
-    kind = type("LimitedConnection", (Connection,), {"most": config.max_connections})
-    # What has not ended by itself then was told to by the engine.
-    grace = int(config.grace) + 5
+def make_server(app: FastAPI) -> Server:
+    """Return what runs an application that `create_app` made."""
+    service: Service = app.state.service
+    config = service.config
     options = uvicorn.Config(
         app,
-        http=kind,
+        http=type("LimitedConnection", (Connection,), {"most": config.max_connections}),
         ws="none",
         loop="asyncio",
         lifespan="on",
@@ -122,10 +115,15 @@ def run(app: FastAPI, sockets: Sequence[socket.socket], config: ServeConfig) -> 
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=grace,
+        # What has not ended by then was told to by the engine.
+        timeout_graceful_shutdown=int(config.grace) + 5,
         backlog=BACKLOG,
     )
-    server = Server(options, app.state.service)
+    return Server(options, service)
+
+
+def run(server: Server, sockets: Sequence[socket.socket]) -> None:
+    """Serve on sockets of `bind` until a signal comes; then raise what the signal means to the process."""
     with _hang_up_ends(server):
         server.run(list(sockets))
 
