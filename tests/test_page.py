@@ -222,5 +222,5 @@ def test_tiles_are_placed_apart_from_the_whole_picture(node: Callable[[str, str]
     assert places == [[1, 2], [0]]
     assert cells == [[0, 0, 25, 30], [25, 0, 50, 30], [0, 30, 25, 60], [25, 30, 50, 60]]
     assert (cut, half) == (False, True)
-    assert words.startswith("2 of 9 image tokens kept, 22 %. Most of them: top left 100 %.")
+    assert words.startswith("2 of 9 image tokens kept, 22\xa0%. Most of them: top left 100\xa0%.")
     assert everything == "All 9 image tokens kept."

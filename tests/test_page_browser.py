@@ -213,7 +213,7 @@ def test_a_dropped_picture_is_answered_and_its_kept_tokens_are_drawn(
     # Levels are whole numbers.
     assert np.allclose(drawn[~kept] / plain[~kept], DIM, atol=0.03)
     label = reader.find("#canvas").get_attribute("aria-label")
-    assert "64 of 576 image tokens kept, 11 %" in label
+    assert "64 of 576 image tokens kept, 11\xa0%" in label
     reader.view("attention")
     assert int(np.argmax(reader.levels())) == int(np.argmax(pruning.attention))
     reader.view("picture")

@@ -47,10 +47,10 @@ export class Card {
   /** Say what is known at the end. */
   end(note = "") {
     const first = this.timings && `first token after ${milliseconds(this.timings.time_to_first_token)} ms`;
-    const before = this.reused?.positions ? ` (${this.reused.positions} of them from the cache)` : "";
+    const before = this.reused?.positions ? ` (${this.reused.positions} cached)` : "";
     const read = this.usage && `${this.usage.prompt_tokens} tokens read${before}`;
     const written = this.usage && `${this.usage.completion_tokens} written`;
-    const encoded = this.reused?.images && "picture from the cache";
+    const encoded = this.reused?.images && "picture cached";
     const cut = this.finish === "length" && "ended by the limit of new tokens";
     this.text.setAttribute("aria-busy", "false");
     this.head.textContent = this.title || "No answer";

@@ -130,7 +130,8 @@ function counted(crops) {
   return numbers.map((number, at) => [PLACES[at], number]);
 }
 
-const percent = (part, whole) => `${Math.round((100 * part) / Math.max(1, whole))} %`;
+// The space before the sign does not break.
+const percent = (part, whole) => `${Math.round((100 * part) / Math.max(1, whole))}\u00a0%`;
 
 /** Say in words how many tokens were kept, and roughly where. */
 export function words({ kept, total, crops }) {
