@@ -178,10 +178,15 @@ function afresh() {
 
 /* Questions. */
 
+/** Put Stop in the place of Ask, or back; the focus goes with them. */
 function busy(is) {
-  by("ask").hidden = is;
-  by("stop").hidden = !is;
-  for (const button of document.querySelectorAll(".compare")) button.disabled = is;
+  const [gone, come] = is ? [by("ask"), by("stop")] : [by("stop"), by("ask")];
+  const isFocused = document.activeElement === gone;
+  come.hidden = false;
+  gone.hidden = true;
+  if (isFocused) come.focus();
+  // Not `disabled`, which would take the focus away.
+  for (const button of document.querySelectorAll(".compare")) button.setAttribute("aria-disabled", String(is));
 }
 
 /** Scroll along, if the reader is at the end. */
@@ -226,6 +231,7 @@ async function answer(turn, budget, isShown) {
 }
 
 async function compare(turn) {
+  if (asking || preparing) return;
   for (const card of turn.cards.slice(1)) turn.drop(card);
   await answer(turn, served.leanvlm.unpruned, false);
 }
@@ -263,9 +269,9 @@ function showCamera(reason = "") {
   const every = watching ? `A frame is sent every ${watching.seconds} s.` : "A frame is sent when you ask.";
   if (!camera.isOn()) unwatch();
   by("live").hidden = by("shots").hidden = !camera.isOn();
-  by("camera").setAttribute("aria-pressed", String(camera.isOn()));
+  by("camera").classList.toggle("on", camera.isOn());
   by("camera").textContent = camera.isOn() ? "Turn the camera off" : "Use the camera";
-  by("watch").setAttribute("aria-pressed", String(Boolean(watching)));
+  by("watch").classList.toggle("on", Boolean(watching));
   by("watch").textContent = watching ? "Stop asking" : "Ask at an interval";
   by("camera-state").textContent = camera.isOn() ? `The camera is on. ${every}` : "";
   say(reason || by("camera-state").textContent || "The camera is off.");
