@@ -11,8 +11,8 @@ const STAGES = {
   decode: "decode",
   time_to_first_token: "first token",
 };
-// Below it, in ms, a ratio says nothing.
-const SHORTEST = 0.05;
+// Below it, in ms, a ratio of two single runs says nothing.
+const SHORTEST = 0.5;
 
 /** Return ms as text of about three digits. */
 export const milliseconds = (value) => value.toFixed(value < 10 ? 2 : value < 100 ? 1 : 0);
