@@ -71,7 +71,7 @@ function verdict(lean, full) {
   const isLike = (lean.reused?.images ?? 0) === (full.reused?.images ?? 0) && lean.hasRead === full.hasRead;
   if (!isLike) return ["Not like for like: only one found the picture in the cache. Compare again, and both do.", equal];
   const times = ratio(lean.timings.time_to_first_token, full.timings.time_to_first_token);
-  return [`First token: the unpruned model took ${times} as long. One run of each, so a rough figure.`, equal];
+  return [times && `First token: the unpruned model took ${times} as long. One run of each, so a rough figure.`, equal];
 }
 
 /** A question with its answers; `compare` is called to ask it of the unpruned model. */
@@ -106,7 +106,7 @@ export class Turn {
     this.button.textContent = full ? "Compare again" : "Compare with the unpruned model";
     this.times.hidden = !runs.length;
     if (!runs.length) return;
-    const parts = full ? verdict(lean, full).map((note) => make("p", {}, note)) : [];
+    const parts = full ? verdict(lean, full).filter(Boolean).map((note) => make("p", {}, note)) : [];
     this.times.replaceChildren(make("summary", {}, "Stage times"), table(runs), ...parts);
   }
 }
