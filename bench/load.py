@@ -8,6 +8,7 @@ import io
 import json
 import threading
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -123,7 +124,7 @@ def _ask(options: LoadOptions, client: int, seed: int, seen: Seen) -> None:
     connection.close()
     seen.first.append(1e3 * (times[0] - begin))
     seen.between.append(1e3 * (times[-1] - times[0]) / (tokens - 1))
-    seen.gaps += [1e3 * (two - one) for one, two in zip(times, times[1:], strict=False)]
+    seen.gaps += [1e3 * (two - one) for one, two in pairwise(times)]
     seen.tokens.append(tokens)
 
 

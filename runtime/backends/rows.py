@@ -131,8 +131,10 @@ class Pool:
         return [row for row in range(len(self._held)) if row not in self._taken]
 
     def sequence(self, prompt: Prompt) -> RowSequence:
-        """Open a sequence in the row that holds most of the prompt; where none holds any, in one that keeps blocks small."""
+        """Open a sequence in the row that holds most of the prompt; where none holds half, in one that keeps blocks small."""
         shared = {row: self._held[row].shared(prompt) if self._reuse else 0 for row in self.free}
+        # What all prompts begin with is no reason to give up what another conversation left.
+        shared = {row: count if 2 * count >= len(prompt) else 0 for row, count in shared.items()}
         row = min(shared, key=lambda one: (-shared[one], block([one, *self._taken], len(self._held))[1], self._used[one], one))
         if not shared[row]:
             self._held[row] = Held()

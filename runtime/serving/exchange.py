@@ -17,7 +17,7 @@ from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.serving.config import ServeConfig
 from leanvlm.runtime.serving.details import begun_details, ended_details, upright_size
 from leanvlm.runtime.serving.engine import Begun, Ended, Event, Failed, Piece, Question
-from leanvlm.runtime.serving.images import RemotePolicy, check_images, fetch, from_data_uri
+from leanvlm.runtime.serving.images import check_images, fetch, from_data_uri
 from leanvlm.runtime.serving.problems import RequestError, problem_of
 from leanvlm.runtime.serving.protocol import Asked, read_request
 from leanvlm.runtime.serving.replies import DONE, Reply, event, to_json
@@ -79,8 +79,8 @@ async def _read(service: Service, request: Request, hold: Hold) -> tuple[Asked, 
     images = []
     for param, address in asked.addresses:
         with Named(param):
-            images.append(await _picture(address, config, len(body)))
-        if address.startswith(("http:", "https:")):
+            images.append(await _picture(address, service, len(body)))
+        if _is_remote(address):
             hold.take(len(images[-1]))
     if images:
         with Named("messages"):
@@ -88,10 +88,14 @@ async def _read(service: Service, request: Request, hold: Hold) -> tuple[Asked, 
     return asked, images
 
 
-async def _picture(address: str, config: ServeConfig, size: int) -> bytes:
-    if address[:5].lower() in ("http:", "https"):
-        return await fetch(address, RemotePolicy(config.allow_remote_images, config.body_bytes))
-    return await _aside(size, lambda: from_data_uri(address, config.body_bytes))
+async def _picture(address: str, service: Service, size: int) -> bytes:
+    if _is_remote(address):
+        return await fetch(address, service.remote)
+    return await _aside(size, lambda: from_data_uri(address, service.config.body_bytes))
+
+
+def _is_remote(address: str) -> bool:
+    return address[:6].lower().startswith(("http:", "https:"))
 
 
 async def _aside(size: int, work: Callable[[], Result]) -> Result:
