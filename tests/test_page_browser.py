@@ -246,6 +246,8 @@ def test_a_conversation_goes_on_until_there_is_another_picture(reader: Reader, s
 def test_a_budget_is_chosen_and_compared(reader: Reader, sample_image: Path) -> None:
     reader.show(sample_image)
     reader.ask(QUESTION)
+    # What is changed meanwhile counts from the next question on.
+    reader.run("document.querySelector('#most').value = 2")
     reader.find(".compare").click()
     reader.wait("document.querySelectorAll('.answer').length === 2 && document.querySelector('#stop').hidden")
     assert reader.texts(".answer h4") == ["64 of 576 tokens", "576 of 576 tokens"]

@@ -76,8 +76,9 @@ function verdict(lean, full) {
 
 /** A question with its answers; `compare` is called to ask it of the unpruned model. */
 export class Turn {
-  constructor(question, messages, compare) {
+  constructor(question, messages, options, compare) {
     this.messages = messages;
+    this.options = options;
     this.cards = [];
     this.answers = make("div", { className: "answers" });
     this.times = make("details", { className: "times", open: true, hidden: true });

@@ -152,11 +152,11 @@ async function take(file, name = file.name) {
   say(`Picture: ${name}. A new conversation.`);
 }
 
-/** Take what the camera sees now; returns whether it gave something. */
+/** Take what the camera sees now; returns whether it gave something, and is on still. */
 async function snap() {
   try {
     await take(await camera.frame(), "frame of the camera");
-    return true;
+    return camera.isOn();
   } catch (error) {
     notice(`The camera cannot be used: ${error.message}`);
     return false;
@@ -202,8 +202,7 @@ async function answer(turn, budget, isShown) {
   const card = new Card(budget);
   const control = (asking = new AbortController());
   const mine = talk;
-  const body = { model: served?.id, messages: turn.messages, max_tokens: Number(by("most").value) };
-  Object.assign(body, { temperature: Number(by("temperature").value), budget });
+  const body = { model: served?.id, messages: turn.messages, ...turn.options, budget };
   busy(true);
   follow(() => turn.add(card));
   try {
@@ -217,9 +216,9 @@ async function answer(turn, budget, isShown) {
     card.end();
     say(`${isShown ? "Answer" : "The unpruned model's answer"}: ${card.words}`);
   } catch (error) {
-    if (error.name === "AbortError") card.end("stopped");
-    else card.fail(explain(error));
-    if (error.name === "AbortError") say("Stopped.");
+    if (error.name !== "AbortError") card.fail(explain(error));
+    else card.end("stopped");
+    if (error.name === "AbortError" && mine === talk) say("Stopped.");
   } finally {
     if (asking === control) {
       asking = null;
@@ -240,14 +239,17 @@ async function compare(turn) {
 async function ask() {
   const question = by("question").value.trim();
   if (asking || preparing || !question) return false;
+  const round = watching;
   preparing = true;
   const isReady = !camera.isOn() || (await snap());
   preparing = false;
-  if (!isReady) return false;
+  // Stopped meanwhile: nothing is sent any more.
+  if (!isReady || round !== watching) return false;
   const mine = talk;
   const image = picture && !mine.messages.length ? [{ type: "image_url", image_url: { url: picture.url } }] : [];
   const content = image.length ? [...image, { type: "text", text: question }] : question;
-  const turn = new Turn(question, [...mine.messages, { role: "user", content }], compare);
+  const options = { max_tokens: Number(by("most").value), temperature: Number(by("temperature").value) };
+  const turn = new Turn(question, [...mine.messages, { role: "user", content }], options, compare);
   for (const times of document.querySelectorAll(".times")) times.open = false;
   by("turns").append(turn.element);
   if (!watching) by("question").value = "";
