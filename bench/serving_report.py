@@ -34,10 +34,10 @@ def serving_section(path: Path, data: dict[str, Any]) -> str:
             f"{data['rounds']}, one session asked itself and through a server in the same process, turn by turn. "
             f"Promised: {data['most_added_ms']:g} ms more at most.\n",
             table(("the picture is", "session, ms", "server, ms", "added, ms", "holds"), rows),
-            f"\n{data['requests']} requests of {data['clients']} clients in {soak['seconds']:g} s, behind {data['warmup']} "
-            f"that fill a cache of {data['cache_mb']:g} MB, a tenth aborted, a tenth malformed, a queue of {data['max_queue']}: "
-            f"{outcomes}. Greedy answers other than the session's own: {soak['wrong_answers']}. Left at the end: "
-            f"{soak['left_running']:g} running, {soak['left_waiting']:g} waiting; exit status {soak['status']}. Resident "
+            f"\n{data['requests']} requests of {data['clients']} clients in {soak['seconds']:g} s, behind "
+            f"{data['warmup']} that fill a cache of {data['cache_mb']:g} MB, a tenth aborted, a tenth malformed, a queue of "
+            f"{data['max_queue']}: {outcomes}. Greedy answers other than the session's own: {soak['wrong_answers']}. "
+            f"Left at the end: {soak['left_running']:g} running, {soak['left_waiting']:g} waiting; exit status {soak['status']}. Resident "
             f"memory {before / 1e6:.0f} MB before and {after / 1e6:.0f} MB after, {100 * (after / before - 1):+.1f} %; within "
             f"{100 * (data['most'] - 1):.0f} %: {held}.\n",
         ]
