@@ -21,6 +21,7 @@ from leanvlm.runtime.text import Message
 
 MAX_MESSAGES = 1024
 MAX_STOPS, MAX_STOP = 4, 1024
+MAX_VALUES = 1 << 16
 # Characters of a prompt for each position that it may take; text of words has some five, and tokenising takes time.
 CHARACTERS = 32
 
@@ -188,6 +189,10 @@ def read_request(body: bytes, service: Service) -> Asked:
     Raises:
         RequestError: It cannot be answered as it is.
     """
+    # Parsed, an empty list takes twenty times its three bytes.
+    values, most = sum(map(body.count, (b",", b"[", b"{"))), MAX_VALUES + CHARACTERS * service.prompt_limit
+    if values > most:
+        raise RequestError(f"the body has over {most} values; an image is one", code="invalid_json")
     request = _parse(body)
     if request.model is not None and request.model != service.name:
         message = f"the model {shorten(request.model)!r} is not here; this server has {service.name!r}"
@@ -209,7 +214,8 @@ def read_request(body: bytes, service: Service) -> Asked:
 
 def _parse(body: bytes) -> ChatRequest:
     try:
-        data = json.loads(body, parse_constant=_refuse_constant)
+        # Bytes may also be in UTF-16, and another program would read other things into them.
+        data = json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {shorten(error)}", code="invalid_json") from error
     if not isinstance(data, dict):
@@ -229,6 +235,13 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number in JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
 
 
 def _check_extra(extra: Mapping[str, Any]) -> None:
