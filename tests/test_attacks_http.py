@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from mutations import damaged_bytes, damaged_json
 from openai._streaming import SSEDecoder
 from PIL import Image
 from served import CHAT, Served, image_part, served, text_part
 from transformers import AutoTokenizer
 
+from bench.fuzz import REQUEST
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.serving.config import ServeConfig
 from leanvlm.runtime.serving.replies import DONE, Reply, to_json
@@ -490,3 +493,34 @@ def test_a_template_reaches_nothing_of_python(session: Session, source: str) -> 
     except LeanVLMError as error:
         found = str(error)
     assert not any(word in found for word in ("<class", "uid=", "root:", "environ(", "<module"))
+
+
+# ------------------------------------------------------------------------------------------------------- anything else
+
+
+@pytest.mark.parametrize("examples", [60, pytest.param(3000, marks=pytest.mark.slow)])
+def test_a_server_answers_whatever_comes(server: Served, examples: int) -> None:
+    """Through the whole of it, sockets and model included."""
+    body = {
+        **REQUEST,
+        "model": None,
+        "max_tokens": 2,
+        "max_completion_tokens": None,
+        "budget": 16,
+        "stream": False,
+        "stream_options": None,
+    }
+    body["messages"] = [{"role": "user", "content": [text_part("Why?"), image_part(picture())]}]
+    assert server.ask(body=body)[0] == 200
+
+    @settings(max_examples=examples, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(damaged_json(body) | damaged_bytes(json.dumps(body).encode()))
+    def run(sent: str | bytes) -> None:
+        status, headers, found = server.ask(body=sent if isinstance(sent, bytes) else sent.encode("utf-8", "surrogatepass"))
+        assert status in (200, 400, 404, 413), found
+        if headers["content-type"] == "application/json":
+            assert ("error" in json.loads(found)) == (status != 200)
+
+    run()
+    assert server.ask(body=body)[0] == 200
+    assert server.service.room.held == 0
