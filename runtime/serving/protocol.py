@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.generation import MAX_TOP_LOGPROBS, GenerateOptions
@@ -22,6 +22,8 @@ from leanvlm.runtime.text import Message
 MAX_MESSAGES = 1024
 MAX_STOPS, MAX_STOP = 4, 1024
 MAX_VALUES = 1 << 16
+# Of a prompt's text; of 100,000 words.
+MAX_COMMAS = 1 << 18
 # Characters of a prompt for each position that it may take; text of words has some five, and tokenising takes time.
 CHARACTERS = 32
 
@@ -89,7 +91,8 @@ class ChatMessage(_Strict):
     """A message; what an answer of ours holds beside its text may come back with it."""
 
     role: Literal["system", "user", "assistant"]
-    content: list[Part]
+    # Of a hundred thousand wrong ones, errors would take 200 MB.
+    content: Annotated[list[Part], FailFast()]
     name: str = ""
     annotations: list[Any] = Field([], max_length=0)
     tool_calls: list[Any] = Field([], max_length=0)
@@ -191,7 +194,7 @@ def read_request(body: bytes, service: Service) -> Asked:
         RequestError: It cannot be answered as it is.
     """
     # Parsed, an empty list takes twenty times its three bytes.
-    values, most = sum(map(body.count, (b",", b"[", b"{"))), MAX_VALUES + CHARACTERS * service.prompt_limit
+    values, most = sum(map(body.count, (b",", b"[", b"{"))), MAX_VALUES + min(CHARACTERS * service.prompt_limit, MAX_COMMAS)
     if values > most:
         raise RequestError(f"the body has over {most} values; an image is one", code="invalid_json")
     request = _parse(body)
