@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import gc
 import io
 import json
 import os
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from PIL import Image
@@ -41,6 +42,8 @@ from leanvlm.runtime.serving.remote import RemotePolicy, target_of
 from leanvlm.runtime.text import Template, TextTokenizer
 
 Target = Callable[[bytes], None]
+MEASURED = ("leanvlm.", "PIL.", "json.")
+"""Modules whose reached code is measured; all that are loaded would take a minute to prepare."""
 PIXELS, BYTES = 300_000, 1 << 20
 POLICY = RemotePolicy(("images.example.org", "images.example.org:8443", "10.0.0.5", "[fd00::5]:8080"))
 
@@ -227,13 +230,15 @@ def seeds(name: str) -> Iterator[bytes]:
         yield (MODEL_DIR / "chat_template.jinja").read_bytes()
 
 
-def fuzz(name: str, seconds: int, bundle: Path | None) -> None:
+def fuzz(name: str, seconds: int, bundle: Path | None, corpus: Path | None) -> None:
     """Run libFuzzer over a target; it ends the process, with another status than 0 where something was found."""
     import atheris
 
-    atheris.instrument_all()
-    corpus = folder() / "corpus"
-    corpus.mkdir()
+    for found in gc.get_objects():
+        if isinstance(found, FunctionType) and str(found.__module__).startswith(MEASURED):
+            atheris.instrument_func(found)
+    corpus = corpus or folder() / "corpus"
+    corpus.mkdir(parents=True, exist_ok=True)
     files = (
         sorted(bundle.glob("*.onnx" if name == "graph" else "leanvlm.json")) if bundle and name in ("graph", "manifest") else []
     )
@@ -260,9 +265,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=__doc__)
     parser.add_argument("target", choices=list(TARGETS))
     parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--corpus", type=Path, help="folder of inputs that is gone on from and kept")
     parser.add_argument("--bundle", type=Path, help="whose graphs and manifest to begin with")
     asked = parser.parse_args()
-    fuzz(asked.target, asked.seconds, asked.bundle)
+    fuzz(asked.target, asked.seconds, asked.bundle, asked.corpus)
 
 
 if __name__ == "__main__":
