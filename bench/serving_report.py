@@ -17,13 +17,9 @@ def serving_section(path: Path, data: dict[str, Any]) -> str:
     for kind, ways in data["first_token_ms"].items():
         medians = {way: median(values) for way, values in ways.items()}
         added[kind] = medians["server"] - medians["session"]
-        tails = {way: quantiles(values, n=10)[-1] for way, values in ways.items()}
+        tails = {way: quantiles(values, n=10, method="inclusive")[-1] for way, values in ways.items()}
         cells = [f"{medians[way]:.2f} ({tails[way]:.2f})" for way in ("session", "server")]
         rows.append([KINDS[kind], *cells, f"{added[kind]:+.2f}", "yes" if added[kind] <= data["most_added_ms"] else "**no**"])
-    soak = data["soak"]
-    before, after = soak["before_bytes"], soak["after_bytes"]
-    held = "yes" if after <= data["most"] * before else "**no**"
-    outcomes = "; ".join(f"{count} {name}" for name, count in soak["outcomes"].items())
     versions = ", ".join(f"{tool} {number}" for tool, number in data["versions"].items())
     return "\n".join(
         [
@@ -34,11 +30,30 @@ def serving_section(path: Path, data: dict[str, Any]) -> str:
             f"{data['rounds']}, one session asked itself and through a server in the same process, turn by turn. "
             f"Promised: {data['most_added_ms']:g} ms more at most.\n",
             table(("the picture is", "session, ms", "server, ms", "added, ms", "holds"), rows),
-            f"\n{data['requests']} requests of {data['clients']} clients in {soak['seconds']:g} s, behind "
-            f"{data['warmup']} that fill a cache of {data['cache_mb']:g} MB, a tenth aborted, a tenth malformed, a queue of "
-            f"{data['max_queue']}: {outcomes}. Greedy answers other than the session's own: {soak['wrong_answers']}. "
-            f"Left at the end: {soak['left_running']:g} running, {soak['left_waiting']:g} waiting; exit status {soak['status']}. Resident "
-            f"memory {before / 1e6:.0f} MB before and {after / 1e6:.0f} MB after, {100 * (after / before - 1):+.1f} %; within "
-            f"{100 * (data['most'] - 1):.0f} %: {held}.\n",
+            _soak(data),
         ]
+    )
+
+
+def _soak(data: dict[str, Any]) -> str:
+    soak, most = data["soak"], data["most"]
+    before, after = soak["before_bytes"], soak["after_bytes"]
+    grown = 100 * (after / before - 1)
+    outcomes = "; ".join(f"{count} {name}" for name, count in soak["outcomes"].items())
+    held = "yes" if after <= most * before else "**no**"
+    rows = [
+        ["requests, clients, seconds", f"{data['requests']}, {data['clients']}, {soak['seconds']:g}"],
+        ["what became of them", outcomes],
+        ["greedy answers that are not the session's own", str(soak["wrong_answers"])],
+        ["left running, left waiting, exit status", f"{soak['left_running']:g}, {soak['left_waiting']:g}, {soak['status']}"],
+        [
+            "resident memory before and after, MB",
+            f"{before / 1e6:.0f}, {after / 1e6:.0f} ({grown:+.1f} %)",
+        ],
+        [f"within {100 * (most - 1):.0f} %", held],
+    ]
+    return (
+        f"\nMany requests at once, a tenth of them aborted and a tenth malformed, behind {data['warmup']} that fill a cache of "
+        f"{data['cache_mb']:g} MB, with a queue of {data['max_queue']}; whoever gets 503 asks again:\n\n"
+        + table(("", "soak"), rows)
     )
