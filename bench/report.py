@@ -20,6 +20,7 @@ from bench.latency_report import latency_pictures, latency_section
 from bench.peers_report import peers_section
 from bench.rounded_vision import rounded_vision_section
 from bench.seeds_report import SEEDS_PICTURE, seeds_picture, seeds_section
+from bench.serving_report import serving_section
 from bench.sizes_report import sizes_section
 from bench.soak_report import soak_section
 from bench.statistics import Interval, chair_difference, mean_difference, right_difference
@@ -126,6 +127,7 @@ SECTIONS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
     "host": host_section,
     "decode": decode_section,
     "peers": peers_section,
+    "serving": serving_section,
     "soak": soak_section,
     "rounded vision": rounded_vision_section,
 }
