@@ -270,3 +270,5 @@ def test_what_a_client_asks_first(client: openai.OpenAI, server: Served) -> None
         "context": 2048,
     }  # fmt: skip
     assert server.ask("/health")[0] == server.ask("/health/ready")[0] == 200
+    # As AIPerf looks whether there are metrics.
+    assert server.ask("/metrics", method="HEAD")[::2] == (200, b"")
