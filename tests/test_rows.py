@@ -35,7 +35,12 @@ def session(request: pytest.FixtureRequest) -> Iterator[Session]:
 def questions() -> list[tuple[str, list[Image.Image], int]]:
     """Prompts of several lengths, with a picture or none, and how long their answers are."""
     scenes = [Image.open(SAMPLES_DIR / name).convert("RGB") for name in ("complex-9003.png", "simple-9001.png")]
-    texts = ["Describe the image", "What is below the green ring, please?", "Say something long" + " about it" * 20, "How are you today, and why?"]
+    texts = [
+        "Describe the image",
+        "What is below the green ring, please?",
+        "Say something long" + " about it" * 20,
+        "How are you today, and why?",
+    ]
     return [(text, scenes[at % 2 : at % 2 + 1] * (at != 3), 5 + 3 * at) for at, text in enumerate(texts)]
 
 
@@ -192,4 +197,4 @@ def test_what_a_row_sees() -> None:
             self.length, self.capacity = length, 8
 
     caches: Any = [Filled(0), Filled(5), Filled(8)]
-    assert seen_by([1], caches, 0, 3).tolist() == [1, 6, 8]
+    assert seen_by(caches) == [1, 6, 8]
