@@ -265,6 +265,9 @@ def test_what_is_measured(session: Session, sample_image: Path) -> None:
 def test_what_a_client_asks_first(client: openai.OpenAI, server: Served) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.owned_by) == ("demo-64", "leanvlm")
+    assert client.models.retrieve("demo-64") == model
+    with pytest.raises(openai.NotFoundError, match="'other' is not here"):
+        client.models.retrieve("other")
     assert model.leanvlm == {  # type: ignore[attr-defined]
         "budgets": [64, 576], "default_budget": 64, "unpruned": 576, "target": "cpu", "precision": "fp32", "max_images": 8,
         "context": 2048,

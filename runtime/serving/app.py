@@ -18,7 +18,7 @@ from leanvlm.runtime.serving.access import Guard, read_key, respond
 from leanvlm.runtime.serving.config import ServeConfig
 from leanvlm.runtime.serving.exchange import answer
 from leanvlm.runtime.serving.metrics import CONTENT_TYPE
-from leanvlm.runtime.serving.problems import SERVER, Problem, problem_of
+from leanvlm.runtime.serving.problems import SERVER, Problem, RequestError, problem_of
 from leanvlm.runtime.serving.replies import to_json
 from leanvlm.runtime.serving.runners import Runner, open_runner
 from leanvlm.runtime.serving.service import Service, page_files
@@ -74,6 +74,14 @@ def create_app(session: Session, config: ServeConfig | None = None, runner: Runn
     @app.api_route("/v1/models", methods=READ, response_model=None)
     async def models() -> Response:
         return Response(to_json(service.models()), media_type="application/json")
+
+    @app.api_route("/v1/models/{name}", methods=READ, response_model=None)
+    async def model(name: str) -> Response:
+        if name != service.name:
+            raise RequestError(
+                f"the model {name!r} is not here; this server has {service.name!r}", None, "model_not_found", 404
+            )
+        return Response(to_json(service.models()["data"][0]), media_type="application/json")
 
     @app.api_route("/{name}", methods=READ, response_model=None)
     async def file(name: str) -> Response:
