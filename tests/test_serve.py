@@ -203,6 +203,7 @@ def test_a_client_that_goes_away_frees_its_place(session: Session, stream: bool)
     with served(session, ServeConfig(rows=1), runner) as server:
         connection, body = server.connect(), {"messages": [user(text="Why?")], "max_tokens": 900, "ignore_eos": True}
         runner.gate.clear()
+        before = runner.steps
         connection.request("POST", CHAT, json.dumps({**body, "stream": stream}), {"Content-Type": "application/json"})
         until(lambda: server.metric("leanvlm_running") == 1)
         if stream:
@@ -212,6 +213,8 @@ def test_a_client_that_goes_away_frees_its_place(session: Session, stream: bool)
         until(lambda: server.metric('leanvlm_answers_total{outcome="cancelled"}') == 1)
         runner.gate.set()
         until(lambda: server.metric("leanvlm_running") == 0)
+        # But for the one in hand.
+        assert runner.steps <= before + 1
         with server.client() as client:
             assert ask(client, [user(text="Why?")], max_tokens=2).choices
         assert server.metric('leanvlm_answers_total{outcome="length"}') == 1
