@@ -212,7 +212,7 @@ class Events:
 
     def __init__(self, service: Service, question: Question) -> None:
         self._metrics = service.metrics
-        self._start = question.start
+        self._last: float | None = None
         self._loop = asyncio.get_running_loop()
         self._told: asyncio.Queue[tuple[float, Event]] = asyncio.Queue()
         self._over = False
@@ -245,9 +245,13 @@ class Events:
     def _count(self, at: float, event: Event) -> Event:
         if isinstance(event, Begun):
             self._metrics.begun(event.known.timings, at - self._asked)
+        elif isinstance(event, Piece):
+            if self._last is not None:
+                self._metrics.piece(at - self._last)
+            self._last = at
         elif isinstance(event, Ended):
             self._over = True
-            self._metrics.ended(event.answer, at - self._start - event.answer.timings.time_to_first_token / 1e3)
+            self._metrics.ended(event.answer)
         elif isinstance(event, Failed):
             self._over = True
             self._metrics.outcomes.labels("failed").inc()
