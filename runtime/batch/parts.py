@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,6 @@ from leanvlm.runtime.records import load_json
 RUN, LOCK = "run.json", "lock"
 # What the output says of its run; also how a file of ours is told from others.
 METADATA = b"leanvlm.batch"
-PART = re.compile(r"part-(\d{5,})\.parquet")
 
 
 class Parts:
@@ -85,7 +83,12 @@ class Parts:
                     if path.name != LOCK:
                         path.unlink()
             self._check_settings()
-            yield [number for number in range(self.count) if not self._is_whole(number)]
+            try:
+                yield [number for number in range(self.count) if not self._is_whole(number)]
+            finally:
+                # A run that never finished anything leaves nothing.
+                if self.folder.is_dir() and not any(self.folder.glob("part-*")):
+                    shutil.rmtree(self.folder)
 
     def write(self, number: int, table: Table) -> None:
         """Write a part, whose columns are those of the schema."""
