@@ -14,9 +14,11 @@ from bench.counting import CountingOptions, measure_counting
 from bench.families import FamiliesOptions, measure_families
 from bench.host import HostOptions, measure_host
 from bench.latency import LatencyOptions, measure_latency
+from bench.load import LoadOptions, measure_load
 from bench.prune import PruneOptions, measure_prune
 from bench.report import RESULTS, write_report
 from bench.rounded_vision import VisionOptions, measure_vision
+from bench.rows import RowsOptions, measure_rows
 from bench.shapes import SHAPES, SIZED
 from bench.sizes import SizesOptions, measure_sizes
 from bench.soak import SoakOptions, measure_soak
@@ -114,6 +116,22 @@ def _beside(commands: Any) -> None:
     decode.add_argument("--gguf", type=Path, required=True, help="the decoder, as bench.beside.gguf_files writes it in f16")
     decode.add_argument("--output", type=Path, required=True, help="JSON file to write")
     decode.add_argument("--rounds", type=int, default=3, help="turns of everything")
+    rows = commands.add_parser("rows", help="time answers at once beside one after another, as a server gives them")
+    rows.add_argument("bundle", type=Path, help="for cpu or cuda")
+    rows.add_argument("--rows", default=",".join(map(str, RowsOptions.rows)), help="answers at once, with commas between")
+    rows.add_argument("--tokens", type=int, default=RowsOptions.tokens, help="of an answer")
+    rows.add_argument("--budget", type=int, help="image tokens kept")
+    rows.add_argument("--rounds", type=int, default=RowsOptions.rounds, help="turns of everything")
+    rows.add_argument("--threads", type=int, help="processor threads")
+    rows.add_argument("--kernels", action="store_true", help="list the GPU's kernels of a step")
+    rows.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    load = commands.add_parser("load", help="ask a running `leanvlm serve` from several clients at once")
+    load.add_argument("url", help="such as http://127.0.0.1:8000")
+    load.add_argument("--clients", default=",".join(map(str, LoadOptions.clients)), help="at once, with commas between")
+    load.add_argument("--requests", type=int, default=LoadOptions.requests, help="of each client")
+    load.add_argument("--tokens", type=int, default=LoadOptions.tokens, help="of each answer")
+    load.add_argument("--rounds", type=int, default=LoadOptions.rounds, help="turns of everything")
+    load.add_argument("--output", type=Path, required=True, help="JSON file to write")
     vision = commands.add_parser("vision", help="compare the vision graphs of two bundles, fp32 and int8, on built-in scenes")
     vision.add_argument("bundles", nargs=2, type=Path, help="in fp32, and with --vision-precision int8")
     vision.add_argument("--scenes", type=int, default=VisionOptions.scenes, help="half simple, half complex")
@@ -175,6 +193,18 @@ def _run(args: argparse.Namespace) -> None:
         decoders = {name: path for name, path in (("fp16", args.fp16), ("int4", args.int4)) if path}
         done = measure_decode(DecodeOptions(decoders, args.llama, args.gguf, args.output, args.rounds))
         print(json.dumps(done["median_ms"], indent=1))
+    if args.command == "rows":
+        counts = tuple(map(int, args.rows.split(",")))
+        several = RowsOptions(
+            args.bundle, args.output, counts, args.tokens, args.budget, args.rounds, args.kernels, args.threads
+        )
+        for name, one in measure_rows(several)["rows"].items():
+            print(name, json.dumps({key: value for key, value in one.items() if key != "kernels"}))
+    if args.command == "load":
+        counts = tuple(map(int, args.clients.split(",")))
+        loaded = measure_load(LoadOptions(args.url, args.output, counts, args.requests, args.tokens, rounds=args.rounds))
+        for name, one in loaded["clients"].items():
+            print(name, json.dumps(one))
     if args.command == "vision":
         bundles = (args.bundles[0], args.bundles[1])
         measure_vision(VisionOptions(bundles, args.output, args.scenes, args.threads, args.evaluation))

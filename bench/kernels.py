@@ -50,10 +50,11 @@ def stage_kernels(bundle: Path, budget: int) -> dict[str, Kernels]:
             f"prefill_{len(plan)}": cache.prefill,
         }
         graph.run({"pixel_values": preprocess([image], session.manifest.image)})
-        return {name: _kernels(run) for name, run in phases.items()}
+        return {name: kernels_of(run) for name, run in phases.items()}
 
 
-def _kernels(run: Callable[[], Any]) -> Kernels:
+def kernels_of(run: Callable[[], Any]) -> Kernels:
+    """Return the kernels of a run, those that take longest first."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 

@@ -18,6 +18,7 @@ from leanvlm.runtime.errors import InputError
 COMMANDS = {
     "export": "leanvlm.export_command:export_command",
     "run": "leanvlm.runtime.commands.cli:run",
+    "serve": "leanvlm.runtime.commands.serve:serve",
     "batch": "leanvlm.runtime.commands.batch:batch_command",
     "profile": "leanvlm.runtime.commands.cli:profile",
     "inspect": "leanvlm.runtime.commands.cli:inspect",

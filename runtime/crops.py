@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from leanvlm.runtime.cuts import Picture, Piece, Raster, Resizer, Uncut, as_image, cut_pieces, part, size_of
+from leanvlm.runtime.cuts import Cut, Picture, Piece, Raster, Resizer, Uncut, as_image, cut_pieces, part, size_of
 from leanvlm.runtime.errors import InputError, ManifestError
 from leanvlm.runtime.preprocess import (
     MAX_PIXELS,
@@ -277,6 +277,26 @@ def crop(
     if rule.is_padded:
         inputs[0][VALID] = np.concatenate([shown_tokens(image.arrangement, rule.shapes[0]) for image in cut])
     return Cropped(inputs, tuple(cut))
+
+
+def cuts_of(size: tuple[int, int], spec: ImageSpec, rule: CropRule, among: int = 1) -> tuple[tuple[int, int], list[Cut]]:
+    """Say where the crops of an image lie, without it.
+
+    Args:
+        size: Its (height, width) in pixels.
+        spec: How one crop becomes pixel values.
+        rule: Which crops.
+        among: How many images its prompt has.
+
+    Returns:
+        The (height, width) of what is cut, which is a square around the image where the rule pads it; and the cuts, in order.
+    """
+    arrangement = arrange(size, rule, among)
+    if rule.several == "square" and among > 1:
+        size = (max(size), max(size))
+    # All of its pixels are one byte.
+    blank = np.broadcast_to(np.zeros(1, np.uint8), (*size, 3))
+    return size, [piece.cut for piece in _pieces(blank, spec, rule, arrangement)]
 
 
 def _pixels(pieces: list[Piece], spec: ImageSpec) -> PixelValues:

@@ -81,10 +81,14 @@ class Draft:
         return self.prompt.next_position + len(self.ids) - 1
 
     @property
-    def goes_ahead(self) -> bool:
-        """Whether the next token's step may begin once it is known, since nobody wants the logits."""
-        options = self.options
-        return self._chooser.takes_best and options.top_logprobs is None and len(self.ids) + 1 < options.max_new_tokens
+    def reads_best(self) -> bool:
+        """Whether nobody wants the logits of a token, but which one is best."""
+        return self._chooser.takes_best and self.options.top_logprobs is None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there may be another token behind the one that is chosen next."""
+        return len(self.ids) + 1 < self.options.max_new_tokens
 
     @property
     def ends(self) -> frozenset[int]:

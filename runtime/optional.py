@@ -12,6 +12,7 @@ ACTIVITIES = {
     "cpu": "running a bundle",
     "gpu": "running a bundle on a GPU",
     "openvino": "running a bundle with OpenVINO",
+    "serve": "serving a bundle",
     "rtx": "running or building TensorRT-RTX engines",
     "trt": "running or building TensorRT engines",
     "export": "exporting",

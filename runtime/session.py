@@ -151,6 +151,7 @@ class Session:
         budget: int | None = None,
         raw: bool = False,
         start: float | None = None,
+        room: int | None = None,
     ) -> Draft:
         """Encode a prompt's images and put the prompt together; its answer is begun with `tokens`.
 
@@ -161,6 +162,7 @@ class Session:
             budget: As `stream` takes it.
             raw: As `stream` takes it.
             start: `perf_counter()` when the request came; None is now.
+            room: Positions that prompt and answer may take; None is the model's context.
         """
         chosen = self.manifest.budget(budget)
         messages = [user_message(prompt, len(images))] if isinstance(prompt, str) and not raw else prompt
@@ -172,11 +174,11 @@ class Session:
         opened = perf_counter()
         timings.preprocess += 1e3 * (opened - begin)
         ids = self.prompt_ids(messages, asked.arrangements)
-        self.check_context(ids, asked.arrangements, chosen, options.max_new_tokens)
+        self.check_context(ids, asked.arrangements, chosen, options.max_new_tokens, room)
         options.logits.check_ids(self.manifest.decoder.vocab_size)
         timings.splice += 1e3 * (perf_counter() - opened)
         features = self._pictures.encode(asked, chosen, timings)
-        return self._draft(ids, features, options, timings, begin if start is None else start)
+        return self._draft(ids, features, options, timings, begin if start is None else start, room)
 
     def arrange(
         self, images: Sequence[ImageSource], among: int | None = None
@@ -193,6 +195,11 @@ class Session:
     def vision(self, budget: int, shape: int = 0) -> Graph:
         """Return the vision graph of a budget, opened on first use; see `Encoder.graph`."""
         return self.encoder.graph(budget, shape)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether pictures and the last conversation are kept."""
+        return self._pictures.cache.limit > 0
 
     def respond(
         self,
@@ -225,11 +232,12 @@ class Session:
         options: GenerateOptions,
         timings: Timings,
         start: float,
+        room: int | None = None,
     ) -> Draft:
         begin = perf_counter()
         options.logits.check_ids(self.manifest.decoder.vocab_size)
         prompt = self.prompt(ids, features)
-        self._check_fit(max(len(prompt), prompt.next_position), options.max_new_tokens)
+        self._check_fit(max(len(prompt), prompt.next_position), options.max_new_tokens, room)
         timings.splice += 1e3 * (perf_counter() - begin)
         vocabulary = Vocabulary(self.tokenizer, self.table, self.end_ids)
         return Draft(vocabulary, prompt, features, self.manifest.layout, options, timings, start)
@@ -302,7 +310,9 @@ class Session:
         runs = compose(ids, manifest.image_token_id, images, manifest.layout)
         return assemble(runs, self.table, manifest.positions, manifest.image_token_id, self.line_end)
 
-    def check_context(self, ids: Sequence[int], images: Sequence[Arrangement], budget: int, new: int) -> None:
+    def check_context(
+        self, ids: Sequence[int], images: Sequence[Arrangement], budget: int, new: int, room: int | None = None
+    ) -> None:
         """Raise ContextOverflowError if a prompt cannot fit the model's context with its answer, before images are encoded.
 
         Args:
@@ -310,6 +320,7 @@ class Session:
             images: How each image is cut.
             budget: Image tokens kept per crop.
             new: Tokens of the answer at most.
+            room: Positions that there are; None is the model's context.
         """
         manifest, rows, positions = self.manifest, 0, 0
         for image in images:
@@ -321,10 +332,14 @@ class Session:
             elif manifest.positions.kept == "original":
                 positions += least_positions(image, manifest.layout, shape, kept, "original")
         text = len(ids) - ids.count(manifest.image_token_id)
-        self._check_fit(text + max(rows, positions), new)
+        self._check_fit(text + max(rows, positions), new, room)
 
-    def _check_fit(self, prompt: int, new: int) -> None:
+    def _check_fit(self, prompt: int, new: int, room: int | None) -> None:
         context = self.manifest.decoder.context_length
+        if room is not None and room < context and room < prompt + new:
+            raise ContextOverflowError(
+                f"the prompt takes {prompt} positions and the answer up to {new}, together {prompt + new}; here {room} fit"
+            )
         if prompt + new > context:
             raise ContextOverflowError(
                 f"the prompt takes {prompt} positions and the answer up to {new}, together {prompt + new}; "
@@ -354,7 +369,7 @@ class Session:
             decoder = self.decoder()
             begin = perf_counter()
             context = self.manifest.decoder.context_length
-            sequence = decoder.sequence(_round_up(draft.room, context), prompt if self._pictures.cache.limit else None, context)
+            sequence = decoder.sequence(_round_up(draft.room, context), prompt if self.keeps else None, context)
             timings.reused_positions = sequence.past
             timings.splice += 1e3 * (perf_counter() - begin)
         with closing(sequence):
@@ -371,7 +386,7 @@ class Session:
                     else:
                         token = draft.ids[-1]
                         scores = sequence.step(self.table.rows([token])[0], draft.next_position, token)
-                    if draft.goes_ahead:
+                    if draft.reads_best and draft.goes_on:
                         sequence.ahead(self.table.row, draft.next_position + 1, draft.ends)
                     if count > 0:
                         scores.wait()

@@ -16,7 +16,7 @@ import pytest
 from leanvlm.demo import SAMPLES_DIR
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.backends.attention import XQA, step_kernels
-from leanvlm.runtime.backends.cuda import CudaCache
+from leanvlm.runtime.backends.cuda_cache import CudaCache
 from leanvlm.runtime.backends.sequences import DecoderSequence
 from leanvlm.runtime.backends.thread import OneThread
 from leanvlm.runtime.errors import BackendError, BundleError
@@ -160,7 +160,7 @@ def test_the_interpreter_ends_behind_a_step_that_nobody_asked_for(cuda_bundle: P
     code = (
         "import os, sys, time\n"
         "from leanvlm.runtime import load\n"
-        "from leanvlm.runtime.backends.cuda import CudaCache\n"
+        "from leanvlm.runtime.backends.cuda_cache import CudaCache\n"
         "step = CudaCache._step\n"
         "def slow(*arguments):\n"
         "    step(*arguments); time.sleep(0.5); os.write(1, b'made\\n')\n"

@@ -17,7 +17,8 @@ from prompts import text_prompt
 
 from leanvlm.demo import MODEL_DIR, SAMPLES_DIR
 from leanvlm.runtime import Session, load
-from leanvlm.runtime.backends import cuda
+from leanvlm.runtime.backends import cuda, cuda_cache
+from leanvlm.runtime.backends.ort_memory import DeviceMemory
 from leanvlm.runtime.backends.placement import misplaced_nodes
 from leanvlm.runtime.bundle import read_manifest
 from leanvlm.runtime.errors import BackendError, LeanVLMWarning, VerificationError
@@ -172,14 +173,14 @@ def test_graphs_that_end_before_there_are_features_run(session: Session, images:
 
 def test_padding_a_prompt_changes_nothing(session: Session, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = [_answer(session, images[:count], budget=BUDGET) for count in (0, 1, 2)]
-    monkeypatch.setattr(cuda, "bucket", lambda length: length + 13)
-    monkeypatch.setattr(cuda.DeviceMemory, "captures", True)
+    monkeypatch.setattr(cuda_cache, "bucket", lambda length: length + 13)
+    monkeypatch.setattr(DeviceMemory, "captures", True)
     with load(session.folder, device=DEVICE) as padded:
         assert [_answer(padded, images[:count], budget=BUDGET) for count in (0, 1, 2)] == plain
 
 
 def test_tensors_of_few_lengths_are_kept_and_the_step_s_always(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "PROMPT_SLOTS", 2)
+    monkeypatch.setattr(cuda_cache, "PROMPT_SLOTS", 2)
     prompts = [PROMPT + " Now." * extra for extra in range(4)]
     wanted = [_answer(session, [], prompt) for prompt in prompts]
     with load(session.folder, device=DEVICE) as small:
@@ -191,7 +192,7 @@ def test_tensors_of_few_lengths_are_kept_and_the_step_s_always(session: Session,
 
 def test_buckets_cover_every_length() -> None:
     lengths = range(1, 2000)
-    padded = [cuda.bucket(length) for length in lengths]
+    padded = [cuda_cache.bucket(length) for length in lengths]
     assert all(length <= found < length + 64 for length, found in zip(lengths, padded, strict=True))
     assert all(found < length + 8 for length, found in zip(range(1, 257), padded, strict=False))
     assert padded == sorted(padded)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from leanvlm.demo import SAMPLES_DIR
 from leanvlm.runtime import Generation, Session, load
-from leanvlm.runtime.backends import cuda
+from leanvlm.runtime.backends import cuda_cache
 from leanvlm.runtime.backends.ort_memory import UNCAPTURED, DeviceMemory
 from leanvlm.runtime.backends.sequences import Decoder, DecoderSequence
 from leanvlm.runtime.backends.thread import OneThread
@@ -186,8 +186,8 @@ def test_captures_of_prompts_come_to_an_end(cuda_bundle: Path, monkeypatch: pyte
             graphs.append(options.get_run_config_entry("gpu_graph_id"))
         run(self, binding, options)
 
-    monkeypatch.setattr(cuda, "MAX_CAPTURES", 3)
-    monkeypatch.setattr(cuda, "PROMPT_SLOTS", 1)
+    monkeypatch.setattr(cuda_cache, "MAX_CAPTURES", 3)
+    monkeypatch.setattr(cuda_cache, "PROMPT_SLOTS", 1)
     monkeypatch.setattr(DeviceMemory, "captures", True)
     monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", recorded)
     with load(cuda_bundle, device="cpu", threads=1) as session:

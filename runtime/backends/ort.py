@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from leanvlm.runtime.backends.rows import Rows
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.bundle import leads_out
 from leanvlm.runtime.errors import BackendError, GraphError, LeanVLMWarning
@@ -79,6 +80,13 @@ class OrtBackend:
         spec = self.manifest.decoder
         session = self.session(spec.graph)
         return Decoder(lambda capacity, kept: OrtCache(self.ort, session, spec, capacity), "end" if spec.states else "any")
+
+    def rows(self, count: int, capacity: int) -> Rows:
+        """Open the decoder for several sequences; see `Backend`."""
+        from leanvlm.runtime.backends.ort_rows import OrtRows
+
+        spec = self.manifest.decoder
+        return OrtRows(self.ort, self.session(spec.graph), spec, count, capacity)
 
     def vision_shares(self, spec: VisionSpec, inputs: Mapping[str, Array], runs: int) -> dict[str, float]:
         """Return the share of each stage in a vision graph's node times, from a profiled session of its own.
@@ -219,7 +227,18 @@ class OrtScores:
 class OrtCache:
     """A cache bound to the decoder's session in ONNX Runtime."""
 
-    def __init__(self, ort: Any, session: Any, spec: DecoderSpec, capacity: int) -> None:
+    def __init__(
+        self, ort: Any, session: Any, spec: DecoderSpec, capacity: int, places: Mapping[str, Array] | None = None
+    ) -> None:
+        """Allocate it.
+
+        Args:
+            ort: ONNX Runtime.
+            session: Of the decoder.
+            spec: Of the decoder.
+            capacity: Positions.
+            places: Keys and values (1, kv_heads, capacity, head_dim) that somebody else has allocated.
+        """
         self.capacity = capacity
         self._session = session
         self._dtype = np.dtype(spec.kv_dtype)
@@ -232,7 +251,11 @@ class OrtCache:
         self._binding = session.io_binding()
         self._caches: list[Any] = []
         for past, present in spec.caches.items():
-            cache = ort.OrtValue.ortvalue_from_shape_and_type(shape, self._dtype, "cpu")
+            if places is None:
+                cache = ort.OrtValue.ortvalue_from_shape_and_type(shape, self._dtype, "cpu")
+            else:
+                # On the processor it is the array itself, not a copy.
+                cache = ort.OrtValue.ortvalue_from_numpy(places[past], "cpu")
             self._caches.append(cache)
             self._binding.bind_ortvalue_input(past, cache)
             self._binding.bind_ortvalue_output(present, cache)

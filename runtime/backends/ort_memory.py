@@ -55,9 +55,36 @@ class OrtBuffer:
         """Overwrite it with an array's values."""
         self.value.update_inplace(np.ascontiguousarray(values, self.dtype))
 
+    @property
+    def place(self) -> Place:
+        """Where it lies, with its shape and type."""
+        return Place(self.shape, self.dtype, self.address)
+
     def numpy(self) -> Array:
         """Fetch it. A copy: on the processor ONNX Runtime shows the tensor itself, which the next run overwrites."""
         return np.array(self.value.numpy())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies that is part of another: its shape, type and address."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    address: int
+
+    def rows(self, start: int, count: int) -> Place:
+        """Return some rows of the first axis."""
+        row = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        return Place((count, *self.shape[1:]), self.dtype, self.address + start * row)
+
+    def bind_input(self, binding: Any, name: str, device: str) -> None:
+        """Make it an input of a run."""
+        binding.bind_input(name, device, 0, self.dtype.type, self.shape, self.address)
+
+    def bind_output(self, binding: Any, name: str, device: str) -> None:
+        """Make it an output of a run."""
+        binding.bind_output(name, device, 0, self.dtype.type, self.shape, self.address)
 
 
 class DeviceMemory:

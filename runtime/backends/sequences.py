@@ -134,10 +134,14 @@ class DecoderSequence:
             self._scores = cache.take(flight)
         else:
             self._scores = cache.step(embedding, position)
+        self.note(token, position)
+        return self._scores
+
+    def note(self, token: int | None, position: int) -> None:
+        """Say that a token was appended to the cache."""
         axes = len(self._held.positions[0]) if len(self._held) else 1
         key = object() if token is None else token
         self._held.add([key], np.full((axes, 1), position), [len(self._held)])
-        return self._scores
 
     def ahead(self, row: Callable[[int], Any], position: int, ends: Collection[int]) -> None:
         """Say that the next step will be that of the best token; a cache that can begins it, and returns when it is known.

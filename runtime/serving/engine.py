@@ -15,7 +15,14 @@ from time import perf_counter
 
 from leanvlm.runtime.answer import Answer, TokenChance
 from leanvlm.runtime.draft import Draft
-from leanvlm.runtime.errors import BackendError, LeanVLMError, QueueFullError, ShuttingDownError, TimeLimitError
+from leanvlm.runtime.errors import (
+    BackendError,
+    ContextOverflowError,
+    LeanVLMError,
+    QueueFullError,
+    ShuttingDownError,
+    TimeLimitError,
+)
 from leanvlm.runtime.generation import GenerateOptions
 from leanvlm.runtime.preprocess import ImageSource
 from leanvlm.runtime.serving.runners import InTurn, Runner
@@ -38,6 +45,7 @@ class Question:
         client: Whose it is: clients take turns, whoever asks more.
         start: `perf_counter()` when the request came.
         limit: Seconds from `start` after which it is given up.
+        max_prompt: Positions that the prompt may take, kept image tokens included; None is what the context holds.
     """
 
     messages: Sequence[Message]
@@ -47,6 +55,7 @@ class Question:
     client: str = ""
     start: float = field(default_factory=perf_counter)
     limit: float = float("inf")
+    max_prompt: int | None = None
 
 
 @dataclass(frozen=True)
@@ -248,8 +257,17 @@ class Engine:
         question = ticket.question
         try:
             ticket.draft = draft = self.session.draft(
-                question.messages, question.images, question.options, budget=question.budget, start=question.start
+                question.messages,
+                question.images,
+                question.options,
+                budget=question.budget,
+                start=question.start,
+                room=self._runner.capacity,
             )
+            if question.max_prompt is not None and len(draft.prompt) > question.max_prompt:
+                raise ContextOverflowError(
+                    f"the prompt takes {len(draft.prompt)} positions; at most {question.max_prompt} are read"
+                )
             ticket.tell(Begun(draft.known))
             self._running.append(ticket)
             self._runner.begin(draft)
