@@ -7,6 +7,7 @@ runs, so there is one writer, whatever happens to the actors.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +16,8 @@ from leanvlm.runtime.batch.source import Source
 from leanvlm.runtime.batch.work import Job, Outcome, Worker
 from leanvlm.runtime.errors import BackendError, LeanVLMError
 from leanvlm.runtime.optional import require
+
+FAILED = -1
 
 
 class Parts:
@@ -31,14 +34,18 @@ class Parts:
         self._worker: Worker | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Answer the rows of each stretch; the first opens the bundle, so that an error of it is told as one of a call."""
-        if self._worker is None:
-            self._worker = Worker(self._job)
-        told = []
-        for start, stop in zip(batch["start"], batch["stop"], strict=True):
-            rows = self._source.rows(int(start), int(stop))
-            told.append(json.dumps([asdict(self._worker.answer(row)) for row in rows]))
-        return {"start": list(batch["start"]), "told": told}
+        """Answer the rows of each stretch; what ends the run is told too, since Ray would wrap an error several times."""
+        starts, told = [], []
+        try:
+            # Opened by the first call, so that an error of the bundle is told likewise.
+            self._worker = self._worker or Worker(self._job)
+            for start, stop in zip(batch["start"], batch["stop"], strict=True):
+                rows = self._source.rows(int(start), int(stop))
+                starts.append(int(start))
+                told.append(json.dumps([asdict(self._worker.answer(row)) for row in rows]))
+        except LeanVLMError as error:
+            return {"start": [FAILED], "told": [str(error)]}
+        return {"start": starts, "told": told}
 
 
 def outcomes(
@@ -60,37 +67,26 @@ def outcomes(
         LeanVLMError: The bundle cannot be used, or the input cannot be read on.
     """
     ray, data = require("ray", "scale"), require("ray.data", "scale")
+    # What goes wrong is said in one line.
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     ours = not ray.is_initialized()
     if ours:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL)
     try:
-        context = data.DataContext.get_current()
-        context.enable_progress_bars = False
+        data.DataContext.get_current().enable_progress_bars = False
         # A block a part, so that each comes back when it is done.
         asked = data.from_items([{"start": start, "stop": stop} for start, stop in spans], override_num_blocks=len(spans))
-        answered = asked.map_batches(
-            Parts,
-            fn_constructor_args=(job, source),
-            batch_size=1,
-            concurrency=workers,
-            num_cpus=job.threads or 1,
-            num_gpus=gpus,
-        )
+        pool = data.ActorPoolStrategy(size=workers)
+        needs = {"num_cpus": job.threads or 1, "num_gpus": gpus}
+        answered = asked.map_batches(Parts, fn_constructor_args=(job, source), batch_size=1, compute=pool, **needs)
         for record in answered.iter_rows():
+            if record["start"] == FAILED:
+                raise BackendError(record["told"])
             for number, told in enumerate(json.loads(record["told"]), int(record["start"])):
                 yield number, Outcome(**told)
     except ray.exceptions.RayError as error:
-        raise _ours(error) from error
+        raise BackendError(f"Ray ended the run: {' '.join(str(error).split())[:500]}") from error
     finally:
         if ours:
             ray.shutdown()
-
-
-def _ours(error: BaseException) -> LeanVLMError:
-    """Return the error of ours that is behind one of Ray's."""
-    cause: Any = error
-    while cause is not None:
-        if isinstance(cause, LeanVLMError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return BackendError(f"Ray ended the run: {' '.join(str(error).split())[:500]}")
