@@ -2,7 +2,7 @@
 
 There are two deployments. `Model` opens the bundle and holds the application that `leanvlm serve` runs, so a replica answers as
 that does. `Router` stands before it, since Ray gives a request that a dying replica had in hand back as an error: it
-reads the request whole, and hands it to another replica as long as nothing of an answer has gone out.
+reads the request whole, and hands it to another replica.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import logging
 import typing
 from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,7 @@ class Model:
         self._session = load(config.bundle, device=config.device, provider=config.provider, threads=config.threads)
         self._app = create_app(self._session, config.serve)
         self._service = self._app.state.service
+        # Its end is that of `__del__`, since Ray calls nothing else.
         self._life = self._app.router.lifespan_context(self._app)
         await self._life.__aenter__()
 
@@ -193,16 +195,18 @@ class Model:
             gone.set()
             await asyncio.gather(work, return_exceptions=True)
 
-    async def __del__(self) -> None:
-        """End what runs, when Ray takes this replica away."""
-        await self._life.__aexit__(None, None, None)
-        self._session.close()
+    def __del__(self) -> None:
+        """End the engine, when Ray takes this replica away; it has waited for what runs by then."""
+        if service := getattr(self, "_service", None):
+            service.stop(0.0)
+            self._session.close()
 
 
 class Router:
-    """Reads requests whole, and gives each to a replica, and to another where that dies before it has answered.
+    """Reads requests whole, and gives each to a replica, and to another where that dies.
 
-    Asking again is safe: a request leaves nothing behind. One that kills what reads it would do so `attempts` times.
+    Asking again is safe: a request leaves nothing behind. One that kills what reads it would do so `attempts` times. A stream
+    that had begun goes on where the other replica says the same again up to there, and else ends with an error.
 
     Args:
         model: Ray's handle of the replicas.
@@ -226,54 +230,74 @@ class Router:
         from leanvlm.runtime.serving.exchange import ClientGone, Hold, read_body
         from leanvlm.runtime.serving.problems import problem_of
 
-        with Hold(self._room) as hold:
+        with ExitStack() as stack:
+            hold = stack.enter_context(Hold(self._room))
             try:
                 body = await read_body(request, self._config.serve, hold)
                 scope = {name: request.scope[name] for name in SENT if name in request.scope}
-                return await self._answered(scope, body)
+                replies = self._replies(scope, body)
+                start, first, told = await anext(replies)
             except ClientGone:
                 return Response(status_code=499)
             except LeanVLMError as error:
                 return respond(problem_of(error))
+            # The request is kept until its answer has ended.
+            return _held(start, self._body(start, first, told, replies), stack.pop_all())
 
-    async def _answered(self, scope: dict[str, Any], body: bytes) -> Any:
-        """Return the response of the first replica that begins one."""
-        from starlette.responses import StreamingResponse
-
+    async def _replies(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Reply]:
+        """Yield what a replica answers; asked for more, what another does."""
         for attempt in range(1, self._config.attempts + 1):
             told = self._model.remote(scope, body)
             try:
-                start, first = await anext(told), await anext(told)
+                reply = await anext(told), await anext(told), told
             except self._full as error:
                 raise QueueFullError("as many requests wait as may; ask again later") from error
-            except self._died as error:
-                _log.warning(
-                    "a replica died with a request in hand, attempt %d of %d: %s", attempt, self._config.attempts, error
-                )
+            except self._died:
+                _log.warning("a replica died with a request in hand: attempt %d of %d", attempt, self._config.attempts)
                 continue
             except BaseException:
                 told.cancel()
                 raise
-            response = StreamingResponse(self._body(first, told), start["status"])
-            response.raw_headers = list(start["headers"])
-            return response
+            yield reply
         raise ReplicasDiedError
 
-    async def _body(self, first: dict[str, Any], told: Any) -> AsyncIterator[bytes]:
-        """Yield the pieces of a body. A stream that cannot be ended says so in a last event, and does not say [DONE]."""
+    async def _body(
+        self, start: dict[str, Any], first: dict[str, Any], told: Any, replies: AsyncIterator[Reply]
+    ) -> AsyncIterator[bytes]:
+        """Yield the pieces of a body. A stream that cannot be gone on with says so in a last event, and does not say [DONE]."""
+        from leanvlm.runtime.serving.continued import ContinuedStream, DiffersError
         from leanvlm.runtime.serving.problems import problem_of
         from leanvlm.runtime.serving.replies import event
 
-        yield first.get("body", b"")
         if not first.get("more_body", False):
+            yield first.get("body", b"")
             return
-        try:
-            async for message in told:
-                yield message.get("body", b"")
-        except self._died:
-            yield event(problem_of(ReplicasDiedError()).body)
-        finally:
-            told.cancel()
+        stream, status = ContinuedStream(), start["status"]
+        while True:
+            try:
+                yield stream.take(first["body"])
+                async for message in told:
+                    yield stream.take(message.get("body", b""))
+                return
+            except self._died:
+                _log.warning("a replica died with a stream that had begun; another is asked to go on with it")
+                stream.restart()
+            except DiffersError:
+                yield event(problem_of(ReplicasDiedError()).body)
+                return
+            finally:
+                told.cancel()
+            try:
+                start, first, told = await anext(replies)
+                if start["status"] != status:
+                    raise ReplicasDiedError
+            except LeanVLMError as error:
+                yield event(problem_of(error).body)
+                return
+
+
+Reply = tuple[dict[str, Any], dict[str, Any], Any]
+"""The start of a response, the first piece of its body, and where the others come from."""
 
 
 class ReplicasDiedError(ShuttingDownError):
@@ -281,3 +305,17 @@ class ReplicasDiedError(ShuttingDownError):
 
     def __init__(self) -> None:
         super().__init__("what was answering this request has died; ask again")
+
+
+def _held(start: Mapping[str, Any], body: AsyncIterator[bytes], stack: ExitStack) -> Any:
+    """Return a response that lets go of something at its end, or when the client goes away."""
+    from starlette.responses import StreamingResponse
+
+    class Held(StreamingResponse):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            with stack:
+                await super().__call__(scope, receive, send)
+
+    response = Held(body, start["status"])
+    response.raw_headers = list(start["headers"])
+    return response
