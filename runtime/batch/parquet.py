@@ -170,9 +170,13 @@ def _paths(column: Any, kind: Any) -> Any:
     if column.type == kind:
         return column
     pa = arrow()
-    path = (lambda value: value and value.get("path")) if kind == pa.string() else _list_of_paths
+    path = _path_of if kind == pa.string() else _paths_of
     return pa.array([path(value) for value in column.to_pylist()], kind)
 
 
-def _list_of_paths(values: Any) -> Any:
-    return values and [value and value.get("path") for value in values]
+def _path_of(value: Any) -> Any:
+    return value and value.get("path")
+
+
+def _paths_of(values: Any) -> Any:
+    return values and [_path_of(value) for value in values]
