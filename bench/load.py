@@ -8,6 +8,7 @@ import io
 import json
 import threading
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -117,13 +118,14 @@ def _ask(options: LoadOptions, client: int, seed: int, seen: Seen) -> None:
         if not line.startswith(b"data: {"):
             continue
         chunk = json.loads(line[len(b"data: ") :])
-        if any(choice["delta"].get("content") for choice in chunk["choices"]):
+        # The last one ends the answer, with text or without.
+        if any(choice["delta"].get("content") or choice["finish_reason"] for choice in chunk["choices"]):
             times.append(perf_counter())
         tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
     connection.close()
     seen.first.append(1e3 * (times[0] - begin))
     seen.between.append(1e3 * (times[-1] - times[0]) / (tokens - 1))
-    seen.gaps += [1e3 * (two - one) for one, two in zip(times, times[1:], strict=False)]
+    seen.gaps += [1e3 * (two - one) for one, two in pairwise(times)]
     seen.tokens.append(tokens)
 
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,19 @@ def test_parquet_with_bytes_keeps_the_other_columns_as_they_are(
     assert errors[2] == "the row has no image"
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_several_answers_at_once_are_each_what_they_are_alone(demo_bundle: Path, tmp_path: Path, workers: int) -> None:
+    images = [SCENE, *sorted(PHOTOGRAPHS_DIR.glob("*.jpg"))[:4], Path("missing.png")]
+    source = lines(tmp_path / "in.jsonl", [{"image": str(images[n % 6]), "number": n} for n in range(20)])
+    alone = BatchConfig(source, demo_bundle, tmp_path / "alone.parquet", prompt=QUESTION)
+    together = BatchConfig(source, demo_bundle, tmp_path / "out.parquet", prompt=QUESTION, rows=3, workers=workers, part_rows=7)
+    run_batch(alone)
+    assert run_batch(together).errors == 3
+    same = ("number", "text", "finish_reason", "prompt_tokens", "completion_tokens", "kept", "total", "error")
+    first, second = ([[row[name] for name in same] for row in table(config.output)] for config in (alone, together))
+    assert first == second
+
+
 # --- Rows of each kind of input ----------------------------------------------------------------------------------------
 
 
@@ -166,8 +179,12 @@ class Stub(Worker):
     def __init__(self, job: Job) -> None:
         pass
 
-    def answer(self, row: Row) -> Outcome:
+    def answers(self, rows: Iterable[Row]) -> Iterator[Outcome]:
         """Say what was asked, or fail."""
+        return map(self.answer, rows)
+
+    def answer(self, row: Row) -> Outcome:
+        """Say what a row asks, or fail."""
         type(self).asked.append(row)
         if type(self).fails(row):
             raise BackendError("the device is lost")

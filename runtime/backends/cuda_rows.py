@@ -34,10 +34,12 @@ class BlockSlot(Slot):
     Attributes:
         inputs: Embeddings, mask and positions.
         results: The best tokens and their logits.
+        seen: Of each row how many positions the mask shows.
     """
 
     inputs: PackedTensors
     results: PackedTensors
+    seen: npt.NDArray[np.int64]
 
 
 class Run:
@@ -126,16 +128,28 @@ class CudaRows:
         # The run that made the last scores of each row.
         self._last: dict[int, Run] = {}
 
+    def warm(self) -> None:
+        """Capture the steps of all blocks, which would otherwise hold the first answers up."""
+        size = 1
+        while True:
+            for first in range(0, len(self.caches), size):
+                run = self._new_run([first, min(first + size, len(self.caches)) - 1], {})
+                self._fill(run, lambda _: np.empty(0))
+                run.slot.run()
+            if size >= len(self.caches):
+                return
+            size *= 2
+
     def step(self, steps: Sequence[Step], embed: Callable[[int], Array]) -> dict[int, Scores]:
         """Append a token to each of some rows: take what was begun, and run the others."""
         for step in steps:
             check_room(self.caches[step.row].length + 1, self.capacity)
         flight, self._flight = self._flight, None
-        if flight is not None and flight.job is not None:
-            flight.job.join()
         taken = {step.row: flight for step in steps if flight is not None and flight.steps.get(step.row) == step}
         others = [step for step in steps if step.row not in taken]
         if others:
+            if flight is not None and flight.job is not None:
+                flight.job.join()
             if taken:
                 # The next run may be of the same block, which would overwrite what this one found.
                 for row, run in taken.items():
@@ -156,6 +170,7 @@ class CudaRows:
         runs = {self._last.get(one.row) for one in steps}
         last = next(iter(runs), None)
         wanted = block([one.row for one in steps], len(self.caches)) if steps else None
+        # A run that was not made yet is captured, while nobody may go on.
         if last is None or len(runs) > 1 or wanted not in self._slots:
             return
         if any(self.caches[one.row].length >= self.capacity for one in steps):
@@ -165,6 +180,8 @@ class CudaRows:
 
         def work() -> None:
             try:
+                if last.job is not None and last.job.failed:
+                    return
                 for one in steps:
                     token, _ = last.best(one.row)
                     if token not in one.ends:
@@ -194,8 +211,11 @@ class CudaRows:
     def _fill(self, run: Run, embed: Callable[[int], Array]) -> None:
         """Send what a run reads. Rows that are run along read whatever was there, behind what they hold."""
         values, first = run.slot.inputs.values, run.first
-        seen = seen_by(list(run.steps), self.caches, first, len(values["attention_mask"]))
-        values["attention_mask"][:] = np.arange(self.capacity) < seen[:, None]
+        shown, mask = run.slot.seen, values["attention_mask"]
+        # Most rows see one more than before; all of it would be 2,048 numbers a row, while the GPU waits.
+        for row, seen in enumerate(seen_by(self.caches[first : first + len(mask)])):
+            mask[row, min(seen, shown[row]) : max(seen, shown[row])] = seen > shown[row]
+            shown[row] = seen
         for row, step in run.steps.items():
             values["inputs_embeds"][row - first, 0] = embed(step.token)
             if "position_ids" in values:
@@ -227,4 +247,4 @@ class CudaRows:
         for name in BEST:
             binding.bind_output(name, memory.device, 0, *results.place(name))
         run = memory.slot(session, binding, buffers, next(self._decoder.ids), "the decoder").run
-        return BlockSlot(buffers, run, inputs, results)
+        return BlockSlot(buffers, run, inputs, results, np.zeros(size, np.int64))

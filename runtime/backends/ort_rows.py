@@ -41,6 +41,9 @@ class OrtRows:
         ]
         self._bindings: dict[tuple[int, int], Any] = {}
 
+    def warm(self) -> None:
+        """Do nothing: nothing is captured."""
+
     def step(self, steps: Sequence[Step], embed: Callable[[int], Array]) -> dict[int, Scores]:
         """Append a token to each of some rows."""
         for step in steps:
@@ -51,7 +54,7 @@ class OrtRows:
         for step in steps:
             embeddings[step.row - first, 0] = embed(step.token)
             positions[:, step.row - first] = step.position
-        seen = seen_by([step.row for step in steps], self.caches, first, size)
+        seen = np.array(seen_by(self.caches[first : first + size]))
         mask = (np.arange(seen.max()) < seen[:, None]).astype(np.int64)
         logits = self._run(first, size, embeddings, positions, mask)
         for step in steps:

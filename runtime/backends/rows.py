@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from leanvlm.runtime.backends.sequences import Cache, DecoderSequence
@@ -70,6 +69,10 @@ class Rows(Protocol):
     @property
     def caches(self) -> Sequence[Cache]:
         """One for each row."""
+        ...
+
+    def warm(self) -> None:
+        """Make everything ready that the first steps would wait for; no row holds anything yet."""
         ...
 
     def step(self, steps: Sequence[Step], embed: Callable[[int], Array]) -> dict[int, Scores]:
@@ -131,8 +134,10 @@ class Pool:
         return [row for row in range(len(self._held)) if row not in self._taken]
 
     def sequence(self, prompt: Prompt) -> RowSequence:
-        """Open a sequence in the row that holds most of the prompt; where none holds any, in one that keeps blocks small."""
+        """Open a sequence in the row that holds most of the prompt; where none holds half, in one that keeps blocks small."""
         shared = {row: self._held[row].shared(prompt) if self._reuse else 0 for row in self.free}
+        # What all prompts begin with is no reason to give up what another conversation left.
+        shared = {row: count if 2 * count >= len(prompt) else 0 for row, count in shared.items()}
         row = min(shared, key=lambda one: (-shared[one], block([one, *self._taken], len(self._held))[1], self._used[one], one))
         if not shared[row]:
             self._held[row] = Held()
@@ -178,7 +183,6 @@ class RowSequence(DecoderSequence):
         super().close()
 
 
-def seen_by(rows: Sequence[int], caches: Sequence[Cache], first: int, size: int) -> npt.NDArray[np.int64]:
+def seen_by(caches: Sequence[Cache]) -> list[int]:
     """Return how many positions each row of a block sees in a step: its own and the new one; of rows run along too."""
-    lengths = [caches[row].length + 1 for row in range(first, first + size)]
-    return np.minimum(np.array(lengths, np.int64), caches[first].capacity)
+    return [min(cache.length + 1, cache.capacity) for cache in caches]

@@ -19,7 +19,9 @@ from leanvlm.runtime.batch.work import Job, Outcome, Worker
 from leanvlm.runtime.errors import BackendError
 
 AHEAD = 4
-"""Rows in hand for each worker: one that takes long holds up those behind it, since rows come in order."""
+"""Calls in hand for each worker: one that takes long holds up those behind it, since rows come in order."""
+TOGETHER = 4
+"""Rows of a call for each that is answered at once: at its end fewer and fewer are."""
 
 
 def outcomes(job: Job, source: Source, spans: Sequence[tuple[int, int]], workers: int) -> Iterator[tuple[int, Outcome]]:
@@ -41,7 +43,7 @@ def outcomes(job: Job, source: Source, spans: Sequence[tuple[int, int]], workers
     rows = (row for start, stop in spans for row in source.rows(start, stop))
     if workers == 1:
         with closing(Worker(job)) as worker:
-            yield from zip(numbers, map(worker.answer, rows), strict=True)
+            yield from zip(numbers, worker.answers(rows), strict=True)
     else:
         yield from zip(numbers, _in_processes(job, rows, workers), strict=True)
 
@@ -49,11 +51,13 @@ def outcomes(job: Job, source: Source, spans: Sequence[tuple[int, int]], workers
 def _in_processes(job: Job, rows: Iterator[Row], workers: int) -> Iterator[Outcome]:
     others = {*multiprocessing.active_children()}
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(job,))
+    size = 1 if job.rows == 1 else TOGETHER * job.rows
+    calls = iter(lambda: list(islice(rows, size)), [])
     try:
-        waiting = deque(pool.submit(_answer, row) for row in islice(rows, AHEAD * workers))
+        waiting = deque(pool.submit(_answer, call) for call in islice(calls, AHEAD * workers))
         while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(_answer, row) for row in islice(rows, 1))
+            yield from waiting.popleft().result()
+            waiting.extend(pool.submit(_answer, call) for call in islice(calls, 1))
         pool.shutdown()
     except BrokenProcessPool as error:
         raise BackendError("a worker's process has ended, as when memory runs out; fewer --workers take less") from error
@@ -84,9 +88,9 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _answer(row: Row) -> Outcome:
-    """Answer a row; the first opens the bundle, so that an error of it reaches the parent as that row's."""
+def _answer(rows: Sequence[Row]) -> list[Outcome]:
+    """Answer rows; the first opens the bundle, so that an error of it reaches the parent as that row's."""
     global _worker
     if _worker is None:
         _worker = Worker(_job)
-    return _worker.answer(row)
+    return list(_worker.answers(rows))

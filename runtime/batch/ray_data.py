@@ -42,7 +42,7 @@ class Parts:
             for start, stop in zip(batch["start"], batch["stop"], strict=True):
                 rows = self._source.rows(int(start), int(stop))
                 starts.append(int(start))
-                told.append(json.dumps([asdict(self._worker.answer(row)) for row in rows]))
+                told.append(json.dumps([asdict(outcome) for outcome in self._worker.answers(rows)]))
         except LeanVLMError as error:
             return {"start": [FAILED], "told": [str(error)]}
         return {"start": starts, "told": told}

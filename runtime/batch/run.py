@@ -38,6 +38,7 @@ class BatchConfig:
         provider: Likewise.
         threads: Likewise, of each worker.
         workers: Sessions that are open at once.
+        rows: Answers at once, of each worker; where that changes a kernel's rounding, a near tie may fall otherwise.
         gpus: Of each worker, with Ray.
         part_rows: Rows of a part, which a kill may cost at most.
         force: Replace the output.
@@ -55,6 +56,7 @@ class BatchConfig:
     provider: str | None = None
     threads: int | None = None
     workers: int = 1
+    rows: int = 1
     gpus: float = 0.0
     part_rows: int = PART_ROWS
     force: bool = False
@@ -106,7 +108,7 @@ def run_batch(config: BatchConfig, progress: Progress = lambda rows, done, error
     source = open_source(config.source, config.prompt)
     parts = Parts(config.output, _settings(config, source, budget), _schema(source), source.count, config.part_rows)
     # Absolute, since workers may be elsewhere.
-    job = Job(config.bundle.absolute(), budget, config.device, config.provider, config.threads, config.options)
+    job = Job(config.bundle.absolute(), budget, config.device, config.provider, config.threads, config.rows, config.options)
     errors = 0
     with parts.opened(force=config.force, restart=config.restart) as missing:
         asked = sum(stop - start for start, stop in map(parts.span, missing))
@@ -166,6 +168,7 @@ def _settings(config: BatchConfig, source: Source, budget: int) -> dict[str, Any
         "budget": budget,
         "device": config.device,
         "provider": config.provider,
+        "rows": config.rows,
         "options": {name: value for name, value in config.options.items() if value not in (None, ())},
     }
 

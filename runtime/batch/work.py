@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from leanvlm.runtime.batch.source import Row
+from leanvlm.runtime.answer import Answer
 from leanvlm.runtime.errors import BackendError, InputError
-from leanvlm.runtime.session import load
+from leanvlm.runtime.preprocess import ImageSource
+from leanvlm.runtime.serving.engine import Ended, Engine, Event, Failed, Question
+from leanvlm.runtime.serving.runners import open_runner
+from leanvlm.runtime.session import load, user_message
+
+AHEAD = 2
+"""Questions in hand for each row of a step, so that the next is there when one ends."""
 
 BROKEN = 16
 """So many rows one after another that fail for no reason of their own: the device is lost, and the others would be too."""
@@ -25,6 +34,7 @@ class Job:
         device: As `load` takes it.
         provider: Likewise.
         threads: Likewise, of each worker.
+        rows: Answers at once, with one run of the decoder for a token of each; 1 answers as `Session.generate` does.
         options: As `Session.stream` takes them.
     """
 
@@ -33,6 +43,7 @@ class Job:
     device: str | None
     provider: str | None
     threads: int | None
+    rows: int
     options: Mapping[str, Any]
 
 
@@ -59,25 +70,50 @@ class Worker:
     """Answers rows with a session of its own.
 
     Raises:
-        LeanVLMError: The bundle cannot be used.
+        LeanVLMError: The bundle cannot be used, or not for so many answers at once.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._session = load(job.bundle, device=job.device, threads=job.threads, provider=job.provider)
+        self._engine: Engine | None = None
+        if job.rows > 1:
+            self._engine = Engine(self._session, open_runner(self._session, job.rows), AHEAD * job.rows)
         self._broken = 0
 
-    def answer(self, row: Row) -> Outcome:
-        """Answer a row.
+    def answers(self, rows: Iterable[Row]) -> Iterator[Outcome]:
+        """Answer rows, in their order.
 
         Raises:
-            BackendError: `BROKEN` rows one after another failed, each for another reason than its own.
+            BackendError: `BROKEN` rows one after another failed, each for no reason of its own.
         """
-        if row.error is not None:
-            return Outcome(error=row.error)
-        job = self._job
+        waiting: deque[Future[Answer]] = deque()
+        for row in rows:
+            waiting.append(self._ask(row))
+            if len(waiting) >= AHEAD * self._job.rows or self._engine is None:
+                yield self._outcome(waiting.popleft())
+        while waiting:
+            yield self._outcome(waiting.popleft())
+
+    def _ask(self, row: Row) -> Future[Answer]:
+        answer: Future[Answer] = Future()
         try:
-            answer = self._session.generate(row.prompt, row.images, budget=job.budget, **job.options)
+            if row.error is not None:
+                raise InputError(row.error)
+            if self._engine is None:
+                answer.set_result(self._session.generate(row.prompt, row.images, budget=self._job.budget, **self._job.options))
+            else:
+                images: list[ImageSource] = [*row.images]
+                options = self._session.settings.options(**self._job.options)
+                question = Question([user_message(row.prompt, len(images))], images, options, self._job.budget)
+                self._engine.ask(question, lambda event: _settle(answer, event))
+        except Exception as error:
+            answer.set_exception(error)
+        return answer
+
+    def _outcome(self, waiting: Future[Answer]) -> Outcome:
+        try:
+            answer = waiting.result()
         except InputError as error:
             return Outcome(error=str(error))
         except Exception as error:
@@ -98,5 +134,14 @@ class Worker:
         )
 
     def close(self) -> None:
-        """Close the session."""
+        """End what runs, and close the session."""
+        if self._engine is not None:
+            self._engine.stop()
         self._session.close()
+
+
+def _settle(answer: Future[Answer], event: Event) -> None:
+    if isinstance(event, Ended):
+        answer.set_result(event.answer)
+    elif isinstance(event, Failed):
+        answer.set_exception(event.error)

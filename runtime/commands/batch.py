@@ -32,6 +32,7 @@ def batch_command(
     provider: Provider = None,
     threads: Threads = None,
     workers: Annotated[int, typer.Option(min=1, help="Sessions at once, each with its own copy of the weights.")] = 1,
+    rows: Annotated[int, typer.Option(min=1, help="Answers at once in each session, a token of each in one run.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="With ray: GPUs of each worker, such as 1 or 0.5.")] = 0.0,
     part_rows: Annotated[int, typer.Option(min=1, help="Rows that are written at once; a kill costs so many at most.")] = 64,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that a batch wrote.")] = False,
@@ -50,22 +51,9 @@ def batch_command(
         "stop": tuple(stop or ()),
     }
     config = BatchConfig(
-        source,
-        bundle,
-        output,
-        engine,
-        prompt,
-        budget,
-        device,
-        provider,
-        threads,
-        workers,
-        gpus,
-        part_rows,
-        force,
-        restart,
-        options,
-    )
+        source, bundle, output, engine=engine, prompt=prompt, budget=budget, device=device, provider=provider, threads=threads,
+        workers=workers, rows=rows, gpus=gpus, part_rows=part_rows, force=force, restart=restart, options=options,
+    )  # fmt: skip
     with _progress() as progress:
         summary = run_batch(config, progress)
     stderr_console().print(_said(summary), markup=False)

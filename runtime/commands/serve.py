@@ -62,7 +62,7 @@ def _run(
 ) -> None:
     from leanvlm.runtime.serving.access import read_key
     from leanvlm.runtime.serving.app import create_app
-    from leanvlm.runtime.serving.server import address_of, announce, bind, run
+    from leanvlm.runtime.serving.server import bind, make_server, run
     from leanvlm.runtime.session import load
 
     if config.api_key_file is not None:
@@ -72,8 +72,7 @@ def _run(
     try:
         with load(bundle, device=device, provider=provider, threads=threads, cache_mb=cache_mb) as session:
             app = create_app(session, config)
-            announce(app.state.service, address_of(config.host, sockets))
-            run(app, sockets, config)
+            run(make_server(app), sockets)
     finally:
         for one in sockets:
             one.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import ExitStack, suppress
 from time import perf_counter
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.serving.config import ServeConfig
 from leanvlm.runtime.serving.details import begun_details, ended_details, upright_size
 from leanvlm.runtime.serving.engine import Begun, Ended, Event, Failed, Piece, Question
-from leanvlm.runtime.serving.images import RemotePolicy, check_images, fetch, from_data_uri
+from leanvlm.runtime.serving.images import check_images, fetch, from_data_uri
 from leanvlm.runtime.serving.problems import RequestError, problem_of
 from leanvlm.runtime.serving.protocol import Asked, read_request
 from leanvlm.runtime.serving.replies import DONE, Reply, event, to_json
@@ -79,8 +79,8 @@ async def _read(service: Service, request: Request, hold: Hold) -> tuple[Asked, 
     images = []
     for param, address in asked.addresses:
         with Named(param):
-            images.append(await _picture(address, config, len(body)))
-        if address.startswith(("http:", "https:")):
+            images.append(await _picture(address, service, len(body)))
+        if _is_remote(address):
             hold.take(len(images[-1]))
     if images:
         with Named("messages"):
@@ -88,10 +88,14 @@ async def _read(service: Service, request: Request, hold: Hold) -> tuple[Asked, 
     return asked, images
 
 
-async def _picture(address: str, config: ServeConfig, size: int) -> bytes:
-    if address[:5].lower() in ("http:", "https"):
-        return await fetch(address, RemotePolicy(config.allow_remote_images, config.body_bytes))
-    return await _aside(size, lambda: from_data_uri(address, config.body_bytes))
+async def _picture(address: str, service: Service, size: int) -> bytes:
+    if _is_remote(address):
+        return await fetch(address, service.remote)
+    return await _aside(size, lambda: from_data_uri(address, service.config.body_bytes))
+
+
+def _is_remote(address: str) -> bool:
+    return address[:6].lower().startswith(("http:", "https:"))
 
 
 async def _aside(size: int, work: Callable[[], Result]) -> Result:
@@ -147,19 +151,19 @@ async def read_body(request: Request, config: ServeConfig, hold: Hold) -> bytes:
     stated = request.headers.get("content-length", "")
     if stated.isdecimal() and int(stated[:20]) > config.body_bytes:
         raise too_large
-    parts, size = [], 0
-    async for part in _parts(request.receive):
-        size += len(part)
-        if size > config.body_bytes:
+    body = bytearray()
+    coming = _parts(request.receive)
+    async for part in coming:
+        body += part
+        if len(body) > config.body_bytes:
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(_discard(request.receive, config.body_bytes), LINGER_SECONDS)
+                await asyncio.wait_for(_discard(coming, config.body_bytes), LINGER_SECONDS)
             raise too_large
         hold.take(len(part))
-        parts.append(part)
-    return b"".join(parts)
+    return bytes(body)
 
 
-async def _parts(receive: Receive) -> Any:
+async def _parts(receive: Receive) -> AsyncIterator[bytes]:
     more = True
     while more:
         message = await receive()
@@ -169,8 +173,8 @@ async def _parts(receive: Receive) -> Any:
         yield message.get("body", b"")
 
 
-async def _discard(receive: Receive, most: int) -> None:
-    async for part in _parts(receive):
+async def _discard(parts: AsyncIterator[bytes], most: int) -> None:
+    async for part in parts:
         most -= len(part)
         if most < 0:
             return

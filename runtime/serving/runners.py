@@ -166,4 +166,6 @@ def open_runner(session: Session, rows: int | None = None, capacity: int | None 
         return InTurn(session)
     with backend.lock:
         opened: Any = backend
-        return Together(session, opened.rows(count, size))
+        several: Rows = opened.rows(count, size)
+        several.warm()
+        return Together(session, several)

@@ -83,36 +83,41 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; told to end, it first tells the engine, so that what waits is refused while what runs goes on."""
+    """uvicorn's server; told to end, it first tells the engine, so that what waits is refused while what runs goes on.
+
+    Attributes:
+        service: What is served.
+        greeting: Lines for standard error, once connections are taken.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._service = service
+        self.greeting: tuple[str, ...] = ()
+        self.service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take connections."""
+        await super().startup(sockets)
+        for line in self.greeting:
+            print(f"leanvlm: {line}", file=sys.stderr, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, and end when what runs has ended."""
         loop = asyncio.get_running_loop()
-        ending = loop.run_in_executor(None, self._service.stop)
+        ending = loop.run_in_executor(None, self.service.stop)
         await super().shutdown(sockets)
         if self.force_exit:
-            await loop.run_in_executor(None, self._service.stop, 0.0)
+            await loop.run_in_executor(None, self.service.stop, 0.0)
         await ending
 
 
-def run(app: FastAPI, sockets: Sequence[socket.socket], config: ServeConfig) -> None:
-    """Serve an application until a signal comes; then raise what the signal means to the process.
-
-    Args:
-        app: As `create_app` made it.
-        sockets: As `bind` made them.
-        config: The application's.
-    """
-    kind = type("LimitedConnection", (Connection,), {"most": config.max_connections})
-    # What has not ended by itself then was told to by the engine.
-    grace = int(config.grace) + 5
+def make_server(app: FastAPI) -> Server:
+    """Return what runs an application that `create_app` made."""
+    service: Service = app.state.service
+    config = service.config
     options = uvicorn.Config(
         app,
-        http=kind,
+        http=type("LimitedConnection", (Connection,), {"most": config.max_connections}),
         ws="none",
         loop="asyncio",
         lifespan="on",
@@ -122,10 +127,16 @@ def run(app: FastAPI, sockets: Sequence[socket.socket], config: ServeConfig) -> 
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=grace,
+        # What has not ended by then was told to by the engine.
+        timeout_graceful_shutdown=int(config.grace) + 5,
         backlog=BACKLOG,
     )
-    server = Server(options, app.state.service)
+    return Server(options, service)
+
+
+def run(server: Server, sockets: Sequence[socket.socket]) -> None:
+    """Serve on sockets of `bind` until a signal comes; then raise what the signal means to the process."""
+    server.greeting = greeting(server.service, address_of(server.service.config.host, sockets))
     with _hang_up_ends(server):
         server.run(list(sockets))
 
@@ -207,12 +218,10 @@ def address_of(host: str, sockets: Sequence[socket.socket]) -> str:
     return f"http://{shown}:{sockets[0].getsockname()[1]}"
 
 
-def announce(service: Service, address: str) -> None:
-    """Say on standard error that the server is there, and loudly if anybody may use it."""
+def greeting(service: Service, address: str) -> tuple[str, ...]:
+    """Return what to say once the server is there; loudly if anybody may use it."""
     config = service.config
-    lines = [f"leanvlm: serving {service.name} at {address} (a page; OpenAI's interface at {address}/v1)"]
-    if not config.loopback and config.api_key_file is None:
-        lines.append(
-            f"leanvlm: WARNING: whoever reaches {config.host} can use this server; give --api-key-file, or leave --host out"
-        )
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    there = f"serving {service.name} at {address} (a page; OpenAI's interface at {address}/v1)"
+    if config.loopback or config.api_key_file is not None:
+        return (there,)
+    return there, f"WARNING: whoever reaches {config.host} can use this server; give --api-key-file, or leave --host out"

@@ -14,6 +14,7 @@ from leanvlm.runtime.errors import InputError, QueueFullError
 from leanvlm.runtime.manifest import MANIFEST
 from leanvlm.runtime.serving.config import MEGABYTE, ServeConfig
 from leanvlm.runtime.serving.engine import Ended, Engine, Event, Failed, Question
+from leanvlm.runtime.serving.images import RemotePolicy
 from leanvlm.runtime.serving.metrics import Metrics
 from leanvlm.runtime.serving.runners import Runner
 from leanvlm.runtime.session import Session, user_message
@@ -55,6 +56,7 @@ class Service:
         engine: Answers.
         metrics: Of all requests.
         room: What they hold.
+        remote: Which images are fetched.
         name: Of the model.
         created: When the bundle was written, in seconds since 1970.
         context: Positions that a prompt and its answer may take together.
@@ -63,7 +65,7 @@ class Service:
         left_out: Roles whose messages the model's template passes over.
 
     Raises:
-        InputError: The configuration names a budget that the bundle does not have.
+        InputError: The configuration names a budget that the bundle does not have, or what is no host.
     """
 
     def __init__(self, session: Session, config: ServeConfig, runner: Runner) -> None:
@@ -75,6 +77,7 @@ class Service:
         self.context = runner.capacity or session.manifest.decoder.context_length
         self.prompt_limit = min(config.max_prompt_tokens or self.context, self.context)
         self.left_out = left_out(session)
+        self.remote = RemotePolicy(config.allow_remote_images, config.body_bytes)
         self.room = Room(config.held_bytes)
         self.engine = Engine(session, runner, config.max_queue)
         self.metrics = Metrics(self.engine)
