@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanvlm.runtime.batch.source import Row
 from leanvlm.runtime.answer import Answer
+from leanvlm.runtime.batch.source import Row
 from leanvlm.runtime.errors import BackendError, InputError
 from leanvlm.runtime.preprocess import ImageSource
 from leanvlm.runtime.serving.engine import Ended, Engine, Event, Failed, Question
