@@ -1,4 +1,4 @@
-"""A Ray Serve application around the server's own: `serve run leanvlm.runtime.ray:build bundle=llava-64 replicas=2`.
+"""A Ray Serve application around the server's own: `run`, or `serve run leanvlm.runtime.ray:build bundle=llava-64 replicas=2`.
 
 There are two deployments. `Model` opens the bundle and holds the application that `leanvlm serve` runs, so a replica answers as
 that does. `Router` stands before it, since Ray gives a request that a dying replica had in hand back as an error: it
@@ -46,7 +46,8 @@ class RayConfig:
         threads: Likewise.
         routers: Copies of what stands before the model.
         attempts: Replicas that a request is given to, one after another, where they die.
-        serve: As `leanvlm serve` takes it; its port is Ray's to choose, and `host` what clients call this cluster.
+        serve: As `leanvlm serve` takes it. With `serve run` and YAML, where Ray listens is Ray's `http_options`; `host` then
+            says whether others than this machine may ask.
     """
 
     bundle: Path
@@ -137,6 +138,26 @@ def build(args: Mapping[str, Any]) -> Any:
         num_replicas=config.routers, max_ongoing_requests=ROUTER_REQUESTS, ray_actor_options={"num_cpus": 0}
     )
     return router.bind(model.bind(config), config)
+
+
+def run(args: Mapping[str, Any], *, blocking: bool = True) -> None:
+    """Serve here, or on the cluster of `RAY_ADDRESS`, at the `host` and `port` of the arguments; without Ray's dashboard.
+
+    Args:
+        args: As `read_config` takes them.
+        blocking: Return only when Ctrl-C ends it.
+
+    Raises:
+        InputError: An argument cannot be used.
+        MissingExtraError: Ray is not installed.
+    """
+    config, application = read_config(args), build(args)
+    ray: Any = require("ray", "scale")
+    serve: Any = require("ray.serve", "scale")
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    serve.start(http_options={"host": config.serve.host, "port": config.serve.port})
+    serve.run(application, name="leanvlm", route_prefix="/", blocking=blocking)
 
 
 class Model:

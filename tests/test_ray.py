@@ -20,7 +20,7 @@ import pytest
 
 from leanvlm.demo import SAMPLES_DIR
 from leanvlm.runtime.errors import InputError, MissingExtraError
-from leanvlm.runtime.ray import Model, RayConfig, Router, build, read_config
+from leanvlm.runtime.ray import Model, RayConfig, Router, build, read_config, run
 from leanvlm.runtime.serving.config import ServeConfig
 from leanvlm.runtime.serving.continued import ContinuedStream, DiffersError
 
@@ -321,8 +321,7 @@ def ray_cluster() -> Iterator[Any]:
 def cluster(ray_cluster: Any, demo_bundle: Path) -> Iterator[str]:
     """The application with two replicas; yields its address."""
     serve = pytest.importorskip("ray.serve")
-    serve.start(http_options={"port": PORT})
-    serve.run(build({"bundle": str(demo_bundle), "replicas": "2", "threads": "1"}), name="leanvlm", route_prefix="/")
+    run({"bundle": str(demo_bundle), "replicas": "2", "threads": "1", "port": str(PORT)}, blocking=False)
     yield BASE
     serve.shutdown()
 
