@@ -19,6 +19,8 @@ from bench.prune import PruneOptions, measure_prune
 from bench.report import RESULTS, write_report
 from bench.rounded_vision import VisionOptions, measure_vision
 from bench.rows import RowsOptions, measure_rows
+from bench.serving import ServingOptions, measure_serving
+from bench.serving import summary as served
 from bench.shapes import SHAPES, SIZED
 from bench.sizes import SizesOptions, measure_sizes
 from bench.soak import SoakOptions, measure_soak
@@ -109,6 +111,13 @@ def _beside(commands: Any) -> None:
     soak.add_argument("--warmup", type=int, default=SoakOptions.warmup, help="answers before, to fill the cache of pictures")
     soak.add_argument("--cache-mb", type=float, default=SoakOptions.cache_mb, help="its size")
     soak.add_argument("--output", type=Path, help="JSON file to write")
+    serving = commands.add_parser("serving", help="time what a server adds to the first token, and ask it thousands of times")
+    serving.add_argument("bundle", type=Path, help="for the processor")
+    serving.add_argument("--requests", type=int, default=ServingOptions.requests, help="that count")
+    serving.add_argument("--warmup", type=int, default=ServingOptions.warmup, help="requests before")
+    serving.add_argument("--clients", type=int, default=ServingOptions.clients, help="at once")
+    serving.add_argument("--rounds", type=int, default=ServingOptions.rounds, help="of the first token's part")
+    serving.add_argument("--output", type=Path, help="JSON file to write")
     decode = commands.add_parser("decode", help="time a further token on a GPU beside llama.cpp's own bench")
     decode.add_argument("--fp16", type=Path, required=True, help="a bundle for cuda in fp16")
     decode.add_argument("--int4", type=Path, help="the same in int4")
@@ -187,6 +196,9 @@ def _run(args: argparse.Namespace) -> None:
         soaked = SoakOptions(args.bundle, args.output, providers, args.answers, args.warmup, args.cache_mb)
         for name, one in measure_soak(soaked)["providers"].items():
             print(name, json.dumps({key: value for key, value in one.items() if key != "resident_bytes"}))
+    if args.command == "serving":
+        sizes = (args.requests, args.warmup, args.clients, args.rounds)
+        print(json.dumps(served(measure_serving(ServingOptions(args.bundle, args.output, *sizes))), indent=1))
     if args.command == "decode":
         from bench.decode import DecodeOptions, measure_decode
 

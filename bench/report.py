@@ -19,7 +19,9 @@ from bench.host_report import host_section
 from bench.latency_report import latency_pictures, latency_section
 from bench.peers_report import peers_section
 from bench.rounded_vision import rounded_vision_section
+from bench.rows_report import load_section, rows_section
 from bench.seeds_report import SEEDS_PICTURE, seeds_picture, seeds_section
+from bench.serving_report import serving_section
 from bench.sizes_report import sizes_section
 from bench.soak_report import soak_section
 from bench.statistics import Interval, chair_difference, mean_difference, right_difference
@@ -125,7 +127,10 @@ SECTIONS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
     "sizes": sizes_section,
     "host": host_section,
     "decode": decode_section,
+    "rows": rows_section,
+    "load": load_section,
     "peers": peers_section,
+    "serving": serving_section,
     "soak": soak_section,
     "rounded vision": rounded_vision_section,
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.beside.measure import machine as processor
 from bench.latency import TEXT_TOKENS, machine, prompt_of
 from leanvlm.runtime.draft import Draft
 from leanvlm.runtime.generation import GenerateOptions
@@ -50,10 +51,11 @@ def measure_rows(options: RowsOptions) -> dict[str, Any]:
     """Measure, write the JSON file, and return what was written.
 
     Answers have prompts of different lengths about pictures of their own. A step is one token for each of them, with its text
-    made; it counts once all are running. `equal` says how many of the answers have the tokens that they have alone.
+    made; it counts once all are running. `equal` says how many of the answers have the tokens that they have alone; nothing is
+    kept from one to the next, which would read prompts in other parts.
     """
     found: dict[str, dict[str, Any]] = {}
-    with load(options.bundle, threads=options.threads) as session:
+    with load(options.bundle, threads=options.threads, cache_mb=0) as session:
         runners: dict[str, Runner] = {"in turn": InTurn(session)}
         runners |= {str(count): open_runner(session, count) for count in (max(options.rows),) if count > 1}
         together = runners.get(str(max(options.rows)))
@@ -67,8 +69,11 @@ def measure_rows(options: RowsOptions) -> dict[str, Any]:
             for count in options.rows:
                 found[str(count)]["kernels"] = _kernels_of(session, together, options, count)
     rows = {name: _summary(values) for name, values in found.items()}
+    where = machine()
+    if where["gpu"] == "none":
+        where |= {"gpu": None, "model": options.bundle.name} | processor()
     record = {
-        "kind": "rows", **machine(), "command": "python -m bench rows", "bundle": options.bundle.name, "tokens": options.tokens,
+        "kind": "rows", **where, "command": "python -m bench rows", "bundle": options.bundle.name, "tokens": options.tokens,
         "rounds": options.rounds, "threads": options.threads, "rows": rows,
     }  # fmt: skip
     options.output.write_text(json.dumps(record) + "\n", encoding="utf-8")

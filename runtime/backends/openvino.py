@@ -21,6 +21,7 @@ from leanvlm.runtime.backends.ort import CROPS_AT_ONCE, DATA, OrtScores, check_r
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.bundle import leads_out
 from leanvlm.runtime.errors import BackendError, GraphError, InputError
+from leanvlm.runtime.graph_files import graph_path
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.positions import as_input
@@ -149,8 +150,9 @@ class OpenVinoBackend:
             BackendError: It has operators that OpenVINO does not take.
             GraphError: It cannot be read, or its inputs and outputs differ from the manifest's.
         """
+        path = graph_path(self.folder, spec.file, self.manifest.files)
         try:
-            model = self._core.read_model(self.folder / spec.file)
+            model = self._core.read_model(path)
         except Exception as error:  # OpenVINO's errors share no base of their own.
             if (refused := _refused(str(error))) is not None:
                 raise BackendError(f"OpenVINO does not take {refused} of {spec.file}; run it without --provider") from error

@@ -21,6 +21,7 @@ from leanvlm.runtime.backends.rows import Rows
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.bundle import leads_out
 from leanvlm.runtime.errors import BackendError, GraphError, LeanVLMWarning
+from leanvlm.runtime.graph_files import graph_path
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.optional import require
 from leanvlm.runtime.positions import as_input
@@ -129,6 +130,7 @@ class OrtBackend:
         Raises:
             GraphError: ONNX Runtime refuses the file, or its inputs and outputs differ from the manifest's.
         """
+        path = graph_path(self.folder, spec.file, self.manifest.files)
         options = self.ort.SessionOptions()
         # Its errors come as exceptions, which we report; level 3 would print them too.
         options.log_severity_level = 4
@@ -142,7 +144,7 @@ class OrtBackend:
         providers = self.providers(spec, replayed and profile_prefix is None, options)
         linked = self._add_linked_data(spec, options)
         try:
-            session = self.ort.InferenceSession(self.folder / spec.file, options, providers=providers)
+            session = self.ort.InferenceSession(path, options, providers=providers)
         except Exception as error:  # ONNX Runtime's errors share no base of their own.
             raise GraphError(f"{spec.file} cannot be opened: {first_line(error)}") from error
         del linked

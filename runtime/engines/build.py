@@ -24,6 +24,7 @@ from leanvlm.runtime.engines.jobs import ENGINES, BuildConfig, BuildPlan, Engine
 from leanvlm.runtime.engines.library import load_library, network_flags, quiet_logger
 from leanvlm.runtime.engines.profiles import Profile
 from leanvlm.runtime.errors import BackendError, BundleError, GraphError, InputError, LeanVLMWarning
+from leanvlm.runtime.graph_files import graph_path
 from leanvlm.runtime.manifest import Manifest
 from leanvlm.runtime.signals import deferred_signals
 from leanvlm.runtime.specs import EngineSpec, GraphSpec, TensorSpec
@@ -73,7 +74,7 @@ def _build(job: EngineJob, plan: BuildPlan, builder: Builder, on_progress: Calla
     maker = module.Builder(builder.logger)
     network = maker.create_network(network_flags(module))
     parser = module.OnnxParser(network, builder.logger)
-    _parse(parser, config.bundle / job.graph.file, job)
+    _parse(parser, graph_path(config.bundle, job.graph.file, plan.manifest.files), job)
     _check_locations(network, job)
     inputs = tuple(_spec(network.get_input(index), job.graph.inputs) for index in range(network.num_inputs))
     outputs = tuple(_spec(network.get_output(index), job.graph.outputs) for index in range(network.num_outputs))

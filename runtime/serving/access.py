@@ -75,7 +75,7 @@ class Guard:
             await send(message)
 
         headers = dict(scope["headers"])
-        problem = self._refused(path, headers)
+        problem = _ambiguous(scope, headers) or self._refused(path, headers)
         if problem is None:
             await self._app(scope, receive, counted)
         else:
@@ -95,6 +95,14 @@ class Guard:
         return Problem(
             401, message, code="invalid_api_key", kind="authentication_error", headers={"www-authenticate": "Bearer"}
         )
+
+
+def _ambiguous(scope: Scope, headers: dict[bytes, bytes]) -> Problem | None:
+    """Refuse a request whose end a proxy may see elsewhere than h11, which lets Transfer-Encoding win (RFC 9112, 6.1)."""
+    if b"transfer-encoding" in headers and (b"content-length" in headers or scope.get("http_version") == "1.0"):
+        message = "a request has a Content-Length or is chunked, not both"
+        return Problem(400, message, code="ambiguous_length", headers={"connection": "close"})
+    return None
 
 
 def respond(problem: Problem) -> Response:

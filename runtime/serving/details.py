@@ -68,7 +68,10 @@ def crop_boxes(size: tuple[int, int], shape: CropShape, manifest: Manifest, amon
 def upright_size(data: bytes) -> tuple[int, int]:
     """Return the (height, width) of an image file once it is turned as its EXIF says; it was checked before."""
     with Image.open(BytesIO(data)) as image:
-        lies = image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+        try:
+            lies = image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+        except Exception:  # Pillow raises nearly anything on damaged data, and will again when the picture is decoded.
+            lies = False
         return (image.width, image.height) if lies else (image.height, image.width)
 
 

@@ -79,19 +79,22 @@ async def _read(service: Service, request: Request, hold: Hold) -> tuple[Asked, 
     images = []
     for param, address in asked.addresses:
         with Named(param):
-            images.append(await _picture(address, service, len(body)))
-        if _is_remote(address):
-            hold.take(len(images[-1]))
+            images.append(await _picture(address, service, len(body), hold))
     if images:
         with Named("messages"):
             await _aside(sum(map(len, images)), lambda: check_images(images, config.max_pixels))
     return asked, images
 
 
-async def _picture(address: str, service: Service, size: int) -> bytes:
+async def _picture(address: str, service: Service, size: int, hold: Hold) -> bytes:
+    most = service.config.body_bytes
     if _is_remote(address):
-        return await fetch(address, service.remote)
-    return await _aside(size, lambda: from_data_uri(address, service.config.body_bytes))
+        # Before it comes: many requests at once could name large pictures.
+        hold.take(most)
+        image = await fetch(address, service.remote)
+        hold.give(most - len(image))
+        return image
+    return await _aside(size, lambda: from_data_uri(address, most))
 
 
 def _is_remote(address: str) -> bool:
@@ -135,6 +138,11 @@ class Hold:
         """Hold some more; raises QueueFullError."""
         self._room.take(size)
         self._size += size
+
+    def give(self, size: int) -> None:
+        """Hold so much less."""
+        self._room.give(size)
+        self._size -= size
 
 
 async def read_body(request: Request, config: ServeConfig, hold: Hold) -> bytes:

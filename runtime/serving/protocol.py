@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.generation import MAX_TOP_LOGPROBS, GenerateOptions
@@ -21,6 +21,9 @@ from leanvlm.runtime.text import Message
 
 MAX_MESSAGES = 1024
 MAX_STOPS, MAX_STOP = 4, 1024
+MAX_VALUES = 1 << 16
+# Of a prompt's text; of 100,000 words.
+MAX_COMMAS = 1 << 18
 # Characters of a prompt for each position that it may take; text of words has some five, and tokenising takes time.
 CHARACTERS = 32
 
@@ -88,7 +91,8 @@ class ChatMessage(_Strict):
     """A message; what an answer of ours holds beside its text may come back with it."""
 
     role: Literal["system", "user", "assistant"]
-    content: list[Part]
+    # Of a hundred thousand wrong ones, errors would take 200 MB.
+    content: Annotated[list[Part], FailFast()]
     name: str = ""
     annotations: list[Any] = Field([], max_length=0)
     tool_calls: list[Any] = Field([], max_length=0)
@@ -131,7 +135,8 @@ class ChatRequest(_Strict):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    # Beyond, logits leave what fp32 holds.
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -188,6 +193,10 @@ def read_request(body: bytes, service: Service) -> Asked:
     Raises:
         RequestError: It cannot be answered as it is.
     """
+    # Parsed, an empty list takes twenty times its three bytes.
+    values, most = sum(map(body.count, (b",", b"[", b"{"))), MAX_VALUES + min(CHARACTERS * service.prompt_limit, MAX_COMMAS)
+    if values > most:
+        raise RequestError(f"the body has over {most} values; an image is one", code="invalid_json")
     request = _parse(body)
     if request.model is not None and request.model != service.name:
         message = f"the model {shorten(request.model)!r} is not here; this server has {service.name!r}"
@@ -209,7 +218,8 @@ def read_request(body: bytes, service: Service) -> Asked:
 
 def _parse(body: bytes) -> ChatRequest:
     try:
-        data = json.loads(body, parse_constant=_refuse_constant)
+        # Bytes may also be in UTF-16, and another program would read other things into them.
+        data = json.loads(body.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {shorten(error)}", code="invalid_json") from error
     if not isinstance(data, dict):
@@ -229,6 +239,13 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number in JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
 
 
 def _check_extra(extra: Mapping[str, Any]) -> None:
