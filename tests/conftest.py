@@ -27,8 +27,8 @@ FAST_FILES = {
     "aliases", "bench", "crops", "decoder_passes", "decoders", "doctor", "facade", "frame", "gates", "hostile_checkpoint",
     "jpeg", "kernels", "latency_report", "layering", "layout", "lines", "loading", "logits", "longest_edge", "manifest",
     "models", "optional", "output", "packaging", "page", "pass_cases", "passes", "patches", "positions", "preprocess",
-    "promises", "pruners", "records", "resize", "rope", "rounding", "sampling", "scenes", "serve_details", "size", "streaming", "tegrastats",
-    "text", "text_files", "text_records",
+    "promises", "pruners", "records", "resize", "rope", "rounding", "sampling", "scenes", "serve_details", "size", "streaming",
+    "tegrastats", "text", "text_files", "text_records",
 }  # fmt: skip
 SLOW_FIXTURES = {"cuda_bundle", "demo_bundle", "leanvlm", "leanvlm_process", "tensorrt_bundle", "tile_bundle", "tiny_bundle"}
 
