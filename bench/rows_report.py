@@ -26,8 +26,8 @@ def rows_section(path: Path, data: dict[str, Any]) -> str:
         [
             f"## Several answers at once: {path.stem}\n",
             f"{_conditions(path, data)}; answers of {data['tokens']} tokens about pictures of their own, with prompts of "
-            f"different lengths; {data['rounds']} rounds in turn.{note} A step is a token for each answer, text included. Equal "
-            "is how many answers have the tokens that each has alone; random weights have close calls at every token.\n",
+            f"different lengths; {data['rounds']} rounds in turn.{note} A step is a token for each answer, text included. "
+            "Equal is how many answers have the tokens that each has alone; random weights have close calls at every token.\n",
             table(("answers at once", "step, ms p50", "p99", "tokens/s", "of one's", "equal"), rows),
         ]
     )

@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "leanvlm.export_command:export_command",
     "run": "leanvlm.runtime.commands.cli:run",
     "serve": "leanvlm.runtime.commands.serve:serve",
+    "batch": "leanvlm.runtime.commands.batch:batch_command",
     "profile": "leanvlm.runtime.commands.cli:profile",
     "inspect": "leanvlm.runtime.commands.cli:inspect",
     "build": "leanvlm.runtime.commands.build:build_command",

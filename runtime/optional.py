@@ -17,10 +17,11 @@ ACTIVITIES = {
     "trt": "running or building TensorRT engines",
     "export": "exporting",
     "gpu-export": "exporting for a GPU",
+    "scale": "answering on many machines",
 }
 
-# ONNX Runtime reports its use from 1.32 on (from files in the home's cache), the Hub's client with every request.
-TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# ONNX Runtime reports its use from 1.32 on (from files in the home's cache), the Hub's client with every request, Ray hourly.
+TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 # OpenVINO reports that it was imported, and leaves files in the home; it does neither where this module cannot be imported.
 REPORTER = "openvino_telemetry"
 

@@ -41,20 +41,29 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[Path] = (
     for option, path in outputs.items():
         if path is None:
             continue
-        if os.path.isdir(path):
-            raise InputError(f"{option} {path} is a folder; give a file")
-        if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
-            raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
-        for read in inputs:
-            if _one_file(path, read):
-                raise InputError(f"{option} {path} is an input, which would be lost; give another file")
-            if os.path.isdir(read) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(read)):
-                raise InputError(f"{option} {path} is in {read}, which the command reads; give a file elsewhere")
+        check_place(option, path, inputs)
         for other, taken in seen.items():
             if _one_file(path, taken):
                 raise InputError(f"{other} {taken} and {option} {path} are one file; each needs its own")
         seen[option] = path
         _check_path(option, path)
+
+
+def check_place(option: str, path: Path, inputs: Sequence[Path]) -> None:
+    """Check that an output is a file in a folder that is there, and none of what the command reads.
+
+    Raises:
+        InputError: It is a folder, is in none, is an input or in a folder of inputs.
+    """
+    if os.path.isdir(path):
+        raise InputError(f"{option} {path} is a folder; give a file")
+    if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+    for read in inputs:
+        if _one_file(path, read):
+            raise InputError(f"{option} {path} is an input, which would be lost; give another file")
+        if os.path.isdir(read) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(read)):
+            raise InputError(f"{option} {path} is in {read}, which the command reads; give a file elsewhere")
 
 
 def check_picture(option: str, path: Path | None) -> None:

@@ -299,7 +299,7 @@ def test_the_readme_names_every_command(leanvlm: Command) -> None:
     assert named == set(re.findall(r"^  ([a-z]+) ", listing, re.M))
 
 
-ORDER = ["export", "run", "serve", "profile", "inspect", "build", "calibrate", "eval", "doctor"]
+ORDER = ["export", "run", "serve", "batch", "profile", "inspect", "build", "calibrate", "eval", "doctor"]
 
 
 @pytest.mark.parametrize("command", [*ORDER, "calibrate gate"])

@@ -83,6 +83,10 @@ COMMANDS: dict[str, tuple[tuple[object, ...], set[str]]] = {
         {"a.json", "a.html"},
     ),
     "inspect": (("inspect", "BUNDLE", "--image", IMAGE, "--verify"), set()),
+    "batch": (
+        ("batch", IMAGE.parent, "--bundle", "BUNDLE", "--prompt", "What?", "-o", "OUT/a.parquet", "--workers", 2),
+        {"a.parquet"},
+    ),
     "calibrate": (
         ("calibrate", "gate", "--model", "demo-small", "--scenes", 8, "-o", "OUT/gate.json"),
         {"gate.json", "gate.png"},
@@ -97,8 +101,8 @@ COMMANDS: dict[str, tuple[tuple[object, ...], set[str]]] = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_keeps_to_itself(name: str, bundle: Path, confined: Confined, tmp_path: Path) -> None:
-    if name == "openvino":
-        pytest.importorskip("openvino")
+    for needed in {"openvino": ["openvino"], "batch": ["pyarrow"]}.get(name, []):
+        pytest.importorskip(needed)
     arguments, written = COMMANDS[name]
     before = contents(bundle)
     paths = {"BUNDLE": str(bundle), "OUT": str(tmp_path)}

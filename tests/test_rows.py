@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,18 @@ def test_rows_answer_as_each_alone(session: Session, monkeypatch: pytest.MonkeyP
     asked = questions()
     for _ in range(2):  # Once more in rows that hold something.
         assert together(runner, [draft(session, *one) for one in asked], lambda n: apart * n) == expected
+
+
+@pytest.mark.gpu
+def test_rows_on_a_gpu_answer_as_each_alone(cuda_bundle: Path) -> None:
+    """With real captures, replays and steps ahead; the built-in model has no close calls."""
+    with load(cuda_bundle) as session:
+        asked, runner = questions(), opened(session, 4)
+        expected = [
+            session.generate(text, images, max_new_tokens=new, ignore_end=True).token_ids for text, images, new in asked
+        ]
+        for apart in (0, 2):
+            assert together(runner, [draft(session, *one) for one in asked], lambda n, apart=apart: apart * n) == expected
 
 
 def test_a_row_goes_on_from_what_it_holds(session: Session) -> None:
