@@ -235,8 +235,12 @@ class Router:
     """
 
     def __init__(self, model: Any, config: RayConfig) -> None:
-        from leanvlm.runtime.serving.service import Room
+        from leanvlm.runtime.serving.access import Access, read_key
+        from leanvlm.runtime.serving.service import Room, page_files
 
+        # Asked here too, so that nobody else's requests are held.
+        key = None if config.serve.api_key_file is None else read_key(config.serve.api_key_file)
+        self._access = Access(config.serve, key, frozenset(page_files()))
         self._model = model.options(method_name="answer", stream=True)
         self._config = config
         self._room = Room(config.serve.held_bytes)
@@ -251,6 +255,9 @@ class Router:
         from leanvlm.runtime.serving.exchange import ClientGone, Hold, read_body
         from leanvlm.runtime.serving.problems import problem_of
 
+        problem = self._access.refused(request.scope)
+        if problem is not None:
+            return respond(problem)
         with ExitStack() as stack:
             hold = stack.enter_context(Hold(self._room))
             try:

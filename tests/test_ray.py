@@ -29,6 +29,17 @@ SCENE = SAMPLES_DIR / "complex-9003.png"
 PHOTOGRAPHS = sorted(SAMPLES_DIR.with_name("photographs").glob("*.jpg"))
 
 
+def chat(stream: bool = False, image: Path = SCENE, **more: Any) -> dict[str, Any]:
+    url = f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    return {"messages": [{"role": "user", "content": content}], "stream": stream, **more}
+
+
+def scope_of(path: str, method: str = "POST") -> dict[str, Any]:
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    return {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
+
+
 # --- Arguments ----------------------------------------------------------------------------------------------------------
 
 
@@ -194,15 +205,7 @@ def asked(replicas: Replicas, body: bytes = b"{}", **config: Any) -> tuple[int, 
         async def send(message: Any) -> None:
             sent.append(message)
 
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/",
-            "headers": [],
-            "query_string": b"",
-            "app": object(),
-            "state": {},
-        }
+        scope = {**scope_of("/v1/models"), "app": object(), "state": {}}
         router = Router(replicas, RayConfig(Path("b"), **config))
         response = await router(Request(scope, receive))
         await response(scope, receive, send)
@@ -216,9 +219,7 @@ def test_a_request_is_handed_on_whole(ray_errors: None) -> None:
     replicas = Replicas([start(), piece(b"answer", more=False)])
     assert asked(replicas, b'{"a": 1}') == (200, b"answer")
     # What cannot be sent to another process is left out.
-    assert replicas.asked == [
-        ({"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}, b'{"a": 1}')
-    ]
+    assert replicas.asked == [(scope_of("/v1/models"), b'{"a": 1}')]
 
 
 def test_another_replica_answers_where_one_dies(ray_errors: None) -> None:
@@ -247,6 +248,14 @@ def test_a_stream_that_cannot_go_on_says_so(ray_errors: None, then: list[Any]) -
     assert body.count(b"data: ") == 2
 
 
+def test_who_may_not_ask_is_refused_before_the_body_is_read(ray_errors: None, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret", encoding="utf-8")
+    (tmp_path / "key").chmod(0o600)
+    replicas = Replicas()
+    status, body = asked(replicas, b"x" * 40_000_000, serve=ServeConfig(api_key_file=tmp_path / "key"))
+    assert (status, json.loads(body)["error"]["code"], replicas.asked) == (401, "invalid_api_key", [])
+
+
 def test_the_router_refuses_by_itself(ray_errors: None) -> None:
     status, body = asked(Replicas([BackPressure()]))
     assert (status, json.loads(body)["error"]["code"]) == (503, "queue_full")
@@ -256,17 +265,6 @@ def test_the_router_refuses_by_itself(ray_errors: None) -> None:
 
 
 # --- A replica, without Ray -----------------------------------------------------------------------------------------------
-
-
-def chat(stream: bool = False, image: Path = SCENE, **more: Any) -> dict[str, Any]:
-    url = f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
-    return {"messages": [{"role": "user", "content": content}], "stream": stream, **more}
-
-
-def scope_of(path: str, method: str = "POST") -> dict[str, Any]:
-    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-    return {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers}
 
 
 def test_a_replica_answers_as_the_server_does(demo_bundle: Path) -> None:

@@ -46,20 +46,54 @@ def read_key(path: Path) -> bytes:
     return key
 
 
-class Guard:
-    """Wraps the application: refuses who has no key or names a host that this is not, and counts requests by status.
+class Access:
+    """Who may ask: who has the key, and names a host that this is.
 
     A page of another site can make a browser ask this machine by a name that it lets point here (DNS rebinding); the
     browser then names that site as the host.
+
+    Args:
+        config: Of the server.
+        key: That clients must send; None wants none.
+        page: Paths that want none either.
     """
+
+    def __init__(self, config: ServeConfig, key: bytes | None, page: frozenset[str]) -> None:
+        self._open = OPEN | page
+        self._key = key
+        hosts = {"localhost", "127.0.0.1", "[::1]", config.host.lower(), f"[{config.host.lower()}]"}
+        self._hosts = hosts if config.loopback else None
+
+    def refused(self, scope: Scope) -> Problem | None:
+        """Return why a request is refused, by its head alone; None lets it in."""
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        headers = dict(scope["headers"])
+        return _ambiguous(scope, headers) or self._unwanted(path, headers)
+
+    def _unwanted(self, path: str, headers: dict[bytes, bytes]) -> Problem | None:
+        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1").lower())
+        if self._hosts is not None and host not in self._hosts:
+            message = "this server answers only to the name of this machine itself; start it with --host for others"
+            return Problem(403, message, code="host_not_allowed")
+        if self._key is None or path in self._open:
+            return None
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key):
+            return None
+        message = "the key is missing or wrong; send it as Authorization: Bearer KEY"
+        return Problem(
+            401, message, code="invalid_api_key", kind="authentication_error", headers={"www-authenticate": "Bearer"}
+        )
+
+
+class Guard:
+    """Wraps the application: refuses who may not ask, and counts requests by status."""
 
     def __init__(self, app: ASGIApp, config: ServeConfig, key: bytes | None, metrics: Metrics, page: frozenset[str]) -> None:
         self._app = app
-        self._open, self._counted = OPEN | page, COUNTED | page
-        self._key = key
+        self._access = Access(config, key, page)
+        self._counted = COUNTED | page
         self._metrics = metrics
-        hosts = {"localhost", "127.0.0.1", "[::1]", config.host.lower(), f"[{config.host.lower()}]"}
-        self._hosts = hosts if config.loopback else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on."""
@@ -74,27 +108,11 @@ class Guard:
                 message = {**message, "headers": [*message.get("headers", ()), *HEADERS]}
             await send(message)
 
-        headers = dict(scope["headers"])
-        problem = _ambiguous(scope, headers) or self._refused(path, headers)
+        problem = self._access.refused(scope)
         if problem is None:
             await self._app(scope, receive, counted)
         else:
             await respond(problem)(scope, receive, counted)
-
-    def _refused(self, path: str, headers: dict[bytes, bytes]) -> Problem | None:
-        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1").lower())
-        if self._hosts is not None and host not in self._hosts:
-            message = "this server answers only to the name of this machine itself; start it with --host for others"
-            return Problem(403, message, code="host_not_allowed")
-        if self._key is None or path in self._open:
-            return None
-        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key):
-            return None
-        message = "the key is missing or wrong; send it as Authorization: Bearer KEY"
-        return Problem(
-            401, message, code="invalid_api_key", kind="authentication_error", headers={"www-authenticate": "Bearer"}
-        )
 
 
 def _ambiguous(scope: Scope, headers: dict[bytes, bytes]) -> Problem | None:
