@@ -87,14 +87,9 @@ async def _read(service: Service, request: Request, hold: Hold) -> tuple[Asked, 
 
 
 async def _picture(address: str, service: Service, size: int, hold: Hold) -> bytes:
-    most = service.config.body_bytes
     if _is_remote(address):
-        # Before it comes: many requests at once could name large pictures.
-        hold.take(most)
-        image = await fetch(address, service.remote)
-        hold.give(most - len(image))
-        return image
-    return await _aside(size, lambda: from_data_uri(address, most))
+        return await fetch(address, service.remote, hold.take)
+    return await _aside(size, lambda: from_data_uri(address, service.config.body_bytes))
 
 
 def _is_remote(address: str) -> bool:
@@ -138,11 +133,6 @@ class Hold:
         """Hold some more; raises QueueFullError."""
         self._room.take(size)
         self._size += size
-
-    def give(self, size: int) -> None:
-        """Hold so much less."""
-        self._room.give(size)
-        self._size -= size
 
 
 async def read_body(request: Request, config: ServeConfig, hold: Hold) -> bytes:
