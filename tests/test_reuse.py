@@ -19,6 +19,7 @@ from leanvlm.demo import SAMPLES_DIR
 from leanvlm.exporter import ExportConfig, export
 from leanvlm.runtime import Answer, Session, load
 from leanvlm.runtime.answer import Pruning
+from leanvlm.runtime.backends import sequences
 from leanvlm.runtime.backends.ort_memory import DeviceMemory
 from leanvlm.runtime.backends.sequences import Decoder
 from leanvlm.runtime.bundle import read_manifest, write_manifest
@@ -27,6 +28,7 @@ from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.layout import CropFeatures, ImageFeatures
 from leanvlm.runtime.prompt import Prompt
 from leanvlm.runtime.reuse import Held, ImageCache, content_key
+from leanvlm.runtime.session import CACHE_STEP
 
 pytestmark = pytest.mark.filterwarnings("ignore:a bundle for .* runs on cpu", "ignore:the bundle's context is")
 SM = 87
@@ -193,7 +195,19 @@ def test_a_state_that_goes_on_is_a_fresh_session_s(tmp_path: Path) -> None:
         assert session.respond(text, [image], options).answer.token_ids == first.token_ids
 
 
-def test_a_conversation_that_outgrows_its_cache_takes_its_rows_along(tiny_bundle: Path) -> None:
+def test_a_first_cache_has_room_for_some_turns(tiny_bundle: Path) -> None:
+    with load(tiny_bundle) as session, load(tiny_bundle, cache_mb=0) as fresh:
+        for opened, spare in ((session, sequences.SPARE), (fresh, 0)):
+            answer = ask(opened, "Hm", SCENES[0])
+            kept, needed = opened.decoder()._kept, answer.prompt_tokens + NEW
+            assert kept is not None
+            assert needed + spare <= kept.capacity < needed + spare + CACHE_STEP
+
+
+def test_a_conversation_that_outgrows_its_cache_takes_its_rows_along(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequences, "SPARE", 0)
     with load(tiny_bundle, cache_mb=0) as fresh, load(tiny_bundle) as session:
         said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a" * 20}]}]
         longer = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a" * 20 + "b" * 150}]}]
