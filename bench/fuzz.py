@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import count
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -41,6 +42,7 @@ from leanvlm.runtime.serving.protocol import read_request
 from leanvlm.runtime.serving.remote import RemotePolicy, target_of
 from leanvlm.runtime.text import Template, TextTokenizer
 
+TIMES = count(10**18)
 Target = Callable[[bytes], None]
 MEASURED = ("leanvlm.", "PIL.", "json.")
 """Modules whose reached code is measured; all that are loaded would take a minute to prepare."""
@@ -152,7 +154,10 @@ def manifest(data: bytes) -> None:
 
 def tokenizer(data: bytes) -> None:
     """Read a tokenizer and use it."""
-    (folder() / "tokenizer.json").write_bytes(data)
+    path = folder() / "tokenizer.json"
+    path.write_bytes(data)
+    # The sandbox knows files by the time of their change, which is one for some milliseconds.
+    os.utime(path, ns=(next(TIMES),) * 2)
     try:
         found = TextTokenizer.from_folder(folder())
         ids = found.encode("USER: <image>\nWhat is 12~? ASSISTANT:")
@@ -244,15 +249,15 @@ def fuzz(name: str, seconds: int, bundle: Path | None, corpus: Path | None) -> N
     )
     for number, data in enumerate([*seeds(name), *(file.read_bytes() for file in files)]):
         (corpus / str(number)).write_bytes(data)
-    count, begin = 0, time.monotonic()
+    done, begin = 0, time.monotonic()
 
     def once(data: bytes) -> None:
-        nonlocal count
-        count += 1
+        nonlocal done
+        done += 1
         TARGETS[name](data)
         if time.monotonic() - begin > seconds:
             # libFuzzer takes an exit for a find, and has no end of its own in Python.
-            print(f"{name}: {count} inputs in {seconds} s, {len(list(corpus.iterdir()))} kept", file=sys.stderr, flush=True)
+            print(f"{name}: {done} inputs in {seconds} s, {len(list(corpus.iterdir()))} kept", file=sys.stderr, flush=True)
             sandbox().stop()
             os._exit(0)
 

@@ -51,15 +51,16 @@ def measure_rows(options: RowsOptions) -> dict[str, Any]:
     """Measure, write the JSON file, and return what was written.
 
     Answers have prompts of different lengths about pictures of their own. A step is one token for each of them, with its text
-    made; it counts once all are running. `equal` says how many of the answers have the tokens that they have alone; nothing is
-    kept from one to the next, which would read prompts in other parts.
+    made; it counts once all are running. `equal` says how many of the answers have the tokens that they have alone in a row;
+    nothing is kept from one to the next, which would read prompts in other parts.
     """
     found: dict[str, dict[str, Any]] = {}
     with load(options.bundle, threads=options.threads, cache_mb=0) as session:
         runners: dict[str, Runner] = {"in turn": InTurn(session)}
         runners |= {str(count): open_runner(session, count) for count in (max(options.rows),) if count > 1}
         together = runners.get(str(max(options.rows)))
-        alone = [_answer(session, InTurn(session), options, [number])[0][0] for number in range(max(options.rows))]
+        one = together or runners["in turn"]
+        alone = [_answer(session, one, options, [number])[0][0] for number in range(max(options.rows))]
         for _ in range(options.rounds):
             _note(found, "in turn", 1, *_answer(session, runners["in turn"], options, [0]), alone)
             for count in options.rows if together is not None else ():

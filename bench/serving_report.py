@@ -53,7 +53,7 @@ def _soak(data: dict[str, Any]) -> str:
         [f"within {100 * (most - 1):.0f} %", held],
     ]
     return (
-        f"\nMany requests at once, a tenth of them aborted and a tenth malformed, behind {data['warmup']} that fill a cache of "
+        f"Many requests at once, a tenth of them aborted and a tenth malformed, behind {data['warmup']} that fill a cache of "
         f"{data['cache_mb']:g} MB, with a queue of {data['max_queue']}; whoever gets 503 asks again:\n\n"
         + table(("", "soak"), rows)
     )

@@ -83,11 +83,19 @@ def _growth(part: dict[str, Any]) -> float:
     regex, text = pattern.get("Regex"), pattern.get("String")
     if kind not in LINEAR or (regex is not None and regex not in PATTERNS):
         return math.inf
+    if kind == "TemplateProcessing" and not _named(part):
+        return math.inf
     if kind == "Replace":
         return max(1.0, len(part["content"]) / len(text)) if text else math.inf
     if kind == "Strip" and part.get("stop"):  # A decoder's: it looks for the end of tokens that have none.
         return math.inf
     return max(1.0, len(part["prepend"])) if kind == "Prepend" else 1.0
+
+
+def _named(part: dict[str, Any]) -> bool:
+    """Return whether the special tokens that a sequence gets are there; tokenizers finds out, and panics, with a text."""
+    used = {piece["SpecialToken"]["id"] for piece in (*part["single"], *part["pair"]) if "SpecialToken" in piece}
+    return used <= set(part["special_tokens"])
 
 
 def _parts(step: dict[str, Any]) -> Iterator[dict[str, Any]]:

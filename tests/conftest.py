@@ -24,11 +24,11 @@ BUDGET = 64
 
 # `make test-fast` runs these files, but for what exports a bundle or runs a command.
 FAST_FILES = {
-    "aliases", "bench", "crops", "decoder_passes", "decoders", "doctor", "facade", "frame", "gates", "hostile_checkpoint",
-    "jpeg", "kernels", "latency_report", "layering", "layout", "lines", "loading", "logits", "longest_edge", "manifest",
-    "models", "optional", "output", "packaging", "page", "pass_cases", "passes", "patches", "positions", "preprocess",
-    "promises", "pruners", "records", "resize", "rope", "rounding", "sampling", "scenes", "size", "streaming", "tegrastats",
-    "text", "text_files", "text_records",
+    "aliases", "attacks_images", "attacks_remote", "bench", "crops", "decoder_passes", "decoders", "doctor", "facade",
+    "frame", "gates", "hostile_checkpoint", "jpeg", "kernels", "latency_report", "layering", "layout", "lines", "loading",
+    "logits", "longest_edge", "manifest", "models", "optional", "output", "packaging", "page", "pass_cases", "passes",
+    "patches", "positions", "preprocess", "promises", "pruners", "records", "resize", "rope", "rounding", "sampling",
+    "scenes", "security", "serve_details", "size", "streaming", "tegrastats", "text", "text_files", "text_records",
 }  # fmt: skip
 SLOW_FIXTURES = {"cuda_bundle", "demo_bundle", "leanvlm", "leanvlm_process", "tensorrt_bundle", "tile_bundle", "tiny_bundle"}
 

@@ -105,14 +105,16 @@ def text_part(text: str) -> dict[str, Any]:
 
 
 class Gated(InTurn):
-    """Answers one after another, and goes on only while `gate` is set."""
+    """Answers one after another, and goes on only while `gate` is set; counts its steps."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
+        self.steps = 0
         self.gate = threading.Event()
         self.gate.set()
 
     def step(self, drafts: Any) -> dict[int, Exception]:
         """Add a token, once the gate is open."""
         self.gate.wait(LONG)
+        self.steps += 1
         return super().step(drafts)

@@ -373,7 +373,7 @@ class Inside(BaseHTTPRequestHandler):
             self.send_header("Location", self.path.partition("?")[2])
         self.end_headers()
         if not self.path.startswith("/to"):
-            self.wfile.write(picture())
+            self.wfile.write(bytes(1 << 20) if self.path == "/large" else picture())
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
@@ -420,12 +420,12 @@ def test_images_are_fetched_from_named_hosts_only(session: Session, inside: int)
 
 
 def test_pictures_on_their_way_are_counted(session: Session, inside: int) -> None:
-    """Before they come, so that many requests cannot fetch more together than there is room for."""
+    """As they come, so that many requests cannot fetch more together than there is room for."""
     config = ServeConfig(rows=1, allow_remote_images=(f"127.0.0.1:{inside}",), max_body_mb=1, max_held_mb=1)
     with served(session, config) as server:
-        found = refused(server, said({"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{inside}/"}}), 503)
+        found = refused(server, said({"type": "image_url", "image_url": {"url": f"http://127.0.0.1:{inside}/large"}}), 503)
         assert "in hand" in found["message"]
-        assert (server.service.room.held, Inside.asked) == (0, [])
+        assert (server.service.room.held, Inside.asked) == (0, ["/large"])
 
 
 # ------------------------------------------------------------------------------------------------- keys and templates

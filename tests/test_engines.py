@@ -17,6 +17,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from watched import watched
 
 from leanvlm.exporter.decoders.portable import save_decoder, trace_decoder
 from leanvlm.exporter.dialect import check_dialect
@@ -327,6 +328,21 @@ def test_a_refused_node_is_named_with_its_stage(bundle: Path) -> None:
         build_engines(plan_build(config, manifest, builder.module), builder)
     assert "\n" not in str(error.value)
     assert not (bundle / "engines").exists()
+
+
+@rtx
+def test_weights_behind_a_link_that_is_not_listed_are_not_read(bundle: Path, tmp_path: Path) -> None:
+    """TensorRT-RTX 1.7 refuses other names that lead out of the folder, and follows links."""
+    (tmp_path / "secret").write_bytes((bundle / "vision.data").read_bytes())
+    (bundle / "secret.data").symlink_to(tmp_path / "secret")
+    graph = (bundle / "vision_64.onnx").read_bytes()
+    (bundle / "vision_64.onnx").write_bytes(graph.replace(b"vision.data", b"secret.data"))
+    config = config_of(bundle, budgets=(64,))
+    builder = Builder.of(config)
+    with watched(tmp_path / "secret") as watch:
+        with pytest.raises(GraphError, match=r"vision_64\.onnx reads 'secret\.data', which is no file of the bundle"):
+            build_engines(plan_build(config, read_manifest_unchecked(bundle), builder.module), builder)
+        assert not watch.touched
 
 
 def read_manifest_unchecked(bundle: Path) -> Manifest:

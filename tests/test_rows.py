@@ -19,7 +19,7 @@ from leanvlm.runtime.draft import Draft
 from leanvlm.runtime.errors import BackendError, ContextOverflowError, InputError
 from leanvlm.runtime.generation import GenerateOptions
 from leanvlm.runtime.sampling import SamplingConfig
-from leanvlm.runtime.serving.runners import InTurn, Together, open_runner
+from leanvlm.runtime.serving.runners import InTurn, Together, open_runner, usual_rows
 from leanvlm.runtime.session import user_message
 
 pytestmark = pytest.mark.filterwarnings("ignore:a bundle for .* runs on cpu")
@@ -202,6 +202,14 @@ def test_a_decoder_that_cannot_share_a_run_answers_in_turn(session: Session, mon
     assert isinstance(open_runner(session), InTurn)
     with pytest.raises(InputError, match="leave --rows out"):
         open_runner(session, 2)
+
+
+def test_fewer_rows_where_memory_is_short(session: Session) -> None:
+    spec = session.manifest.decoder
+    row = 2 * spec.layers * spec.kv_heads * spec.head_dim * 256 * (2 if spec.kv_dtype == "float16" else 4)
+    found = [usual_rows(spec, "cuda", 256, free) for free in (None, 16 * row, 16 * row - 1, 4 * row, 0, -1)]
+    assert found == [8, 8, 4, 2, 1, 1]
+    assert (usual_rows(spec, "cpu", 256, None), usual_rows(spec, "another", 256, None)) == (4, 1)
 
 
 def test_what_a_row_sees() -> None:

@@ -239,6 +239,12 @@ def prefixed(data: dict[str, Any]) -> None:
     data["model"]["continuing_subword_prefix"] = "##########"
 
 
+def unnamed(data: dict[str, Any]) -> None:
+    single = [{"SpecialToken": {"id": "<none>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    data["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {}}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -250,6 +256,7 @@ def prefixed(data: dict[str, Any]) -> None:
         doubled,
         mapped,
         prefixed,
+        unnamed,
     ],
 )
 def test_a_tokenizer_without_end_is_one_line_soon(

@@ -203,6 +203,7 @@ def test_a_client_that_goes_away_frees_its_place(session: Session, stream: bool)
     with served(session, ServeConfig(rows=1), runner) as server:
         connection, body = server.connect(), {"messages": [user(text="Why?")], "max_tokens": 900, "ignore_eos": True}
         runner.gate.clear()
+        before = runner.steps
         connection.request("POST", CHAT, json.dumps({**body, "stream": stream}), {"Content-Type": "application/json"})
         until(lambda: server.metric("leanvlm_running") == 1)
         if stream:
@@ -212,6 +213,8 @@ def test_a_client_that_goes_away_frees_its_place(session: Session, stream: bool)
         until(lambda: server.metric('leanvlm_answers_total{outcome="cancelled"}') == 1)
         runner.gate.set()
         until(lambda: server.metric("leanvlm_running") == 0)
+        # But for the one in hand.
+        assert runner.steps <= before + 1
         with server.client() as client:
             assert ask(client, [user(text="Why?")], max_tokens=2).choices
         assert server.metric('leanvlm_answers_total{outcome="length"}') == 1
@@ -249,7 +252,8 @@ def test_what_is_measured(session: Session, sample_image: Path) -> None:
             'leanvlm_answers_total{outcome="stop"}': 2,
             'leanvlm_stage_seconds_count{stage="prefill"}': 2,
             "leanvlm_time_to_first_token_seconds_count": 2,
-            "leanvlm_inter_token_seconds_count": 2,
+            # Of three pieces in each answer.
+            "leanvlm_inter_token_seconds_count": 4,
             "leanvlm_queue_seconds_count": 2,
             'leanvlm_tokens_total{kind="generated"}': 8,
             'leanvlm_image_tokens_total{kind="kept"}': 128,
@@ -265,8 +269,13 @@ def test_what_is_measured(session: Session, sample_image: Path) -> None:
 def test_what_a_client_asks_first(client: openai.OpenAI, server: Served) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.owned_by) == ("demo-64", "leanvlm")
+    assert client.models.retrieve("demo-64") == model
+    with pytest.raises(openai.NotFoundError, match="'other' is not here"):
+        client.models.retrieve("other")
     assert model.leanvlm == {  # type: ignore[attr-defined]
         "budgets": [64, 576], "default_budget": 64, "unpruned": 576, "target": "cpu", "precision": "fp32", "max_images": 8,
         "context": 2048,
     }  # fmt: skip
     assert server.ask("/health")[0] == server.ask("/health/ready")[0] == 200
+    # As AIPerf looks whether there are metrics.
+    assert server.ask("/metrics", method="HEAD")[::2] == (200, b"")

@@ -59,7 +59,7 @@ def examples() -> tuple[str, str]:
     """Return the README's example for a shell, and the one in Python."""
     section = README.read_text(encoding="utf-8").partition("### Serve it\n")[2].partition("\n### ")[0]
     blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", section, re.M)]
-    _, shell, python = blocks
+    _, shell, python, *_ = blocks
     return shell, python
 
 

@@ -21,6 +21,7 @@ from leanvlm.runtime.engines.profiles import (
     whole_profile,
 )
 from leanvlm.runtime.errors import InputError, LeanVLMWarning
+from leanvlm.runtime.machine.memory import available_memory
 from leanvlm.runtime.manifest import MANIFEST, Manifest
 from leanvlm.runtime.outputs import check_folder
 from leanvlm.runtime.specs import GraphSpec
@@ -219,16 +220,6 @@ def _check_room(plan: BuildPlan) -> None:
             f"the build needs about {_gb(plan.memory)} GB of memory and {_gb(available)} GB are free: close programs or "
             "add swap, or pass --force to try"
         )
-
-
-def available_memory() -> int | None:
-    """Return the memory that programs can still have, swap included, in bytes; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        found = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-        return 1024 * (found["MemAvailable"] + found["SwapFree"])
-    except (OSError, KeyError, ValueError, IndexError):
-        return None
 
 
 def _gb(size: int) -> str:

@@ -18,7 +18,7 @@ from leanvlm.runtime.serving.access import Guard, read_key, respond
 from leanvlm.runtime.serving.config import ServeConfig
 from leanvlm.runtime.serving.exchange import answer
 from leanvlm.runtime.serving.metrics import CONTENT_TYPE
-from leanvlm.runtime.serving.problems import SERVER, Problem, problem_of
+from leanvlm.runtime.serving.problems import SERVER, Problem, RequestError, problem_of
 from leanvlm.runtime.serving.replies import to_json
 from leanvlm.runtime.serving.runners import Runner, open_runner
 from leanvlm.runtime.serving.service import Service, page_files
@@ -32,6 +32,8 @@ CONTENT_POLICY = (
 PAGE_HEADERS = {"content-security-policy": CONTENT_POLICY, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
 # FastAPI sends traces where the environment says so; nothing leaves this machine. Older versions do not know the word.
 QUIET = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+# Some programs look whether a path is there before they read it.
+READ = ["GET", "HEAD"]
 _log = logging.getLogger(__name__)
 
 
@@ -69,15 +71,23 @@ def create_app(session: Session, config: ServeConfig | None = None, runner: Runn
     async def chat(request: Request) -> Response:
         return await answer(service, request)
 
-    @app.get("/v1/models", response_model=None)
+    @app.api_route("/v1/models", methods=READ, response_model=None)
     async def models() -> Response:
         return Response(to_json(service.models()), media_type="application/json")
 
-    @app.get("/{name}", response_model=None)
+    @app.api_route("/v1/models/{name}", methods=READ, response_model=None)
+    async def model(name: str) -> Response:
+        if name != service.name:
+            raise RequestError(
+                f"the model {name!r} is not here; this server has {service.name!r}", None, "model_not_found", 404
+            )
+        return Response(to_json(service.models()["data"][0]), media_type="application/json")
+
+    @app.api_route("/{name}", methods=READ, response_model=None)
     async def file(name: str) -> Response:
         return _file(page, f"/{name}")
 
-    @app.get("/", response_model=None)
+    @app.api_route("/", methods=READ, response_model=None)
     async def index() -> Response:
         return _file(page, "/")
 
@@ -94,17 +104,17 @@ def _file(page: dict[str, tuple[bytes, str]], path: str) -> Response:
 def _add_watching(app: FastAPI, service: Service) -> None:
     """Add what programs ask that start, stop and watch the server."""
 
-    @app.get("/health", response_model=None)
+    @app.api_route("/health", methods=READ, response_model=None)
     async def health() -> Response:
         return Response(b'{"status":"ok"}', media_type="application/json")
 
-    @app.get("/health/ready", response_model=None)
+    @app.api_route("/health/ready", methods=READ, response_model=None)
     async def ready() -> Response:
         if service.ready and service.engine.alive:
             return Response(b'{"status":"ready"}', media_type="application/json")
         return respond(Problem(503, "the server is loading or shutting down", SERVER, headers={"retry-after": "1"}))
 
-    @app.get("/metrics", response_model=None)
+    @app.api_route("/metrics", methods=READ, response_model=None)
     async def metrics() -> Response:
         return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE})
 

@@ -87,14 +87,9 @@ async def _read(service: Service, request: Request, hold: Hold) -> tuple[Asked, 
 
 
 async def _picture(address: str, service: Service, size: int, hold: Hold) -> bytes:
-    most = service.config.body_bytes
     if _is_remote(address):
-        # Before it comes: many requests at once could name large pictures.
-        hold.take(most)
-        image = await fetch(address, service.remote)
-        hold.give(most - len(image))
-        return image
-    return await _aside(size, lambda: from_data_uri(address, most))
+        return await fetch(address, service.remote, hold.take)
+    return await _aside(size, lambda: from_data_uri(address, service.config.body_bytes))
 
 
 def _is_remote(address: str) -> bool:
@@ -138,11 +133,6 @@ class Hold:
         """Hold some more; raises QueueFullError."""
         self._room.take(size)
         self._size += size
-
-    def give(self, size: int) -> None:
-        """Hold so much less."""
-        self._room.give(size)
-        self._size -= size
 
 
 async def read_body(request: Request, config: ServeConfig, hold: Hold) -> bytes:
@@ -212,7 +202,7 @@ class Events:
 
     def __init__(self, service: Service, question: Question) -> None:
         self._metrics = service.metrics
-        self._start = question.start
+        self._last: float | None = None
         self._loop = asyncio.get_running_loop()
         self._told: asyncio.Queue[tuple[float, Event]] = asyncio.Queue()
         self._over = False
@@ -245,9 +235,13 @@ class Events:
     def _count(self, at: float, event: Event) -> Event:
         if isinstance(event, Begun):
             self._metrics.begun(event.known.timings, at - self._asked)
+        elif isinstance(event, Piece):
+            if self._last is not None:
+                self._metrics.piece(at - self._last)
+            self._last = at
         elif isinstance(event, Ended):
             self._over = True
-            self._metrics.ended(event.answer, at - self._start - event.answer.timings.time_to_first_token / 1e3)
+            self._metrics.ended(event.answer)
         elif isinstance(event, Failed):
             self._over = True
             self._metrics.outcomes.labels("failed").inc()

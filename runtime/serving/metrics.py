@@ -29,7 +29,7 @@ class Metrics:
             "leanvlm_time_to_first_token_seconds", "From request to first token.", buckets=SECONDS, registry=registry
         )
         self._between = Histogram(
-            "leanvlm_inter_token_seconds", "Mean time between an answer's tokens.", buckets=STEPS, registry=registry
+            "leanvlm_inter_token_seconds", "Between pieces of text, most of them a token.", buckets=STEPS, registry=registry
         )
         self._queue = Histogram(
             "leanvlm_queue_seconds", "From the queue's end to its head.", buckets=(0.001, *SECONDS), registry=registry
@@ -58,18 +58,15 @@ class Metrics:
         busy = (timings.preprocess + timings.vision + timings.splice) / 1e3
         self._queue.observe(max(waited - busy, 0.0))
 
-    def ended(self, answer: Answer, took: float) -> None:
-        """Count a finished answer.
+    def piece(self, waited: float) -> None:
+        """Count a piece of text that came so many seconds behind the last one of its answer."""
+        self._between.observe(waited)
 
-        Args:
-            answer: It.
-            took: Seconds from its first token to its last.
-        """
+    def ended(self, answer: Answer) -> None:
+        """Count a finished answer."""
         timings, generated = answer.timings, len(answer.token_ids)
         self.outcomes.labels(answer.finish_reason).inc()
         self._first.observe(timings.time_to_first_token / 1e3)
-        if generated > 1:
-            self._between.observe(took / (generated - 1))
         times = timings.to_dict()
         for stage in STAGES:
             self._stages.labels(stage).observe(times[stage] / 1e3)

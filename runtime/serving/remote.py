@@ -11,7 +11,7 @@ import asyncio
 import re
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -108,18 +108,19 @@ class Target:
         return host if self.port == PORTS["https" if self.tls else "http"] else f"{host}:{self.port}"
 
 
-async def fetch(url: str, policy: RemotePolicy) -> bytes:
+async def fetch(url: str, policy: RemotePolicy, count: Callable[[int], None] = lambda size: None) -> bytes:
     """Fetch a picture.
 
     Args:
         url: http or https.
         policy: What is allowed.
+        count: Told how many bytes have come, each time that some have; may raise.
 
     Raises:
         InputError: It is not allowed, does not answer in time, or answers with anything but 200 and so many bytes.
     """
     try:
-        return await asyncio.wait_for(_fetch(url, policy), policy.seconds)
+        return await asyncio.wait_for(_fetch(url, policy, count), policy.seconds)
     except asyncio.TimeoutError as error:
         raise InputError(f"{_named(url)} took over {policy.seconds:g} s; send the picture as a data URI") from error
     except h11.RemoteProtocolError as error:
@@ -158,10 +159,10 @@ def target_of(url: str, policy: RemotePolicy) -> Target:
     return Target(url, scheme == "https", asked, path if path.startswith("/") else f"/{path}")
 
 
-async def _fetch(url: str, policy: RemotePolicy) -> bytes:
+async def _fetch(url: str, policy: RemotePolicy, count: Callable[[int], None]) -> bytes:
     target = target_of(url, policy)
     for _ in range(policy.max_redirects + 1):
-        answer = await _ask(target, policy)
+        answer = await _ask(target, policy, count)
         if isinstance(answer, bytes):
             return answer
         further = target_of(urljoin(target.url, answer), policy)
@@ -171,7 +172,7 @@ async def _fetch(url: str, policy: RemotePolicy) -> bytes:
     raise InputError(f"{_named(url)} leads on more than {policy.max_redirects} times")
 
 
-async def _ask(target: Target, policy: RemotePolicy) -> bytes | str:
+async def _ask(target: Target, policy: RemotePolicy, count: Callable[[int], None]) -> bytes | str:
     """Return what a server answers: a picture, or where it is."""
     reader, writer = await _connect(await _addresses(target), target)
     try:
@@ -196,6 +197,7 @@ async def _ask(target: Target, policy: RemotePolicy) -> bytes | str:
         data = bytearray()
         while isinstance(part := await _event(connection, reader), h11.Data):
             data += part.data
+            count(len(part.data))
             if len(data) > policy.max_bytes:
                 raise _too_large(target.url, policy)
         return bytes(data)

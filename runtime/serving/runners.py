@@ -6,10 +6,15 @@ from collections.abc import Generator, Sequence
 from time import perf_counter
 from typing import Any, Protocol
 
+import numpy as np
+
 from leanvlm.runtime.backends.rows import Pool, Rows, RowSequence, takes_rows
 from leanvlm.runtime.draft import Draft
 from leanvlm.runtime.errors import InputError
+from leanvlm.runtime.machine.gpu import free_memory
+from leanvlm.runtime.machine.memory import available_memory
 from leanvlm.runtime.session import Session
+from leanvlm.runtime.specs import DecoderSpec
 
 MAX_ROWS = 64
 
@@ -135,8 +140,33 @@ class Together:
 
 # What an answer and its prompt may take where nothing else is said: a picture's 576 tokens and a chat about it.
 USUAL_CAPACITY = 2048
-# Rows where nothing else is said, by device.
-USUAL_ROWS = {"cuda": 8, "cpu": 4}
+# Rows where nothing else is said, by device, and the share of the memory behind the weights that they may take.
+USUAL_ROWS, USUAL_SHARE = {"cuda": 8, "cpu": 4}, 0.5
+
+
+def usual_rows(spec: DecoderSpec, device: str, capacity: int, free: int | None) -> int:
+    """Return how many rows a server has where nobody says it: as many as measured well, fewer where memory is short.
+
+    Args:
+        spec: Of the decoder.
+        device: `cpu` or `cuda`.
+        capacity: Positions of a row.
+        free: Bytes that are left behind the weights; None is not known.
+    """
+    count = USUAL_ROWS.get(device, 1)
+    row = 2 * spec.layers * spec.kv_heads * spec.head_dim * capacity * np.dtype(spec.kv_dtype).itemsize
+    while count > 1 and free is not None and count * row > USUAL_SHARE * free:
+        count //= 2
+    return count
+
+
+def _room(session: Session) -> int | None:
+    """Return the bytes that are left where the decoder will be, its weights taken off; None where that is not known."""
+    weights = sum(size.bytes for name, size in session.manifest.files.items() if name.endswith(".data"))
+    if session.backend.device == "cuda":
+        found = free_memory()
+        return None if found is None else found[0] - weights
+    return None if (left := available_memory()) is None else left - weights
 
 
 def open_runner(session: Session, rows: int | None = None, capacity: int | None = None) -> Runner:
@@ -144,7 +174,7 @@ def open_runner(session: Session, rows: int | None = None, capacity: int | None 
 
     Args:
         session: Which answers.
-        rows: Answers at once; None is what measured best on the device, 1 takes them one after another.
+        rows: Answers at once; None is `usual_rows`, 1 takes them one after another.
         capacity: Positions of each; None is 2,048, or the model's context if that is less.
 
     Raises:
@@ -158,10 +188,10 @@ def open_runner(session: Session, rows: int | None = None, capacity: int | None 
         raise InputError(
             "this bundle answers one request at a time here: its decoder or its provider has no rows; leave --rows out"
         )
-    count = rows or (USUAL_ROWS.get(backend.device, 1) if able else 1)
     size = min(capacity or USUAL_CAPACITY, decoder.context_length)
     if capacity is not None and not 1 <= capacity <= decoder.context_length:
         raise InputError(f"a context of {capacity} is not possible; the model's holds {decoder.context_length}")
+    count = rows or (usual_rows(decoder, backend.device, size, _room(session)) if able else 1)
     if count == 1:
         return InTurn(session)
     with backend.lock:
