@@ -278,7 +278,7 @@ def test_a_body_that_trickles(session: Session) -> None:
 
 
 def test_headers_that_trickle(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(serving, "HEAD_SECONDS", 1.0)
     with served(session, ServeConfig(rows=1)) as server:
         with raw(server) as client:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: local")
@@ -287,7 +287,9 @@ def test_headers_that_trickle(session: Session, monkeypatch: pytest.MonkeyPatch)
             client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             found = b""
             while not found.endswith(b'{"status":"ok"}'):
-                found += client.recv(4096)
+                piece = client.recv(4096)
+                assert piece, found
+                found += piece
             # The second one on a connection, too.
             client.sendall(b"GET /health HTTP/1.1\r\nHost: local")
             assert closed(client)
