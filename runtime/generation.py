@@ -73,6 +73,8 @@ class GenerateOptions:
             raise InputError(f"max_new_tokens must be a whole number, not {self.max_new_tokens!r}")
         if not all(isinstance(text, str) for text in self.stop):
             raise InputError(f"stop must be a string or several, not {self.stop!r}")
+        if not all(self.stop):
+            raise InputError("a stop string must not be empty")
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens {self.max_new_tokens} is not possible; give at least 1")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:

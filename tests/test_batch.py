@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from conftest import Command
 
 from leanvlm.demo import SAMPLES_DIR
 from leanvlm.runtime.batch import local, run
+from leanvlm.runtime.batch.parts import Parts
 from leanvlm.runtime.batch.run import BatchConfig, run_batch
 from leanvlm.runtime.batch.source import ANSWER_COLUMNS, Row
 from leanvlm.runtime.batch.work import BROKEN, Job, Outcome, Worker
@@ -443,12 +445,47 @@ def test_an_output_is_replaced_only_when_asked(stub: type[Stub], config: BatchCo
 
 def test_killed_between_the_last_two_steps(stub: type[Stub], config: BatchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda folder: None)
+        patch.setattr(Parts, "_remove", lambda parts: None)
         run_batch(config)
     assert len(parts_of(config)) == 4
     stub.asked.clear()
     assert run_batch(config).found == 10
     assert (len(table(config.output)), stub.asked, parts_of(config)) == (10, [], [])
+
+
+@pytest.mark.parametrize("left", range(5))
+def test_killed_while_parts_are_removed(
+    stub: type[Stub], config: BatchConfig, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """What says whose they are goes last, in whatever order a folder lists its files."""
+    unlinked = count()
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("part-") and next(unlinked) == 4 - left:
+            raise KeyboardInterrupt
+        os.unlink(path)
+
+    def rmtree(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        patch.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(KeyboardInterrupt):
+            run_batch(config)
+    assert len(parts_of(config)) == left
+    stub.asked.clear()
+    assert run_batch(config).found == 10
+    assert (len(table(config.output)), stub.asked) == (10, [])
+    assert not config.output.with_name("out.parquet.parts").exists()
+
+
+def test_options_that_no_row_could_be_answered_with(stub: type[Stub], config: BatchConfig) -> None:
+    for options, words in (({"max_new_tokens": 10**6}, "leaves no room"), ({"stop": ""}, "must not be empty")):
+        with pytest.raises(InputError, match=words):
+            run_batch(other(config, options=options))
+    assert not config.output.with_name("out.parquet.parts").exists()
+    assert not stub.asked
 
 
 def test_two_runs_are_not_one(stub: type[Stub], config: BatchConfig) -> None:

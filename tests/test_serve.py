@@ -266,6 +266,27 @@ def test_what_is_measured(session: Session, sample_image: Path) -> None:
         assert server.metric("leanvlm_reused_positions_total") >= 77
 
 
+def test_a_nucleus_of_nothing_is_the_most_probable_token(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "demo-64", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 6}
+    greedy, narrow = (
+        client.chat.completions.create(**asked, **options) for options in ({}, {"temperature": 1.5, "top_p": 0, "seed": 3})
+    )
+    assert narrow.choices[0].message.content == greedy.choices[0].message.content
+
+
+def test_a_context_without_room_for_a_picture(session: Session) -> None:
+    """It is ready for what does fit, and asks for fewer tokens by itself than the usual 128."""
+    with served(session, ServeConfig(rows=2, context=64)) as server:
+        until(lambda: server.ask("/health/ready")[0] == 200)
+        with server.client() as client:
+            said = client.chat.completions.create(model="demo-64", messages=[{"role": "user", "content": "hi"}])
+            assert said.usage is not None
+            assert said.usage.completion_tokens <= 16
+            content: Any = [image_part((SAMPLES_DIR / "complex-9003.png").read_bytes()), text_part("What?")]
+            with pytest.raises(openai.BadRequestError, match="here 64 fit"):
+                client.chat.completions.create(model="demo-64", messages=[{"role": "user", "content": content}])
+
+
 def test_what_a_client_asks_first(client: openai.OpenAI, server: Served) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.owned_by) == ("demo-64", "leanvlm")

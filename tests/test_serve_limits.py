@@ -77,7 +77,7 @@ WRONG: list[tuple[Any, str | None, str]] = [
     (said(text_part("word " * 2000)), "messages", "characters; at most 2560 are read"),
     ({"messages": WHY, "temperature": -1}, "temperature", "greater than or equal to 0"),
     ({"messages": WHY, "temperature": "1"}, "temperature", "valid number"),
-    ({"messages": WHY, "top_p": 0}, "top_p", "greater than 0"),
+    ({"messages": WHY, "top_p": -0.1}, "top_p", "greater than or equal to 0"),
     ({"messages": WHY, "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     ({"messages": WHY, "max_tokens": 1.5}, "max_tokens", "valid integer"),
     ({"messages": WHY, "max_tokens": True}, "max_tokens", "valid integer"),

@@ -141,7 +141,10 @@ def test_what_cannot_be_served(leanvlm: Command, demo_bundle: Path, tmp_path: Pa
             (["--port", 0, "--budget", 7], "budget 7 is not in this bundle; it holds 64, 576"),
             (["--port", 0, "--rows", 1000], "1000 rows are not possible"),
             (["--port", 0, "--allow-remote-images", "http://a/b"], "is no host"),
-            (["--port", 0, "--max-seconds", 0], "max_seconds 0.0 is not possible; give more than 0"),
+            (["--port", 0, "--max-seconds", 0], "max_seconds 0 is not possible; give more than 0"),
+            (["--port", 0, "--max-body-mb", "inf"], "max_body_mb inf is not possible"),
+            (["--port", 0, "--grace", "1e12"], "grace 1e+12 is not possible"),
+            (["--port", 0, "--name", " "], "the model's name is empty"),
         ):
             result = leanvlm("serve", demo_bundle, *options)
             assert result.returncode == 2, options

@@ -67,7 +67,7 @@ class Parts:
         """
         if self._is_finished():
             # Killed between its last two steps.
-            shutil.rmtree(self.folder)
+            self._remove()
             yield []
             return
         self._check_output(force)
@@ -110,6 +110,12 @@ class Parts:
         with new.open("rb") as file:
             os.fsync(file.fileno())
         new.replace(self.output)
+        self._remove()
+
+    def _remove(self) -> None:
+        """Remove the parts, and only then what says whose they are: a run that is stopped between goes on here."""
+        for path in self.folder.glob("part-*"):
+            path.unlink()
         shutil.rmtree(self.folder)
 
     def _path(self, number: int) -> Path:

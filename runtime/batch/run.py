@@ -104,7 +104,7 @@ def run_batch(config: BatchConfig, progress: Progress = lambda rows, done, error
         require("ray.data", "scale", "--engine ray")
     manifest = read_manifest(config.bundle)
     budget = manifest.budget(config.budget)
-    GenerationSettings.from_folder(config.bundle).options(**config.options)
+    _check_options(config, manifest.decoder.context_length)
     source = open_source(config.source, config.prompt)
     parts = Parts(config.output, _settings(config, source, budget), _schema(source), source.count, config.part_rows)
     # Absolute, since workers may be elsewhere.
@@ -122,6 +122,13 @@ def run_batch(config: BatchConfig, progress: Progress = lambda rows, done, error
         if parts.folder.is_dir():
             parts.join()
     return Summary(source.count, found, errors, perf_counter() - begin)
+
+
+def _check_options(config: BatchConfig, context: int) -> None:
+    """Refuse what every row would fail of; raises InputError."""
+    options = GenerationSettings.from_folder(config.bundle).options(**config.options)
+    if options.max_new_tokens >= context:
+        raise InputError(f"--max-new-tokens {options.max_new_tokens} leaves no room for a prompt; the context holds {context}")
 
 
 class Collected:

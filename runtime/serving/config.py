@@ -12,6 +12,8 @@ from leanvlm.runtime.preprocess import MAX_PIXELS
 from leanvlm.runtime.serving.engine import MAX_QUEUE
 
 MEGABYTE = 1 << 20
+# Seconds, or MB; more is not a limit.
+MOST = 1e6
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class ServeConfig:
         max_pixels: Of all images of a request together.
         max_prompt_tokens: Positions of a prompt, kept image tokens included; None is what the model's context holds.
         max_new_tokens: Tokens of an answer, at most.
-        default_new_tokens: The same where a request says nothing; as `leanvlm run`.
+        default_new_tokens: The same where a request says nothing; as `leanvlm run`, but at most a quarter of the context.
         max_seconds: From a request's first byte to its answer's last.
         body_seconds: In which a request must have come in.
         allow_remote_images: Hosts from which images are fetched; none: images come with the request.
@@ -72,8 +74,13 @@ class ServeConfig:
             if not getattr(self, name) >= least:
                 raise InputError(f"{name} {getattr(self, name)} is not possible; give at least {least}")
         for name in ("max_body_mb", "max_held_mb", "max_seconds", "body_seconds"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} {getattr(self, name)} is not possible; give more than 0")
+            # Written so that NaN fails too.
+            if not 0 < getattr(self, name) <= MOST:
+                raise InputError(f"{name} {getattr(self, name):g} is not possible; give more than 0, up to {MOST:g}")
+        if self.grace > MOST:
+            raise InputError(f"grace {self.grace:g} is not possible; give 0 to {MOST:g}")
+        if self.name is not None and not self.name.strip():
+            raise InputError("the model's name is empty; leave --name out for the folder's")
         for name in ("max_prompt_tokens", "rows", "context"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -26,6 +26,8 @@ MAX_VALUES = 1 << 16
 MAX_COMMAS = 1 << 18
 # Characters of a prompt for each position that it may take; text of words has some five, and tokenising takes time.
 CHARACTERS = 32
+# Of a nucleus that holds one token.
+LEAST_TOP_P = 1e-9
 
 HARMLESS = frozenset(
     {
@@ -132,7 +134,7 @@ class ChatRequest(_Strict):
     max_completion_tokens: int | None = Field(None, ge=1)
     min_tokens: int | None = Field(None, ge=0)
     temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
     # Beyond, logits leave what fp32 holds.
@@ -290,14 +292,15 @@ def _options(request: ChatRequest, service: Service) -> GenerateOptions:
     if len(asked) > 1:
         raise RequestError("max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
     named = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-    most = asked.pop() if asked else min(config.default_new_tokens, config.max_new_tokens)
+    most = asked.pop() if asked else min(config.default_new_tokens, config.max_new_tokens, max(service.context // 4, 1))
     assert most is not None
     if most > config.max_new_tokens:
         raise RequestError(f"{named} {most} is more than this server gives, {config.max_new_tokens}", named)
     if request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs goes with logprobs: true", "top_logprobs")
     settings = {
-        "top_p": request.top_p,
+        # Of 0, which clients may send, the most probable token alone is left.
+        "top_p": request.top_p if request.top_p != 0 else LEAST_TOP_P,
         "top_k": request.top_k,
         "min_p": request.min_p,
         "repetition_penalty": request.repetition_penalty,

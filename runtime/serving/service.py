@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from leanvlm.runtime.errors import InputError, QueueFullError
+from leanvlm.runtime.errors import ContextOverflowError, InputError, QueueFullError
 from leanvlm.runtime.manifest import MANIFEST
 from leanvlm.runtime.serving.config import MEGABYTE, ServeConfig
 from leanvlm.runtime.serving.engine import Ended, Engine, Event, Failed, Question
@@ -22,7 +22,6 @@ from leanvlm.runtime.text import Message
 
 PAGE = Path(__file__).with_name("page")
 PROBE = "jackdaws"
-_log = logging.getLogger(__name__)
 
 
 class Room:
@@ -91,9 +90,11 @@ class Service:
         self.engine.ask(question, self._warmed)
 
     def _warmed(self, event: Event) -> None:
+        # Where a picture does not fit the context, other prompts may.
+        small = isinstance(event, Failed) and isinstance(event.error, ContextOverflowError)
         if isinstance(event, Failed):
-            _log.error("the first answer failed: %s", event.error)
-        self.ready = self.ready or isinstance(event, Ended)
+            print(f"leanvlm: the first answer failed: {event.error}", file=sys.stderr, flush=True)
+        self.ready = self.ready or small or isinstance(event, Ended)
 
     def stop(self, grace: float | None = None) -> None:
         """Answer nothing new and end what runs; see `Engine.stop`."""
