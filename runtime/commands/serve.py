@@ -26,7 +26,7 @@ def serve(
     provider: Provider = None,
     threads: Threads = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Answers at once; usually 8 on a GPU, 4 on a processor.")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Positions of a prompt and its answer; 2,048 with several rows.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Positions of a prompt and its answer; usually 2,048.")] = None,
     cache_mb: Annotated[float, typer.Option(min=0, help="Encoded pictures that are kept, MB.")] = 64,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that wait; the next gets 503.")] = 32,
     max_body_mb: Annotated[float, typer.Option(help="Largest request, MB.")] = 32,
