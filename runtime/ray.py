@@ -1,4 +1,4 @@
-"""A Ray Serve application around the server's own: `run`, or `serve run leanvlm.runtime.ray:build bundle=llava-64 replicas=2`.
+"""A Ray Serve application around the server's own: `run`, or `serve run leanvlm.runtime.ray:build bundle=FOLDER replicas=2`.
 
 There are two deployments. `Model` opens the bundle and holds the application that `leanvlm serve` runs, so a replica answers as
 that does. `Router` stands before it, since Ray gives a request that a dying replica had in hand back as an error: it

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from conftest import Command
 
 from leanvlm.runtime.commands.ask import Request, ask
 from leanvlm.runtime.console import one_line_errors
+from leanvlm.runtime.draft import Draft
 from leanvlm.runtime.session import Session
 
 
@@ -36,7 +38,13 @@ def test_what_an_encoding_does_not_have_is_escaped(encoding: str, written: str, 
 def test_json_stays_json(encoding: str, demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(Session, "_tokens", lambda session, *rest: (token for token in session.tokenizer.encode("日本 für")))
+
+    def says(session: Session, draft: Draft) -> Iterator[None]:
+        for token in session.tokenizer.encode("日本 für"):
+            draft.ids.append(token)
+            yield
+
+    monkeypatch.setattr(Session, "tokens", says)
     options = {"max_new_tokens": 20, "stop": ()}
     with one_line_errors():
         ask(Request(demo_bundle, (), "Hi", False, None, None, None, 1, None, True, options))
