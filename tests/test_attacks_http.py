@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzz_targets import REQUEST
 from hypothesis import HealthCheck, given, settings
 from mutations import damaged_bytes, damaged_json
 from openai._streaming import SSEDecoder
@@ -23,7 +24,6 @@ from PIL import Image
 from served import CHAT, Served, image_part, served, text_part
 from transformers import AutoTokenizer
 
-from bench.fuzz import REQUEST
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.serving.config import ServeConfig
 from leanvlm.runtime.serving.replies import DONE, Reply, to_json

@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 import onnx
 import pytest
 from external_graphs import PLACES, weight
+from fuzz_targets import POLICY, REQUEST, TARGETS, seeds
 from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import damaged_bytes, damaged_json
 from onnx.external_data_helper import _get_all_tensors
 
-from bench.fuzz import POLICY, REQUEST, TARGETS, seeds
 from leanvlm.runtime.errors import InputError
 from leanvlm.runtime.graph_files import locations
 from leanvlm.runtime.serving.remote import target_of
