@@ -28,6 +28,19 @@ class Vocabulary:
     end_ids: frozenset[int]
 
 
+@dataclass(frozen=True)
+class Room:
+    """Positions that there are for one answer, where that is less than the model's context.
+
+    Attributes:
+        whole: For prompt and answer together; None is the context.
+        prompt: For the prompt, kept image tokens included; None is what the whole leaves.
+    """
+
+    whole: int | None = None
+    prompt: int | None = None
+
+
 class Draft:
     """One answer in the making.
 

@@ -17,7 +17,7 @@ from leanvlm.runtime.answer import Answer, Generation, Timings
 from leanvlm.runtime.backends import Backend, Decoder, Graph, open_backend
 from leanvlm.runtime.bundle import read_manifest, verify_files
 from leanvlm.runtime.crops import Arrangement
-from leanvlm.runtime.draft import Draft, Vocabulary
+from leanvlm.runtime.draft import Draft, Room, Vocabulary
 from leanvlm.runtime.embeddings import TokenTable
 from leanvlm.runtime.encoder import Encoder
 from leanvlm.runtime.errors import BundleError, ContextOverflowError, InputError, SessionClosedError
@@ -35,6 +35,8 @@ from leanvlm.runtime.text import Message, Template, TextTokenizer, check_image_t
 MAX_CACHE_MB = 2.0**20
 # A cache a little larger than needed serves the next turns and prompts too.
 CACHE_STEP = 64
+# All of the model's.
+CONTEXT = Room()
 
 
 class Session:
@@ -151,7 +153,7 @@ class Session:
         budget: int | None = None,
         raw: bool = False,
         start: float | None = None,
-        room: int | None = None,
+        room: Room = CONTEXT,
     ) -> Draft:
         """Encode a prompt's images and put the prompt together; its answer is begun with `tokens`.
 
@@ -162,7 +164,7 @@ class Session:
             budget: As `stream` takes it.
             raw: As `stream` takes it.
             start: `perf_counter()` when the request came; None is now.
-            room: Positions that prompt and answer may take; None is the model's context.
+            room: Positions that there are for prompt and answer.
         """
         chosen = self.manifest.budget(budget)
         messages = [user_message(prompt, len(images))] if isinstance(prompt, str) and not raw else prompt
@@ -232,7 +234,7 @@ class Session:
         options: GenerateOptions,
         timings: Timings,
         start: float,
-        room: int | None = None,
+        room: Room = CONTEXT,
     ) -> Draft:
         begin = perf_counter()
         options.logits.check_ids(self.manifest.decoder.vocab_size)
@@ -311,7 +313,7 @@ class Session:
         return assemble(runs, self.table, manifest.positions, manifest.image_token_id, self.line_end)
 
     def check_context(
-        self, ids: Sequence[int], images: Sequence[Arrangement], budget: int, new: int, room: int | None = None
+        self, ids: Sequence[int], images: Sequence[Arrangement], budget: int, new: int, room: Room = CONTEXT
     ) -> None:
         """Raise ContextOverflowError if a prompt cannot fit the model's context with its answer, before images are encoded.
 
@@ -320,7 +322,7 @@ class Session:
             images: How each image is cut.
             budget: Image tokens kept per crop.
             new: Tokens of the answer at most.
-            room: Positions that there are; None is the model's context.
+            room: Positions that there are.
         """
         manifest, rows, positions = self.manifest, 0, 0
         for image in images:
@@ -334,16 +336,15 @@ class Session:
         text = len(ids) - ids.count(manifest.image_token_id)
         self._check_fit(text + max(rows, positions), new, room)
 
-    def _check_fit(self, prompt: int, new: int, room: int | None) -> None:
+    def _check_fit(self, prompt: int, new: int, room: Room) -> None:
         context = self.manifest.decoder.context_length
-        if room is not None and room < context and room < prompt + new:
+        if room.prompt is not None and prompt > room.prompt:
+            raise ContextOverflowError(f"the prompt takes {prompt} positions; at most {room.prompt} are read")
+        limit = context if room.whole is None else min(room.whole, context)
+        if prompt + new > limit:
+            end = f"the model's context holds {context}" if limit == context else f"here {limit} fit"
             raise ContextOverflowError(
-                f"the prompt takes {prompt} positions and the answer up to {new}, together {prompt + new}; here {room} fit"
-            )
-        if prompt + new > context:
-            raise ContextOverflowError(
-                f"the prompt takes {prompt} positions and the answer up to {new}, together {prompt + new}; "
-                f"the model's context holds {context}"
+                f"the prompt takes {prompt} positions and the answer up to {new}, together {prompt + new}; {end}"
             )
 
     def _pieces(self, draft: Draft) -> Generator[str, None, Answer]:

@@ -15,7 +15,14 @@ from PIL import Image
 
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.draft import Draft
-from leanvlm.runtime.errors import BackendError, InputError, QueueFullError, ShuttingDownError, TimeLimitError
+from leanvlm.runtime.errors import (
+    BackendError,
+    ContextOverflowError,
+    InputError,
+    QueueFullError,
+    ShuttingDownError,
+    TimeLimitError,
+)
 from leanvlm.runtime.generation import GenerateOptions
 from leanvlm.runtime.serving.engine import Begun, Ended, Engine, Event, Failed, Piece, Question, Ticket
 from leanvlm.runtime.serving.runners import InTurn, Runner, open_runner
@@ -194,6 +201,19 @@ def test_stopping_without_patience_ends_what_runs(session: Session, started: Cal
     engine.stop(0.0)
     end = running.end()
     assert isinstance(end, Failed | Ended)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_its_picture_is_encoded(
+    session: Session, started: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*_: Any) -> None:
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(type(session.encoder), "encode", encode)
+    end = Inbox(started(session), question(0, max_prompt=20)).end()
+    assert isinstance(end, Failed)
+    assert isinstance(end.error, ContextOverflowError)
+    assert "at most 20 are read" in str(end.error)
 
 
 def test_errors_are_one_requests_own(session: Session, started: Callable[..., Engine]) -> None:

@@ -15,7 +15,7 @@ from leanvlm.demo import SAMPLES_DIR
 from leanvlm.runtime import Session, load
 from leanvlm.runtime.backends.ort_memory import DeviceMemory
 from leanvlm.runtime.backends.rows import block, seen_by, takes_rows
-from leanvlm.runtime.draft import Draft
+from leanvlm.runtime.draft import Draft, Room
 from leanvlm.runtime.errors import BackendError, ContextOverflowError, InputError
 from leanvlm.runtime.generation import GenerateOptions
 from leanvlm.runtime.sampling import SamplingConfig
@@ -47,7 +47,7 @@ def questions() -> list[tuple[str, list[Image.Image], int]]:
 
 def draft(session: Session, text: str, images: Sequence[Image.Image], new: int, **options: Any) -> Draft:
     given = GenerateOptions(new, ignore_end=True, **options)
-    return session.draft([user_message(text, len(images))], images, given, room=CAPACITY)
+    return session.draft([user_message(text, len(images))], images, given, room=Room(CAPACITY))
 
 
 def opened(session: Session, rows: int, capacity: int = CAPACITY) -> Together:

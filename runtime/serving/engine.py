@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from leanvlm.runtime.answer import Answer, TokenChance
-from leanvlm.runtime.draft import Draft
+from leanvlm.runtime.draft import Draft, Room
 from leanvlm.runtime.errors import (
     BackendError,
-    ContextOverflowError,
     LeanVLMError,
     QueueFullError,
     ShuttingDownError,
@@ -262,12 +261,8 @@ class Engine:
                 question.options,
                 budget=question.budget,
                 start=question.start,
-                room=self._runner.capacity,
+                room=Room(self._runner.capacity, question.max_prompt),
             )
-            if question.max_prompt is not None and len(draft.prompt) > question.max_prompt:
-                raise ContextOverflowError(
-                    f"the prompt takes {len(draft.prompt)} positions; at most {question.max_prompt} are read"
-                )
             ticket.tell(Begun(draft.known))
             self._running.append(ticket)
             self._runner.begin(draft)
